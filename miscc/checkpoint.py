@@ -1,0 +1,85 @@
+"""Files written whole or not at all, and weight files loaded without running their code."""
+
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from miscc.errors import CheckpointError
+
+FORMAT = 1  # of our checkpoints; raised when an older reader would misread a newer file
+
+
+def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Call `write(stream)` on a temporary file beside `path`, flush it to the disk, then put it in place.
+
+    A reader sees the old file or the new one, never half of one, whenever the process is killed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would lock colleagues out
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all."""
+    write_atomically(path, lambda stream: stream.write(text.encode("utf-8")))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON with an indent, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
+    """Save a dict of tensors and plain containers, whole or not at all."""
+    write_atomically(path, lambda stream: torch.save({"format": FORMAT, **checkpoint}, stream))
+
+
+def load_file(path: str | Path, device: str | torch.device = "cpu") -> Any:
+    """Load a .pth file without running code from it (`weights_only=True`).
+
+    Raises CheckpointError when the file is missing, cut off, or pickles whole modules or other objects.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such weight file")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
+        raise CheckpointError(
+            f"{path}: holds more than tensors (a whole pickled module or foreign objects) or is damaged, and is not "
+            f"loaded, because that could run code from it; save its state_dict() instead. {named.strip()[:160]}"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
+        reason = (str(error).splitlines() or ["end of file"])[0][:160]
+        raise CheckpointError(f"{path}: cannot be read as a weight file ({reason}); copy it again") from None
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict:
+    """Load one of our checkpoints. Raises CheckpointError when the file is of another kind or a newer format."""
+    checkpoint = load_file(path, device)
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint or "networks" not in checkpoint:
+        raise CheckpointError(f"{path}: is not a checkpoint of this project (`format` and `networks` are missing)")
+    if checkpoint["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path}: has format {checkpoint['format']}, this version reads up to {FORMAT}; update the project"
+        )
+    return checkpoint

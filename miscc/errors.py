@@ -1,0 +1,40 @@
+"""Errors that the user can mend: one line that says what to change. Anything else is a bug and keeps its traceback."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can mend; the message names the thing and says what to do about it."""
+
+
+class ConfigError(UserError):
+    """A setting is unknown, of the wrong type, or does not fit the others."""
+
+
+class DataError(UserError):
+    """A data set, caption or image is missing, broken or does not fit."""
+
+
+class CheckpointError(UserError):
+    """A weight file is missing, broken, unsafe or of another system."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on, e.g. because a loss is no longer finite."""
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Run an entry script's `main`: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, `head` for instance, has gone
+        sys.stderr.close()
+        sys.exit(141)
+    sys.exit(code if isinstance(code, int) else 0)

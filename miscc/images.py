@@ -1,0 +1,119 @@
+"""Images: reading files as RGB, [-1, 1] <-> uint8, grids and caption strips. The only place where value ranges change."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from miscc.errors import DataError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def open_rgb(path: str | Path) -> Image.Image:
+    """Read any image file as RGB: grey, palette and CMYK are converted, transparency is laid over white.
+
+    Raises DataError, naming the file, when it is missing, truncated or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return to_rgb(image)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such image") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB; transparent parts become white."""
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(background, image).convert("RGB")
+    if image.mode in ("I", "I;16", "I;16B", "I;16L"):  # 16-bit grey: PIL's own conversion would clip at 255
+        levels = np.asarray(image, dtype=np.float64)
+        scale = 65535.0 if levels.max(initial=0) > 255 else 255.0
+        return Image.fromarray((levels / scale * 255).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """(N, C, H, W) float in [-1, 1] -> (N, H, W, C) uint8, rounded and clamped."""
+    pixels = (images.detach().float() * 127.5 + 127.5).round().clamp(0, 255)
+    return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def from_uint8(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 of any layout -> float32 in [-1, 1] of the same layout."""
+    return pixels.to(torch.float32) / 127.5 - 1.0
+
+
+def mask_to_uint8(masks: torch.Tensor) -> np.ndarray:
+    """(N, 1, h, w) float in [0, 1] -> (N, h, w) uint8."""
+    return (masks.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)[:, 0].cpu().numpy()
+
+
+def resize_pixels(pixels: np.ndarray, size: int) -> np.ndarray:
+    """(H, W) or (H, W, 3) uint8 -> the same at size x size; enlarged by whole pixels, shrunk with a filter."""
+    method = Image.Resampling.NEAREST if size >= pixels.shape[0] else Image.Resampling.BOX
+    return np.asarray(Image.fromarray(pixels).resize((size, size), method))
+
+
+def grid(rows: Sequence[Sequence[np.ndarray]], gap: int = 2) -> np.ndarray:
+    """Rows of equally sized (H, W, 3) uint8 images -> one (.., .., 3) uint8 picture on white, `gap` pixels apart."""
+    height, width = rows[0][0].shape[:2]
+    columns = max(len(row) for row in rows)
+    shape = (len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3)
+    canvas = np.full(shape, 255, dtype=np.uint8)
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            top, left = gap + y * (height + gap), gap + x * (width + gap)
+            canvas[top : top + height, left : left + width] = image if image.ndim == 3 else image[..., None]
+    return canvas
+
+
+def caption_grid(
+    captions: Sequence[str],
+    cells: Sequence[Sequence[np.ndarray]],
+    columns: int = 2,
+    cell_size: int = 96,
+    headings: Sequence[str] = (),
+) -> np.ndarray:
+    """A picture for people: each caption written beside its images (and masks).
+
+    captions: n texts; cells: for each caption its (H, W, 3) or (H, W) uint8 pictures; headings: a title for each
+    position in a cell row. Returns (.., .., 3) uint8.
+    """
+    font = ImageFont.load_default(size=13)
+    per_caption = max(len(row) for row in cells)
+    text_width, gap, line = 200, 6, 16
+    block_width = text_width + per_caption * (cell_size + gap) + 2 * gap
+    block_height, top = cell_size + gap, line + gap if headings else gap
+    rows = math.ceil(len(captions) / columns)
+    canvas = Image.new("RGB", (columns * block_width, top + rows * block_height + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column in range(min(columns, len(captions))):
+        for position, heading in enumerate(headings):
+            x = column * block_width + text_width + gap + position * (cell_size + gap)
+            draw.text((x, gap // 2), heading, fill="black", font=font)
+    for number, (caption, pictures) in enumerate(zip(captions, cells, strict=True)):
+        left = (number // rows) * block_width
+        y = top + (number % rows) * block_height
+        wrapped = textwrap.wrap(caption, width=28)[: max(1, cell_size // line)]
+        draw.multiline_text((left + gap, y), "\n".join(wrapped), fill="black", font=font, spacing=2)
+        for position, picture in enumerate(pictures):
+            tile = Image.fromarray(resize_pixels(picture, cell_size)).convert("RGB")
+            canvas.paste(tile, (left + text_width + gap + position * (cell_size + gap), y))
+    return np.asarray(canvas)
+
+
+def save_image(pixels: np.ndarray, path: str | Path) -> None:
+    """Write (H, W) or (H, W, 3) uint8 as PNG, whole or not at all; makes the folder."""
+    from miscc.checkpoint import write_atomically
+
+    write_atomically(path, lambda stream: Image.fromarray(pixels).save(stream, format="PNG"))
