@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from miscc.checkpoint import write_atomically
 from miscc.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -114,6 +115,4 @@ def caption_grid(
 
 def save_image(pixels: np.ndarray, path: str | Path) -> None:
     """Write (H, W) or (H, W, 3) uint8 as PNG, whole or not at all; makes the folder."""
-    from miscc.checkpoint import write_atomically
-
     write_atomically(path, lambda stream: Image.fromarray(pixels).save(stream, format="PNG"))
