@@ -1,0 +1,22 @@
+"""The registries: plain dicts from name to class. A new system is one file here and one line in each dict it serves."""
+
+from torch import nn
+
+from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder
+from models.layers import OneWayDiscriminator
+from models.ssa_gan import SSAGAN, SSAGenerator
+
+SYSTEMS: dict[str, type] = {"ssa_gan": SSAGAN}
+GENERATORS: dict[str, type[nn.Module]] = {"ssa_gan": SSAGenerator}
+DISCRIMINATORS: dict[str, type[nn.Module]] = {"ssa_gan": OneWayDiscriminator}
+TEXT_ENCODERS: dict[str, type[nn.Module]] = {"rnn": TextEncoder}
+IMAGE_ENCODERS: dict[str, type[nn.Module]] = {"inception": InceptionEncoder, "small": SmallImageEncoder}
+
+# The registry that a network's place in a checkpoint is looked up in.
+NETWORKS = {
+    "generator": GENERATORS,
+    "generator_ema": GENERATORS,
+    "discriminator": DISCRIMINATORS,
+    "text_encoder": TEXT_ENCODERS,
+    "image_encoder": IMAGE_ENCODERS,
+}

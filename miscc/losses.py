@@ -1,0 +1,108 @@
+"""Adversarial and matching losses: tensors in, one scalar out. Weights and schedules live with the system that uses them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Largest number of attention values (images × captions × words × regions) that word_loss keeps at once.
+ATTENTION_VALUES = 64 * 2**20
+
+
+def hinge_discriminator_loss(real: Tensor, fake: Tensor, mismatched: Tensor) -> Tensor:
+    """Matching-aware hinge (Tao et al. 2022, eq. 1): real pairs up; fake images and wrong captions, half each, down.
+
+    Logits of any shape -> scalar >= 0.
+    """
+    return F.relu(1 - real).mean() + (F.relu(1 + fake).mean() + F.relu(1 + mismatched).mean()) / 2
+
+
+def matching_aware_gradient_penalty(
+    logits: Tensor, images: Tensor, sentence: Tensor, weight: float = 2.0, power: float = 6.0
+) -> Tensor:
+    """MA-GP (Tao et al. 2022, eq. 2): weight · mean ‖(∂D/∂x, ∂D/∂s)‖^power on real images with their own captions.
+
+    logits (N,) computed from images (N, 3, H, W) and sentence (N, D), both of which must require gradients. One norm is
+    taken over both gradients together. Returns a scalar that can be differentiated once more.
+    """
+    gradients = torch.autograd.grad(logits.sum(), (images, sentence), create_graph=True)
+    squared_norm = sum(gradient.flatten(1).square().sum(dim=1) for gradient in gradients)
+    # The power of the squared norm, not of its root: the root has no derivative where the gradient vanishes.
+    return weight * squared_norm.pow(power / 2).mean()
+
+
+def word_attention(regions: Tensor, words: Tensor, lengths: Tensor, gamma1: float = 5.0) -> Tensor:
+    """Attention of each word of a caption over the regions of its own image (Xu et al. 2018, eq. 8-9).
+
+    regions (N, D, h, w), words (N, D, T), lengths (N,) -> (N, T, h, w): sums to 1 over the regions; 0 past the length.
+    """
+    padding = _padding(lengths, words.shape[2])
+    scores = torch.einsum("ndt,ndr->ntr", words, regions.flatten(2))
+    scores = scores.masked_fill(padding[:, :, None], -torch.inf).softmax(dim=1)
+    attention = (gamma1 * scores).softmax(dim=2).masked_fill(padding[:, :, None], 0.0)
+    return attention.unflatten(2, regions.shape[2:])
+
+
+def word_loss(
+    regions: Tensor,
+    words: Tensor,
+    lengths: Tensor,
+    class_ids: Tensor | None = None,
+    gamma1: float = 5.0,
+    gamma2: float = 5.0,
+    gamma3: float = 10.0,
+) -> tuple[Tensor, Tensor]:
+    """DAMSM at word level (Xu et al. 2018, eq. 8-12), without the outer 1/γ2 of eq. 10, as in the authors' code.
+
+    regions (N, D, h, w); words (N, D, T); lengths (N,) valid words; class_ids (N,): other samples of the same class do
+    not count as mismatches. Returns (image-to-text, text-to-image), two scalars.
+    """
+    num_images, num_words = len(regions), words.shape[2]
+    regions = regions.flatten(2)
+    padding = _padding(lengths, num_words)
+    rows = max(1, ATTENTION_VALUES // (len(words) * num_words * regions.shape[2]))
+    if rows >= num_images:
+        matching = _word_matching(regions, words, padding, gamma1, gamma2)
+    else:  # a large batch: some images at a time, recomputed in the backward pass
+        blocks = regions.split(rows)
+        inputs = (words, padding, gamma1, gamma2)
+        matching = torch.cat([checkpoint(_word_matching, block, *inputs, use_reentrant=False) for block in blocks])
+    return _matching_loss(gamma3 * matching, class_ids)
+
+
+def sentence_loss(
+    code: Tensor, sentence: Tensor, class_ids: Tensor | None = None, gamma3: float = 10.0
+) -> tuple[Tensor, Tensor]:
+    """DAMSM at sentence level (Xu et al. 2018, eq. 13): cosine of global codes (N, D) and (N, D), times γ3.
+
+    class_ids as in word_loss. Returns (image-to-text, text-to-image), two scalars.
+    """
+    similarity = F.normalize(code, dim=1, eps=1e-8) @ F.normalize(sentence, dim=1, eps=1e-8).T
+    return _matching_loss(gamma3 * similarity, class_ids)
+
+
+def _word_matching(regions: Tensor, words: Tensor, padding: Tensor, gamma1: float, gamma2: float) -> Tensor:
+    """R(Q, D) of every image with every caption: (I, D, R), (N, D, T), (N, T) -> (I, N)."""
+    num_captions, dim, num_words = words.shape
+    queries = words.transpose(1, 2).reshape(1, num_captions * num_words, dim)
+    scores = (queries @ regions).unflatten(1, (num_captions, num_words))  # (I, N, T, R)
+    scores = scores.masked_fill(padding[None, :, :, None], -torch.inf).softmax(dim=2)
+    attention = (gamma1 * scores).softmax(dim=3)
+    context = attention.flatten(1, 2) @ regions.transpose(1, 2)  # (I, N·T, D)
+    cosine = F.cosine_similarity(context, queries, dim=2, eps=1e-8).unflatten(1, (num_captions, num_words))
+    return (gamma2 * cosine).masked_fill(padding, -torch.inf).logsumexp(dim=2)
+
+
+def _matching_loss(similarity: Tensor, class_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cross entropy of picking the own caption (rows) and the own image (columns): (N, N) -> two scalars."""
+    if class_ids is not None:
+        same_class = class_ids[:, None] == class_ids[None, :]
+        itself = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+        similarity = similarity.masked_fill(same_class & ~itself, -torch.inf)
+    own = torch.arange(len(similarity), device=similarity.device)
+    return F.cross_entropy(similarity, own), F.cross_entropy(similarity.T, own)
+
+
+def _padding(lengths: Tensor, num_words: int) -> Tensor:
+    """lengths (N,) -> (N, num_words), True past the length."""
+    return torch.arange(num_words, device=lengths.device) >= lengths[:, None]

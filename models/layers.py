@@ -1,0 +1,155 @@
+"""Layers that at least two systems use: piecewise linear operations, the one-way discriminator of SSA-GAN and DF-GAN."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+
+class _LeakyReLU(torch.autograd.Function):
+    """LeakyReLU whose double backward sends nothing to its input, where torch's own sends a tensor of zeros.
+
+    The second derivative is zero wherever it exists, but torch carries the zeros through a whole convolution backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, slope: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.slope = slope
+        return F.leaky_relu(x, slope)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return _LeakyReLUGradient.apply(grad, x, ctx.slope), None
+
+
+class _LeakyReLUGradient(torch.autograd.Function):
+    """grad where x > 0, slope·grad elsewhere: linear in grad, and constant in x as far as autograd is told."""
+
+    @staticmethod
+    def forward(ctx, grad: Tensor, x: Tensor, slope: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.slope = slope
+        return torch.ops.aten.leaky_relu_backward(grad, x, slope, False)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return _LeakyReLUGradient.apply(grad, x, ctx.slope), None, None
+
+
+def leaky_relu(x: Tensor, slope: float = 0.2) -> Tensor:
+    """LeakyReLU for networks under a gradient penalty; same values and gradients as `F.leaky_relu`."""
+    return _LeakyReLU.apply(x, slope)
+
+
+class _HalvingMean(torch.autograd.Function):
+    """2×2 average pooling, with a backward that is linear in the gradient alone (see _LeakyReLU)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return F.interpolate(grad, scale_factor=2, mode="nearest") * 0.25
+
+
+def halve(x: Tensor) -> Tensor:
+    """2×2 average pooling for networks under a gradient penalty: (N, C, H, W), H and W even -> (N, C, H/2, W/2)."""
+    return _HalvingMean.apply(x)
+
+
+class LeakyReLU(nn.Module):
+    """`leaky_relu` as a layer."""
+
+    def __init__(self, slope: float = 0.2):
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return leaky_relu(x, self.slope)
+
+
+class DownBlock(nn.Module):
+    """out = halve(shortcut(x)) + gate · residual(x): half the size; the gate is one learned number, 0 at the start."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        self.residual = nn.Sequential(
+            nn.Conv2d(channels_in, channels_out, 4, stride=2, padding=1, bias=False),
+            LeakyReLU(),
+            nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False),
+            LeakyReLU(),
+        )
+        # The released weights hold this convolution also where channels stay the same and it has no effect.
+        self.shortcut = nn.Conv2d(channels_in, channels_out, 1)
+        self.gate = nn.Parameter(torch.zeros(1))
+        self.changes_channels = channels_in != channels_out
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C', H/2, W/2)
+        # The originals convolve, then pool. A 1×1 convolution and a mean commute, and a quarter of the pixels is left.
+        pooled = halve(x)
+        shortcut = self.shortcut(pooled) if self.changes_channels else pooled
+        return shortcut + self.gate * self.residual(x)
+
+
+class OneWayDiscriminator(nn.Module):
+    """The one-way discriminator of SSA-GAN and DF-GAN: image features, joined with the sentence, give one logit.
+
+    nf: base number of channels; image_size: a power of two from 8 on; multipliers: of nf after each down block, the
+    last one repeated for larger images; sentence_dim: length of the sentence features.
+    """
+
+    def __init__(
+        self,
+        nf: int = 64,
+        image_size: int = 256,
+        sentence_dim: int = 256,
+        multipliers: Sequence[int] = (2, 4, 8, 16, 16, 16),
+        spectral_normalisation: bool = False,
+    ):
+        super().__init__()
+        self.arguments = {
+            "nf": nf, "image_size": image_size, "sentence_dim": sentence_dim,
+            "multipliers": list(multipliers), "spectral_normalisation": spectral_normalisation,
+        }  # fmt: skip
+        num_blocks = doublings(image_size)
+        multipliers = [1, *multipliers] + [multipliers[-1]] * num_blocks
+        channels = [nf * multiplier for multiplier in multipliers[: num_blocks + 1]]
+        self.from_rgb = nn.Conv2d(3, nf, 3, padding=1)
+        self.blocks = nn.ModuleList(DownBlock(a, b) for a, b in zip(channels, channels[1:], strict=False))
+        self.head = nn.Sequential(
+            nn.Conv2d(channels[-1] + sentence_dim, 2 * nf, 3, padding=1, bias=False),
+            LeakyReLU(),
+            nn.Conv2d(2 * nf, 1, 4, bias=False),
+        )
+        if spectral_normalisation:
+            for module in list(self.modules()):
+                if isinstance(module, nn.Conv2d):
+                    spectral_norm(module)
+
+    def features(self, images: Tensor) -> Tensor:  # (N, 3, H, W) in [-1, 1] -> (N, C, 4, 4)
+        x = self.from_rgb(images)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def logits(self, features: Tensor, sentence: Tensor) -> Tensor:  # (N, C, 4, 4), (N, D) -> (N,)
+        replicated = sentence[:, :, None, None].expand(-1, -1, 4, 4)
+        return self.head(torch.cat([features, replicated], dim=1)).flatten()
+
+    def forward(self, images: Tensor, sentence: Tensor) -> Tensor:  # (N, 3, H, W), (N, D) -> (N,)
+        return self.logits(self.features(images), sentence)
+
+
+def doublings(image_size: int) -> int:
+    """How often 4 is doubled to reach image_size. Raises ValueError unless it is a power of two from 8 on."""
+    steps = round(math.log2(image_size / 4)) if image_size >= 8 else 0
+    if steps < 1 or 4 * 2**steps != image_size:
+        raise ValueError(f"the image size must be 4 doubled some times (8, 16, ... 256, 512), not {image_size}")
+    return steps

@@ -1,0 +1,273 @@
+"""SSA-GAN (Liao et al., CVPR 2022, arXiv 2104.00567): semantic-spatial aware blocks with predicted masks, and its objective.
+
+Written from the paper and from what is known of the released code's behaviour; where the two differ the released
+code is the default, and the paper's form a setting.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miscc.losses import (
+    hinge_discriminator_loss,
+    matching_aware_gradient_penalty,
+    sentence_loss,
+    word_loss,
+)
+from models.layers import doublings
+from models.types import GeneratorOutput, TextFeatures, Update, frozen
+
+CHANNELS = (8, 8, 8, 8, 4, 2, 1)  # of nf, block by block at 256 px
+
+
+class SSCBN(nn.Module):
+    """Semantic-spatial condition batch norm: normalise, then shift and scale by the sentence where the mask says so.
+
+    x̃ = x̂·(1 + m·γ(s)) + m·β(s) ("code" and the paper's figure), or m·(γ(s)·x̂ + β(s)) ("paper", its text, eq. 5).
+    """
+
+    def __init__(self, channels: int, sentence_dim: int, form: str):
+        super().__init__()
+        self.form = form
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.gamma = self._head(sentence_dim, channels)
+        self.beta = self._head(sentence_dim, channels)
+
+    @staticmethod
+    def _head(sentence_dim: int, channels: int) -> nn.Sequential:
+        head = nn.Sequential(nn.Linear(sentence_dim, 256), nn.ReLU(), nn.Linear(256, channels))
+        nn.init.zeros_(head[2].weight)
+        nn.init.zeros_(head[2].bias)
+        return head
+
+    def forward(self, x: Tensor, sentence: Tensor, mask: Tensor) -> Tensor:
+        # (N, C, H, W), (N, D), (N, 1, H, W) -> (N, C, H, W)
+        gamma, beta = self.gamma(sentence)[:, :, None, None], self.beta(sentence)[:, :, None, None]
+        normalised = self.norm(x)
+        shift = torch.addcmul(beta, normalised, gamma)
+        return mask * shift if self.form == "paper" else torch.addcmul(normalised, mask, shift)
+
+
+class SSABlock(nn.Module):
+    """out = shortcut(x) + gate · residual(x), both SSCBN under one mask; predicts the next block's mask logits."""
+
+    def __init__(self, channels_in: int, channels_out: int, sentence_dim: int, form: str, predicts_mask: bool):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.sscbn1 = SSCBN(channels_in, sentence_dim, form)
+        self.sscbn2 = SSCBN(channels_out, sentence_dim, form)
+        self.gate = nn.Parameter(torch.zeros(1))
+        self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        self.mask_predictor = mask_predictor(channels_out) if predicts_mask else None
+
+    def forward(self, x: Tensor, sentence: Tensor, mask: Tensor) -> Tensor:
+        # (N, C, H, W), (N, D), (N, 1, H, W) -> (N, C', H, W)
+        residual = self.conv1(F.relu(self.sscbn1(x, sentence, mask)))
+        residual = self.conv2(F.relu(self.sscbn2(residual, sentence, mask)))
+        return self.shortcut(x) + self.gate * residual
+
+
+def mask_predictor(channels: int) -> nn.Sequential:
+    """(N, C, H, W) features -> (N, 1, H, W) mask logits."""
+    return nn.Sequential(nn.Conv2d(channels, 100, 3, padding=1), nn.BatchNorm2d(100), nn.ReLU(), nn.Conv2d(100, 1, 1))
+
+
+class SSAGenerator(nn.Module):
+    """noise and sentence -> image, with the mask of every block.
+
+    nf: base number of channels; image_size: a power of two from 8 on; sscbn: "code" or "paper"; upsample: "nearest"
+    (code) or "bilinear" (paper); mask: "predicted", or "ones" to switch the spatial part off (an ablation).
+    """
+
+    def __init__(
+        self,
+        nf: int = 64,
+        z_dim: int = 100,
+        image_size: int = 256,
+        sentence_dim: int = 256,
+        sscbn: str = "code",
+        upsample: str = "nearest",
+        mask: str = "predicted",
+    ):
+        super().__init__()
+        self.arguments = {
+            "nf": nf, "z_dim": z_dim, "image_size": image_size, "sentence_dim": sentence_dim,
+            "sscbn": sscbn, "upsample": upsample, "mask": mask,
+        }  # fmt: skip
+        self.z_dim, self.image_size, self.upsample, self.mask = z_dim, image_size, upsample, mask
+        num_blocks = doublings(image_size) + 1
+        multipliers = ([CHANNELS[0]] * num_blocks + list(CHANNELS))[-num_blocks:]
+        channels = [nf * multiplier for multiplier in [multipliers[0], *multipliers]]
+        self.fc = nn.Linear(z_dim, channels[0] * 4 * 4)
+        self.first_mask_predictor = mask_predictor(channels[0])
+        self.blocks = nn.ModuleList(
+            SSABlock(channels[i], channels[i + 1], sentence_dim, sscbn, predicts_mask=i < num_blocks - 1)
+            for i in range(num_blocks)
+        )
+        self.to_rgb = nn.Sequential(
+            nn.BatchNorm2d(channels[-1]),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(channels[-1], 3, 3, padding=1),
+            nn.Tanh(),
+        )
+
+    def forward(self, noise: Tensor, text: TextFeatures) -> GeneratorOutput:  # (N, z_dim) -> images (N, 3, H, W)
+        sentence = text.sentence
+        x = self.fc(noise).view(len(noise), -1, 4, 4)
+        mask_logits = self.first_mask_predictor(x)
+        masks = []
+        for number, block in enumerate(self.blocks):
+            if number > 0:
+                x = self._double(x)
+                mask_logits = F.interpolate(mask_logits, scale_factor=2, mode="bilinear", align_corners=True)
+            masks.append(torch.ones_like(mask_logits) if self.mask == "ones" else torch.sigmoid(mask_logits))
+            x = block(x, sentence, masks[-1])
+            mask_logits = block.mask_predictor(x) if block.mask_predictor is not None else mask_logits
+        return GeneratorOutput(images=[self.to_rgb(x)], masks=masks)
+
+    def _double(self, x: Tensor) -> Tensor:
+        if self.upsample == "nearest":
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+class SSAGAN:
+    """The objective: hinge with mismatched captions, MA-GP in an optimizer step of its own, DAMSM; optional fine-tuning.
+
+    networks: generator, discriminator, text_encoder and, where the DAMSM loss has a weight, image_encoder. Other
+    arguments: the settings named in OBJECTIVE_SETTINGS, see miscc/config.py.
+    """
+
+    GENERATOR_SETTINGS: ClassVar[Mapping[str, str]] = {
+        "nf": "TRAIN.NF", "z_dim": "GAN.Z_DIM", "image_size": "TREE.BASE_SIZE", "sentence_dim": "TEXT.EMBEDDING_DIM",
+        "sscbn": "GAN.SSCBN", "upsample": "GAN.UPSAMPLE", "mask": "GAN.MASK",
+    }  # fmt: skip
+    DISCRIMINATOR_SETTINGS: ClassVar[Mapping[str, str]] = {
+        "nf": "TRAIN.NF", "image_size": "TREE.BASE_SIZE", "sentence_dim": "TEXT.EMBEDDING_DIM",
+        "spectral_normalisation": "USE_SN",
+    }  # fmt: skip
+    OBJECTIVE_SETTINGS: ClassVar[Mapping[str, str]] = {
+        "loss": "loss",
+        "generator_lr": "TRAIN.GENERATOR_LR", "discriminator_lr": "TRAIN.DISCRIMINATOR_LR", "betas": "TRAIN.BETAS",
+        "damsm_weight": "TRAIN.DAMSM_WEIGHT", "damsm_factor": "TRAIN.SMOOTH.LAMBDA",
+        "gamma1": "TRAIN.SMOOTH.GAMMA1", "gamma2": "TRAIN.SMOOTH.GAMMA2", "gamma3": "TRAIN.SMOOTH.GAMMA3",
+        "penalty_weight": "TRAIN.PENALTY_WEIGHT", "penalty_power": "TRAIN.PENALTY_POWER",
+        "penalty_step": "TRAIN.PENALTY_STEP", "finetune_encoders": "TRAIN.FINETUNE_ENCODERS",
+        "finetune_lr": "TRAIN.FINETUNE_LR", "finetune_mode": "TRAIN.FINETUNE_MODE",
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        networks: dict[str, nn.Module],
+        *,
+        loss: str = "hinge",  # the only one there is; the key is in the released files
+        generator_lr: float = 1e-4,
+        discriminator_lr: float = 4e-4,
+        betas: tuple[float, float] = (0.0, 0.9),
+        damsm_weight: float = 0.05,
+        damsm_factor: float = 1.0,
+        gamma1: float = 5.0,
+        gamma2: float = 5.0,
+        gamma3: float = 10.0,
+        penalty_weight: float = 2.0,
+        penalty_power: float = 6.0,
+        penalty_step: str = "separate",
+        finetune_encoders: bool = False,
+        finetune_lr: float = 4e-5,
+        finetune_mode: str = "eval",
+    ):
+        self.networks = networks
+        self.image_sizes = [networks["generator"].image_size]
+        self.generator_lr, self.discriminator_lr, self.betas = generator_lr, discriminator_lr, tuple(betas)
+        self.damsm_weight = damsm_weight * damsm_factor
+        self.gammas = {"gamma1": gamma1, "gamma2": gamma2, "gamma3": gamma3}
+        self.penalty = {"weight": penalty_weight, "power": penalty_power}
+        self.joint_penalty = penalty_step == "joint"
+        self.finetune_encoders, self.finetune_lr = finetune_encoders, finetune_lr
+        self.finetune_mode = finetune_mode
+
+    def optimizers(self) -> dict[str, tuple[list[nn.Parameter], float, tuple[float, float]]]:
+        generator, discriminator = self.networks["generator"], self.networks["discriminator"]
+        groups = {
+            "discriminator": (list(discriminator.parameters()), self.discriminator_lr, self.betas),
+            "generator": (list(generator.parameters()), self.generator_lr, self.betas),
+        }
+        if self.finetune_encoders:
+            text_encoder, image_encoder = self.networks["text_encoder"], self.networks["image_encoder"]
+            trained = [*text_encoder.parameters(), *image_encoder.head_parameters()]
+            groups["encoders"] = (trained, self.finetune_lr, self.betas)
+        return groups
+
+    def train(self) -> None:
+        self.networks["generator"].train()
+        self.networks["discriminator"].train()
+        batch_statistics = self.finetune_encoders and self.finetune_mode == "train"
+        for name in ("text_encoder", "image_encoder"):
+            if name in self.networks:
+                self.networks[name].train(batch_statistics)
+                self.networks[name].requires_grad_(False)
+        if self.finetune_encoders:
+            self.networks["text_encoder"].requires_grad_(True)
+            for parameter in self.networks["image_encoder"].head_parameters():
+                parameter.requires_grad_(True)
+
+    def updates(self, batch: Any, noise: Tensor) -> Iterator[Update]:
+        """Discriminator, penalty, (encoders,) generator, in the originals' order."""
+        generator, discriminator = self.networks["generator"], self.networks["discriminator"]
+        real_images = batch.images
+        encoded = self.networks["text_encoder"](batch.captions, batch.lengths)
+        if self.finetune_encoders:
+            yield Update("encoders", self._damsm(real_images, encoded, batch))
+        text = encoded.detach()
+        fake = generator(noise, text)
+
+        losses, stats = self._discriminator_losses(real_images, fake.images[-1].detach(), text.sentence)
+        if self.joint_penalty:
+            losses["penalty"] = self._penalty(real_images, text.sentence)
+            yield Update("discriminator", losses, stats)
+        else:
+            yield Update("discriminator", losses, stats)
+            yield Update("discriminator", {"penalty": self._penalty(real_images, text.sentence)})
+
+        with frozen(discriminator, *self._encoders()):
+            losses = {"adversarial": -discriminator(fake.images[-1], text.sentence).mean()}
+            if self.damsm_weight > 0:
+                damsm = self._damsm(fake.images[-1], text, batch)
+                losses |= {name: self.damsm_weight * loss for name, loss in damsm.items()}
+            yield Update("generator", losses, {"mask_mean": fake.masks[-1].detach().mean()})
+
+    def _discriminator_losses(
+        self, real_images: Tensor, fake_images: Tensor, sentence: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        discriminator = self.networks["discriminator"]
+        features = discriminator.features(real_images)
+        real_logits = discriminator.logits(features, sentence)
+        # Mismatched pairs: each real image but the last with the caption of the next one.
+        mismatched_logits = discriminator.logits(features[:-1], sentence[1:])
+        fake_logits = discriminator(fake_images, sentence)
+        hinge = hinge_discriminator_loss(real_logits, fake_logits, mismatched_logits)
+        logits = {"real": real_logits, "fake": fake_logits, "mismatched": mismatched_logits}
+        stats = {f"{name}_logits": value.detach().mean() for name, value in logits.items()}
+        stats |= {f"{name}_sign": value.detach().sign().mean() for name, value in logits.items()}
+        return {"hinge": hinge}, stats
+
+    def _penalty(self, real_images: Tensor, sentence: Tensor) -> Tensor:
+        real_images, sentence = real_images.detach().requires_grad_(), sentence.detach().requires_grad_()
+        logits = self.networks["discriminator"](real_images, sentence)
+        return matching_aware_gradient_penalty(logits, real_images, sentence, **self.penalty)
+
+    def _damsm(self, images: Tensor, text: TextFeatures, batch: Any) -> dict[str, Tensor]:
+        regions, code = self.networks["image_encoder"](images)
+        lengths, class_ids, gammas = batch.lengths, batch.class_ids, self.gammas
+        words = sum(word_loss(regions, text.words, lengths, class_ids, **gammas))
+        return {
+            "words": words,
+            "sentence": sum(sentence_loss(code, text.sentence, class_ids, gammas["gamma3"])),
+        }
+
+    def _encoders(self) -> list[nn.Module]:
+        return [self.networks[name] for name in ("text_encoder", "image_encoder") if name in self.networks]

@@ -1,0 +1,109 @@
+"""What passes between the networks and the trainer: text features, a generator's output, and the protocol of a system."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class TextFeatures(NamedTuple):
+    """What a text encoder says of N captions: sentence (N, D), words (N, D, T), mask (N, T) with True = padding."""
+
+    sentence: Tensor
+    words: Tensor
+    mask: Tensor
+
+    def detach(self) -> "TextFeatures":
+        return TextFeatures(self.sentence.detach(), self.words.detach(), self.mask)
+
+    def select(self, rows: Any) -> "TextFeatures":
+        """The captions at `rows` (a slice or indices)."""
+        return TextFeatures(self.sentence[rows], self.words[rows], self.mask[rows])
+
+
+@dataclass
+class GeneratorOutput:
+    """images: (N, 3, H, W) in [-1, 1], coarse to fine; masks: (N, 1, h, w) in [0, 1] and attention: (N, T, h, w), coarse
+    to fine, where the system has them; mu, logvar (N, C): of AttnGAN's conditioning augmentation."""
+
+    images: list[Tensor]
+    masks: list[Tensor] = field(default_factory=list)
+    attention: list[Tensor] = field(default_factory=list)
+    mu: Tensor | None = None
+    logvar: Tensor | None = None
+
+
+class Update(NamedTuple):
+    """One optimizer step: minimise the sum of `losses` with the optimizer of this name.
+
+    losses: {name: scalar}; stats: {name: tensor or number} that only go to the log.
+    """
+
+    optimizer: str
+    losses: Mapping[str, Tensor]
+    stats: Mapping[str, Any] = {}
+
+
+class System(Protocol):
+    """One paper: its networks and its objective. The trainer knows a system by this and nothing else.
+
+    The class names the settings of its parts as {argument: key}; so a key that no part names has no effect.
+    """
+
+    GENERATOR_SETTINGS: ClassVar[Mapping[str, str]]
+    DISCRIMINATOR_SETTINGS: ClassVar[Mapping[str, str]]
+    OBJECTIVE_SETTINGS: ClassVar[Mapping[str, str]]
+
+    networks: dict[str, nn.Module]  # "generator", "discriminator", "text_encoder", "image_encoder": what is saved
+    image_sizes: list[int]  # of the real images a step needs, coarse to fine
+
+    def optimizers(self) -> Mapping[str, tuple[list[nn.Parameter], float, tuple[float, float]]]:
+        """{name: (parameters, learning rate, betas)}."""
+        ...
+
+    def train(self) -> None:
+        """Put every network in the mode it trains in."""
+        ...
+
+    def updates(self, batch: Any, noise: Tensor) -> Iterator[Update]:
+        """The optimizer steps of one training step, in order. The trainer steps before it asks for the next."""
+        ...
+
+
+def record(name: str, module: nn.Module) -> dict[str, Any]:
+    """A network as plain data: its registry name, constructor arguments and tensors."""
+    return {"name": name, "arguments": dict(module.arguments), "state": module.state_dict()}
+
+
+def rebuild(entry: Mapping[str, Any], registry: Mapping[str, type[nn.Module]]) -> nn.Module:
+    """The network of a `record`, with its weights."""
+    module = registry[entry["name"]](**entry["arguments"])
+    module.load_state_dict(entry["state"])
+    return module
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of learnable values, frozen ones included."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+class frozen:  # noqa: N801  a context manager reads like a verb
+    """`with frozen(D):` its parameters take no gradient: G's step then skips D's weight gradients (bit-identical)."""
+
+    def __init__(self, *modules: nn.Module):
+        self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def __enter__(self) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *exception: object) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a network lives."""
+    return next(module.parameters()).device
