@@ -1,0 +1,230 @@
+"""Data sets on the disk, as Records: our common layout, which prepare.py writes, and AttnGAN's metadata.
+
+The common layout is `vocabulary.json` and one `{train,val,test}.jsonl` a split with a line for each image: key,
+image (path from the root), captions, class_id and, where there is one, box. What the original downloads look like is
+known to the data sets' own files alone.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from datasets.captions import METADATA_NAMES, Vocabulary, load_captions_pickle
+from datasets.pickles import load_legacy_pickle
+from datasets.text_image import Records
+from miscc.checkpoint import write_text
+from miscc.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+VOCABULARY_NAME = "vocabulary.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image of a data set that is being built; `image` is its path from the data set's root, with slashes."""
+
+    key: str
+    image: str
+    captions: list[str]
+    class_id: int
+    box: list[float] | None = None  # x, y, width, height in pixels
+
+
+def metadata_file(root: Path, split: str) -> Path | None:
+    """AttnGAN's captions.pickle, if it and the names that belong to it are there."""
+    if not (root / split / "filenames.pickle").is_file():
+        return None
+    return next((root / name for name in METADATA_NAMES if (root / name).is_file()), None)
+
+
+def has_layout(root: Path, split: str) -> bool:
+    """Whether the common layout is there for this split."""
+    return (root / VOCABULARY_NAME).is_file() and (root / f"{split}.jsonl").is_file()
+
+
+def splits_present(root: Path) -> list[str]:
+    """The splits that can be loaded from this folder."""
+    return [split for split in SPLITS if has_layout(root, split) or metadata_file(root, split)]
+
+
+def write_layout(root: str | Path, splits: dict[str, Sequence[Entry]]) -> Vocabulary:
+    """Write the common layout, each file whole or not at all, and return the vocabulary.
+
+    The vocabulary holds the words of train and test (and val) together, as AttnGAN's does: a word that only test
+    captions use must have an index too, though nobody trains it. vocabulary.json comes last, and splits of an
+    earlier build that are no longer there are removed.
+    """
+    root = Path(root)
+    ordered = [split for split in ("train", "test", "val") if split in splits]
+    vocabulary = Vocabulary.build(caption for split in ordered for entry in splits[split] for caption in entry.captions)
+    for split in SPLITS:
+        path = root / f"{split}.jsonl"
+        if split in splits:
+            write_text(path, "".join(_to_line(entry) for entry in splits[split]))
+        else:
+            path.unlink(missing_ok=True)
+    vocabulary.save(root / VOCABULARY_NAME)
+    return vocabulary
+
+
+def _to_line(entry: Entry) -> str:
+    record = {"key": entry.key, "image": entry.image, "captions": entry.captions, "class_id": entry.class_id}
+    if entry.box is not None:
+        record["box"] = entry.box
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def read_layout(name: str, root: Path, split: str, vocabulary: Vocabulary | None) -> Records:
+    """One split of the common layout; with `vocabulary` its captions are encoded with that one instead of
+    vocabulary.json. Raises DataError, naming file and line."""
+    own = Vocabulary.load(root / VOCABULARY_NAME) if vocabulary is None else vocabulary
+    entries = _read_entries(root / f"{split}.jsonl")
+    boxes = None
+    if entries and all(entry.box is not None for entry in entries):
+        boxes = np.array([entry.box for entry in entries], dtype=np.float64)
+    elif any(entry.box is not None for entry in entries):
+        raise DataError(f"{root / f'{split}.jsonl'}: some images have a box and some have none; give all of them one")
+    return _encode(
+        Records(
+            name=name,
+            split=split,
+            keys=[entry.key for entry in entries],
+            image_paths=[root / entry.image for entry in entries],
+            captions=[],
+            class_ids=np.array([entry.class_id for entry in entries], dtype=np.int64),
+            vocabulary=own,
+            texts=[entry.captions for entry in entries],
+            boxes=boxes,
+        )
+    )
+
+
+def _read_entries(path: Path) -> list[Entry]:
+    entries = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                entries.append(Entry(**json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{path}, line {number}: is no record of ours ({error}); run prepare again") from None
+    return entries
+
+
+# key names -> paths of the images, and their boxes (N, 4) or None
+Locate = Callable[[Path, Sequence[str]], tuple[list[Path], np.ndarray | None]]
+
+
+def read_metadata(name: str, root: Path, split: str, vocabulary: Vocabulary | None, locate: Locate) -> Records:
+    """One split from AttnGAN's captions.pickle, filenames.pickle and, where there is one, class_info.pickle.
+
+    The vocabulary is the pickle's, so that released encoders fit; with another `vocabulary` the captions are spelled
+    out with the pickle's and encoded anew. `locate` finds images and boxes. Raises DataError, naming the file.
+    """
+    captions_path = metadata_file(root, split)
+    train, test, own = load_captions_pickle(captions_path)
+    names_path = root / split / "filenames.pickle"
+    keys = [str(key) for key in _expect_list(load_legacy_pickle(names_path), names_path)]
+    flat = _expect_list(train if split == "train" else test, captions_path)
+    if not keys or len(flat) % len(keys):
+        raise DataError(
+            f"{captions_path}: holds {len(flat)} captions for {split}, which is no multiple of the {len(keys)} images "
+            f"in {names_path}; the two files do not belong together"
+        )
+    each = len(flat) // len(keys)
+    captions = [np.asarray(caption, dtype=np.int64) for caption in flat]
+    highest = max((int(caption.max(initial=0)) for caption in captions), default=0)
+    if highest >= len(own):
+        raise DataError(f"{captions_path}: word {highest} is beyond its vocabulary of {len(own)}; copy the file again")
+    paths, boxes = locate(root, keys)
+    records = Records(
+        name=name,
+        split=split,
+        keys=keys,
+        image_paths=paths,
+        captions=[captions[start : start + each] for start in range(0, len(captions), each)],
+        class_ids=_class_ids(root / split / "class_info.pickle", keys),
+        vocabulary=own,
+        boxes=boxes,
+    )
+    if vocabulary is None or vocabulary == own:
+        return _without_empty(records)
+    records.texts = [[own.decode(caption) for caption in group] for group in records.captions]
+    records.vocabulary = vocabulary
+    return _encode(records)
+
+
+def _expect_list(value: object, path: Path) -> list:
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        raise DataError(f"{path}: must hold a list, not {type(value).__name__}")
+    return list(value)
+
+
+def _class_ids(path: Path, keys: Sequence[str]) -> np.ndarray:
+    """AttnGAN's class_info.pickle. Without it the folder in the key is the class, as in CUB, and where keys name no
+    folder each image is its own class, as in COCO."""
+    if not path.is_file():
+        if any("/" in key for key in keys):
+            return np.unique([key.rpartition("/")[0] for key in keys], return_inverse=True)[1].astype(np.int64)
+        return np.arange(len(keys), dtype=np.int64)
+    class_ids = np.array([int(number) for number in _expect_list(load_legacy_pickle(path), path)], dtype=np.int64)
+    if len(class_ids) != len(keys):
+        raise DataError(
+            f"{path}: names {len(class_ids)} classes for {len(keys)} images; the files do not belong together"
+        )
+    return class_ids
+
+
+def _encode(records: Records) -> Records:
+    """Fill `captions` from `texts` with the records' vocabulary; says which words it does not know."""
+    unknown: Counter[str] = Counter()
+    words = 0
+    known: dict[str, np.ndarray] = {}
+    for caption in _flatten(records.texts):
+        if caption not in known:
+            indices, missing = records.vocabulary.encode(caption)
+            known[caption] = np.array(indices, dtype=np.int64)
+            unknown.update(missing)
+            words += len(indices) + len(missing)
+    if unknown:
+        logger.warning(
+            "%s, %s: %d of %d words in its captions are not in the vocabulary of %d and are left out (%s)",
+            *(records.name, records.split, unknown.total(), words, len(records.vocabulary)),
+            ", ".join(word for word, _ in unknown.most_common(8)),
+        )
+    records.captions = [[known[caption] for caption in group] for group in records.texts]
+    return _without_empty(records)
+
+
+def _flatten(groups: Iterable[Iterable[str]]) -> Iterable[str]:
+    return (item for group in groups for item in group)
+
+
+def _without_empty(records: Records) -> Records:
+    """Leave out captions without a word, and images without a caption: nothing can be drawn or learnt from them."""
+    if all(len(caption) for group in records.captions for caption in group) and all(records.captions):
+        return records
+    for index, group in enumerate(records.captions):
+        kept = [number for number, caption in enumerate(group) if len(caption)]
+        records.captions[index] = [group[number] for number in kept]
+        if records.texts is not None:
+            records.texts[index] = [records.texts[index][number] for number in kept]
+    good = [index for index, group in enumerate(records.captions) if group]
+    if not good:
+        raise DataError(
+            f"{records.name}: not one caption of the split {records.split!r} holds a word of the vocabulary; "
+            f"the vocabulary belongs to another data set"
+        )
+    if len(good) < len(records):
+        bad = [records.keys[index] for index, group in enumerate(records.captions) if not group]
+        logger.warning(
+            "%s, %s: %d images left out, because their captions hold no known word (%s)",
+            *(records.name, records.split, len(bad), ", ".join(bad[:3])),
+        )
+    return records.select(good)
