@@ -17,7 +17,7 @@ from miscc.errors import ConfigError
 
 
 class Key(NamedTuple):
-    """One setting. `used_by`: all (GAN and encoders), gan, damsm, sampling, or system: only the systems that name it."""
+    """One setting. `used_by`: all, gan, damsm, sampling, or system: only the systems that name it."""
 
     default: Any
     type: type

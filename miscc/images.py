@@ -1,4 +1,4 @@
-"""Images: reading files as RGB, [-1, 1] <-> uint8, grids and caption strips. The only place where value ranges change."""
+"""Images: reading files as RGB, [-1, 1] <-> uint8, grids, captioned pictures. Only here do value ranges change."""
 
 import math
 import textwrap

@@ -1,4 +1,4 @@
-"""Adversarial and matching losses: tensors in, one scalar out. Weights and schedules live with the system that uses them."""
+"""Adversarial and matching losses: tensors in, scalars out. Weights and schedules live with the system using them."""
 
 import torch
 import torch.nn.functional as F

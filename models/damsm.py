@@ -1,4 +1,4 @@
-"""DAMSM's encoders (Xu et al., CVPR 2018, arXiv 1711.10485): captions and images into one space. The losses are in miscc."""
+"""DAMSM's encoders (Xu et al., CVPR 2018, arXiv 1711.10485): captions and images into one space."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Layers that at least two systems use: piecewise linear operations, the one-way discriminator of SSA-GAN and DF-GAN."""
+"""Layers that at least two systems use: piecewise linear operations, SSA-GAN's and DF-GAN's one-way discriminator."""
 
 import math
 from collections.abc import Sequence
@@ -13,18 +13,20 @@ class _LeakyReLU(torch.autograd.Function):
     """LeakyReLU whose double backward sends nothing to its input, where torch's own sends a tensor of zeros.
 
     The second derivative is zero wherever it exists, but torch carries the zeros through a whole convolution backward.
+    `set_materialize_grads(False)` keeps "no gradient" from being turned into zeros again on its way back.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, slope: float) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x)
         ctx.slope = slope
         return F.leaky_relu(x, slope)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor | None) -> tuple[Tensor | None, None]:
         (x,) = ctx.saved_tensors
-        return _LeakyReLUGradient.apply(grad, x, ctx.slope), None
+        return None if grad is None else _LeakyReLUGradient.apply(grad, x, ctx.slope), None
 
 
 class _LeakyReLUGradient(torch.autograd.Function):
@@ -32,14 +34,15 @@ class _LeakyReLUGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, grad: Tensor, x: Tensor, slope: float) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x)
         ctx.slope = slope
         return torch.ops.aten.leaky_relu_backward(grad, x, slope, False)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
         (x,) = ctx.saved_tensors
-        return _LeakyReLUGradient.apply(grad, x, ctx.slope), None, None
+        return None if grad is None else _LeakyReLUGradient.apply(grad, x, ctx.slope), None, None
 
 
 def leaky_relu(x: Tensor, slope: float = 0.2) -> Tensor:
@@ -52,11 +55,12 @@ class _HalvingMean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
         return F.avg_pool2d(x, 2)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return F.interpolate(grad, scale_factor=2, mode="nearest") * 0.25
+    def backward(ctx, grad: Tensor | None) -> Tensor | None:
+        return None if grad is None else F.interpolate(grad, scale_factor=2, mode="nearest") * 0.25
 
 
 def halve(x: Tensor) -> Tensor:

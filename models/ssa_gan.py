@@ -1,4 +1,4 @@
-"""SSA-GAN (Liao et al., CVPR 2022, arXiv 2104.00567): semantic-spatial aware blocks with predicted masks, and its objective.
+"""SSA-GAN (Liao et al., CVPR 2022, arXiv 2104.00567): semantic-spatial aware blocks, predicted masks, objective.
 
 Written from the paper and from what is known of the released code's behaviour; where the two differ the released
 code is the default, and the paper's form a setting.
@@ -136,7 +136,7 @@ class SSAGenerator(nn.Module):
 
 
 class SSAGAN:
-    """The objective: hinge with mismatched captions, MA-GP in an optimizer step of its own, DAMSM; optional fine-tuning.
+    """The objective: hinge with mismatched captions, MA-GP in a step of its own, DAMSM; optional fine-tuning.
 
     networks: generator, discriminator, text_encoder and, where the DAMSM loss has a weight, image_encoder. Other
     arguments: the settings named in OBJECTIVE_SETTINGS, see miscc/config.py.

@@ -1,4 +1,4 @@
-"""What passes between the networks and the trainer: text features, a generator's output, and the protocol of a system."""
+"""What passes between networks and trainer: text features, a generator's output, the protocol of a system."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,8 +25,8 @@ class TextFeatures(NamedTuple):
 
 @dataclass
 class GeneratorOutput:
-    """images: (N, 3, H, W) in [-1, 1], coarse to fine; masks: (N, 1, h, w) in [0, 1] and attention: (N, T, h, w), coarse
-    to fine, where the system has them; mu, logvar (N, C): of AttnGAN's conditioning augmentation."""
+    """images: (N, 3, H, W) in [-1, 1], coarse to fine; masks: (N, 1, h, w) in [0, 1]; attention: (N, T, h, w), coarse
+    to fine, where the system has any; mu, logvar (N, C): of AttnGAN's conditioning augmentation."""
 
     images: list[Tensor]
     masks: list[Tensor] = field(default_factory=list)

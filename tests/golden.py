@@ -1,4 +1,4 @@
-"""Reading of golden fixtures: deterministic weights and inputs by name, and how theirs were subsampled. No tests here."""
+"""Reading of golden fixtures: weights and inputs made from names, and how theirs were subsampled. No tests here."""
 
 import json
 import zlib
@@ -12,7 +12,7 @@ OWN = Path(__file__).parent / "fixtures"
 
 
 def fill_tensor(name, shape, salt):
-    """The value that the fixtures give a tensor: a function of its released name and shape (shared/golden/README.md)."""
+    """The value that the fixtures give a tensor: a function of its released name and shape."""
     if name.endswith("num_batches_tracked"):
         return np.zeros(shape, dtype=np.int64)
     noise_source = np.random.RandomState((zlib.crc32(name.encode()) + salt) % 2**32)
