@@ -1,0 +1,80 @@
+"""Data sets by name. What they share is in text_image.py, layout.py and captions.py."""
+
+import difflib
+import logging
+from pathlib import Path
+
+from datasets import birds, coco, flickr, folder
+from datasets.captions import METADATA_NAMES, Vocabulary
+from datasets.layout import has_layout, metadata_file, read_layout, read_metadata, splits_present
+from datasets.text_image import Records
+from miscc.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+# A data set is a module with
+#   locate(root, keys) -> (paths, boxes or None): where the images are that AttnGAN's metadata names by key
+#   build(root, options) -> {split: entries}: the common layout from the original downloads
+DATASETS = {
+    "birds": birds,
+    "coco": coco,
+    "flickr": flickr,
+    "folder": folder,
+    "toybirds": birds,  # drawn by datasets/toybirds.py, written in CUB's own layout
+}
+
+
+def check_name(name: str) -> None:
+    """Raises DataError, with the nearest name, when there is no such data set."""
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(DATASETS)}"
+        raise DataError(f"DATASET_NAME: no data set {name!r}; {hint} Images of your own are `folder`.")
+
+
+def load_records(
+    name: str, root: str | Path, split: str, vocabulary: Vocabulary | None = None
+) -> tuple[Records, Vocabulary]:
+    """One split ("train", "test", where there is one "val") of a data set, and the vocabulary of its captions.
+
+    AttnGAN's metadata comes first, with its vocabulary, so that released encoders fit; else our common layout. With
+    `vocabulary`, a checkpoint's for instance, captions are encoded with that one. Raises DataError when neither is
+    there, with the command that makes it.
+    """
+    check_name(name)
+    root = Path(root)
+    metadata, layout = metadata_file(root, split), has_layout(root, split)
+    if metadata and layout:
+        logger.warning(
+            "%s holds AttnGAN's %s and a vocabulary.json: the pickle and its vocabulary are used; "
+            "remove or rename it to use vocabulary.json",
+            *(root, metadata.name),
+        )
+    if metadata:
+        records = read_metadata(name, root, split, vocabulary, DATASETS[name].locate)
+    elif layout:
+        records = read_layout(name, root, split, vocabulary)
+    else:
+        raise DataError(_not_there(name, root, split))
+    _check_images(records)
+    return records, records.vocabulary
+
+
+def _not_there(name: str, root: Path, split: str) -> str:
+    present = splits_present(root)
+    if present:
+        return f"{root}: the data set {name} has no split {split!r}, only {', '.join(present)}"
+    state = "is not prepared" if root.is_dir() else "does not exist"
+    if any((root / pickle).is_file() for pickle in METADATA_NAMES):
+        state = f"holds AttnGAN's captions but not {split}/filenames.pickle, which belongs to them"
+    return f"{root}: {state}; run `python -m datasets.prepare {name} --root {root}`, or point DATA_DIR at the data set"
+
+
+def _check_images(records: Records) -> None:
+    """A moved or missing image folder shows here, before training starts; single files are named when they are read."""
+    some = [records.image_paths[position] for position in (0, len(records) // 2, -1)]
+    if not any(path.is_file() for path in some):
+        raise DataError(
+            f"{some[0]}: no such image; the data set {records.name} lists it in its split {records.split!r}: "
+            f"put the images there, or prepare the data set again"
+        )

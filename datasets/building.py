@@ -1,0 +1,64 @@
+"""What the data sets' `build` functions share: their options, and saying what is missing, all of it at once."""
+
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets.layout import Entry
+from miscc.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What the user may say about the originals; prepare.py documents each where it is an argument."""
+
+    name: str
+    allow_partial: bool = False
+    captions: Path | None = None
+    images: Path | None = None
+    image_column: str | None = None
+    caption_columns: tuple[str, ...] = ()
+    class_column: str | None = None
+    val_fraction: float = 0.0
+    test_fraction: float = 0.1
+    seed: int = 100
+
+    def complain(self, root: Path, missing: Sequence[str]) -> None:
+        """Raises DataError with the whole list; with --allow-partial, which the message offers, only a warning."""
+        if not missing:
+            return
+        text = missing_pieces(f"{root}: the data set is not complete", missing)
+        if not self.allow_partial:
+            raise DataError(f"{text}\n--allow-partial prepares what is there")
+        logger.warning("%s", text)
+
+    def check_counts(self, root: Path, splits: dict[str, list[Entry]], expected: dict[str, int]) -> None:
+        """Compare the sizes of the splits with the published ones; as `complain`."""
+        self.complain(
+            root,
+            [
+                f"{split}: {len(splits.get(split, [])):,} images instead of {count:,}"
+                for split, count in expected.items()
+                if len(splits.get(split, [])) != count
+            ],
+        )
+
+
+def first_present(root: Path, names: Sequence[str]) -> Path | None:
+    """The first of these files or folders below root that is there."""
+    return next((path for path in (root / name for name in names) if path.exists()), None)
+
+
+def missing_pieces(what: str, missing: Sequence[str]) -> str:
+    """A message with one line for each missing thing."""
+    return "\n".join([f"{what}; missing:", *(f"  - {line}" for line in missing)])
+
+
+def named(items: Collection[str], limit: int = 3) -> str:
+    """The first few of many by name: `a, b, c and 9 more`."""
+    items = list(items)
+    rest = f" and {len(items) - limit:,} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + rest
