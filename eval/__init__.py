@@ -1,0 +1,10 @@
+"""Scores of generated images, one a file: a function and a script. `METRICS` says which there are."""
+
+METRICS = {  # module of this package: what its number says
+    "IS": "Inception score: do the images look like one thing each, and like many things together",
+    "FID": "Fréchet distance of features: generated against real images as two clouds",
+    "KID": "kernel distance of features: as FID, fair for few images too",
+    "precision_recall": "share of generated images that could be real, and of real ones that could be generated",
+    "LPIPS": "perceptual distance: diversity for one caption, or generated against real image by image",
+    "R_precision": "how often an image's own caption is found among 99 others",
+}
