@@ -1,0 +1,84 @@
+"""What a toy bird can be: the attributes, the colours, the 200 classes and which of them are kept for testing.
+
+How a bird is drawn is in toybirds_drawing.py, what is said about it in toybirds_captions.py.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+# Colour names to RGB, far enough apart that a jittered, shaded shade is still nearest to its own name.
+PALETTE: dict[str, tuple[int, int, int]] = {
+    "red": (208, 28, 34),
+    "orange": (245, 130, 16),
+    "yellow": (250, 222, 50),
+    "green": (44, 158, 58),
+    "blue": (40, 92, 220),
+    "purple": (128, 44, 172),
+    "pink": (250, 150, 192),
+    "brown": (118, 70, 34),
+    "black": (30, 30, 34),
+    "grey": (138, 141, 148),
+    "white": (246, 246, 243),
+}
+COLORS = tuple(PALETTE)
+
+# Every attribute with all its values, in the order in which a classifier numbers them.
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "crown_color": COLORS,
+    "wing_color": COLORS,
+    "belly_color": COLORS,
+    "beak_color": ("red", "yellow", "black", "grey"),
+    "beak_length": ("short", "long"),
+    "size": ("small", "large"),
+    "wing_pattern": ("plain", "striped", "spotted"),
+    "background": ("sky", "leaves", "water", "sunset", "snow"),
+    "facing": ("left", "right"),
+}
+
+SPLITS = ("train", "test")
+NUM_CLASSES, NUM_TEST_CLASSES = 200, 50
+
+# The belly is this many places after the wing in COLORS. Each offset is eleven pairs in which every colour is
+# once a wing and once a belly; offset 0, birds of one colour, is left out.
+_OFFSETS = (3, 7, 5, 1, 9, 2, 8, 4, 10, 6)
+
+
+def _choose_classes() -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
+    """All classes and the test classes, as (wing, belly, size), both sorted.
+
+    Eleven colours give 110 pairs, so 200 classes are 100 pairs in two sizes. Splitting by pair, 25 of them for
+    testing, means that a test bird shows a pair of colours that training has not seen in any size.
+    """
+    count = len(COLORS)
+    pairs = [(COLORS[i], COLORS[(i + offset) % count]) for offset in _OFFSETS for i in range(count)]
+    classes = [(*pair, size) for pair in pairs[: NUM_CLASSES // 2] for size in ATTRIBUTES["size"]]
+    return sorted(classes), sorted(classes[:NUM_TEST_CLASSES])
+
+
+CLASSES, _TEST_CLASSES = _choose_classes()
+_CLASS_IDS = {description: number for number, description in enumerate(CLASSES, start=1)}
+CLASS_IDS: dict[str, tuple[int, ...]] = {
+    "train": tuple(_CLASS_IDS[c] for c in CLASSES if c not in _TEST_CLASSES),
+    "test": tuple(_CLASS_IDS[c] for c in _TEST_CLASSES),
+}
+
+
+def class_id(attributes: Mapping[str, str]) -> int:
+    """The class of a bird, 1 to 200 as CUB numbers them; KeyError for a pair of colours that is no class."""
+    return _CLASS_IDS[attributes["wing_color"], attributes["belly_color"], attributes["size"]]
+
+
+def class_name(number: int) -> str:
+    """The name of class 1 to 200 as CUB writes its folders, e.g. `017.Blue_wing_orange_belly_small`."""
+    wing, belly, size = CLASSES[number - 1]
+    return f"{number:03d}.{wing.capitalize()}_wing_{belly}_belly_{size}"
+
+
+def choose_attributes(split: str, index: int, rng: np.random.Generator) -> dict[str, str]:
+    """The attributes of bird `index`: its class goes round the split's classes, the rest is drawn from `rng`."""
+    numbers = CLASS_IDS[split]
+    # 47 shares no factor with 150 or 50: every class comes equally often, and neighbours differ.
+    wing, belly, size = CLASSES[numbers[index * 47 % len(numbers)] - 1]
+    attributes = {name: values[int(rng.random() * len(values))] for name, values in ATTRIBUTES.items()}
+    return attributes | {"wing_color": wing, "belly_color": belly, "size": size}
