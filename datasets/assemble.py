@@ -123,7 +123,8 @@ def assemble(
     if not captions:
         raise DataError(
             f"{root}: not one image with a caption: {len(index.paths):,} images in {index.folder}, {len(lost):,} names "
-            f"with captions that fit none of them; --images and --image-column say where they are and how they are named"
+            f"with captions that fit none of them; say where the images are and how they are named with --images and "
+            f"--image-column"
         )
     entries = _entries(sorted(captions), captions, classes, index)
     return _by_lists(entries, index, lists) if lists else _seeded(entries, options)

@@ -62,6 +62,9 @@ def write_layout(root: str | Path, splits: dict[str, Sequence[Entry]]) -> Vocabu
     earlier build that are no longer there are removed.
     """
     root = Path(root)
+    for split in ("train", "test"):
+        if not splits.get(split):
+            raise DataError(f"{root}: there would be no image in the split {split!r}")
     ordered = [split for split in ("train", "test", "val") if split in splits]
     vocabulary = Vocabulary.build(caption for split in ordered for entry in splits[split] for caption in entry.captions)
     for split in SPLITS:

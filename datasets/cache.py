@@ -1,0 +1,183 @@
+"""Decoded, cut out and resized images in one file that is mapped into memory, so that training need not decode them.
+
+What is stored is what text_image.load_resized returns, the whole rectangle; crops and flips are drawn afterwards.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import PIL
+from tqdm import tqdm
+
+from datasets.text_image import Records, load_resized
+from miscc.checkpoint import write_atomically
+from miscc.errors import DataError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows; there two processes may build the same cache twice, which costs only time
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+# A file is the pixels of all images, then for each of them (offset, height, width) as int64, then this footer:
+# fingerprint, number of images, bytes of pixels, magic. What is cut off has no footer, and so is not taken for a cache.
+_FOOTER = struct.Struct("<32sqq8s")
+_MAGIC = b"T2ICACH1"
+_BLOCK = 256  # images that are decoded ahead
+
+
+class ImageCache:
+    """The images of some records at one size, read-only. `open` builds the file when it is not there or outdated."""
+
+    def __init__(self, path: Path, image_paths: list[Path], image_size: int):
+        """Use `open`; this maps a file that is known to be whole."""
+        self.path = path
+        self.image_size = image_size
+        self._image_paths = image_paths
+        self._map()
+
+    @classmethod
+    def open(
+        cls, records: Records, image_size: int, folder: str | Path, skip_broken: bool = False, progress: bool = True
+    ) -> "ImageCache":
+        """The cache of these records in `folder`, built now if there is none, or if an image or box has changed.
+
+        image_size: the largest that training wants. Processes that ask at once wait for the first to build it.
+        Raises DataError when an image cannot be read (with skip_broken only once that image is asked for), or the
+        disk is full.
+        """
+        folder = Path(folder)
+        identity = hashlib.sha256("\n".join(map(str, records.image_paths)).encode()).hexdigest()[:10]
+        path = folder / f"{records.name}-{records.split}-{image_size}-{identity}.images"
+        fingerprint = _fingerprint(records, image_size)
+        if not _is_current(path, fingerprint):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with _locked(path):
+                    if not _is_current(path, fingerprint):  # nobody built it while we waited
+                        _build(path, records, image_size, fingerprint, skip_broken, progress)
+            except OSError as error:
+                raise DataError(f"{path}: the image cache cannot be written ({error}); train without --cache") from None
+        return cls(path, records.image_paths, image_size)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def read(self, index: int) -> np.ndarray:
+        """(h, w, 3) uint8, read-only: what load_resized gives for this image. Raises DataError if it was broken."""
+        offset, height, width = (int(value) for value in self._table[index])
+        if not height:
+            raise DataError(f"{self._image_paths[index]}: cannot be read as an image; replace or remove it")
+        return self._pixels[offset : offset + height * width * 3].reshape(height, width, 3)
+
+    def _map(self) -> None:
+        with self.path.open("rb") as file:
+            file.seek(-_FOOTER.size, os.SEEK_END)
+            _, count, num_bytes, _ = _FOOTER.unpack(file.read(_FOOTER.size))
+            file.seek(num_bytes)
+            self._table = np.frombuffer(file.read(count * 24), dtype="<i8").reshape(count, 3)
+            # From the open file, not from its name: another process may put a newer cache there at any moment.
+            mapped = (
+                np.memmap(file, dtype=np.uint8, mode="r", shape=(num_bytes,)) if num_bytes else np.zeros(0, np.uint8)
+            )
+        self._pixels = mapped.view(np.ndarray)  # memmap's own slicing is slow
+
+    def __getstate__(self) -> dict:
+        """A worker that is spawned maps the file again; pickling the map would copy every image."""
+        return {name: value for name, value in vars(self).items() if name not in ("_pixels", "_table")}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._map()
+
+
+def _fingerprint(records: Records, image_size: int) -> bytes:
+    """Changes with any file, box or the size; also with Pillow, whose decoders are not the same in each version."""
+    digest = hashlib.sha256(f"{PIL.__version__} {image_size}".encode())
+    for index, path in enumerate(records.image_paths):
+        try:
+            status = os.stat(path)
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        except OSError:
+            state = "missing"
+        box = "" if records.boxes is None else records.boxes[index].tolist()
+        digest.update(f"{path} {state} {box}\n".encode())
+    return digest.digest()
+
+
+def _is_current(path: Path, fingerprint: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - _FOOTER.size))
+            found, count, num_bytes, magic = _FOOTER.unpack(file.read())
+    except (OSError, struct.error):
+        return False
+    return magic == _MAGIC and found == fingerprint and end == num_bytes + count * 24 + _FOOTER.size
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of this cache, waiting for it if need be, and clear away what a killed process left."""
+    with open(path.with_suffix(".lock"), "w") as lock:
+        if fcntl is None:
+            yield
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process that builds %s", path)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in path.parent.glob(f".{path.name}.*.tmp"):
+            left.unlink(missing_ok=True)
+        yield
+
+
+def _build(
+    path: Path, records: Records, image_size: int, fingerprint: bytes, skip_broken: bool, progress: bool
+) -> None:
+    def load(index: int) -> np.ndarray:
+        box = None if records.boxes is None else records.boxes[index]
+        try:
+            return load_resized(records.image_paths[index], box, image_size)
+        except DataError:
+            if not skip_broken:
+                raise
+            return np.zeros((0, 0, 3), dtype=np.uint8)
+
+    def write(stream: IO[bytes]) -> None:
+        table = np.zeros((len(records), 3), dtype="<i8")
+        offset = 0
+        bar = tqdm(total=len(records), desc=f"cache {records.name} {records.split}", disable=None if progress else True)
+        with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for start in range(0, len(records), _BLOCK):
+                block = range(start, min(start + _BLOCK, len(records)))
+                for index, pixels in zip(block, pool.map(load, block), strict=True):
+                    table[index] = offset, *pixels.shape[:2]
+                    offset += stream.write(pixels.tobytes())
+                    bar.update()
+                if start == 0:
+                    _check_space(path.parent, offset // len(block) * (len(records) - len(block)))
+        stream.write(table.tobytes())
+        stream.write(_FOOTER.pack(fingerprint, len(records), offset, _MAGIC))
+
+    write_atomically(path, write)
+
+
+def _check_space(folder: Path, still_needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if still_needed > free:
+        raise DataError(
+            f"{folder}: the image cache needs about {still_needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free; "
+            f"point DATA_CACHE at a larger disk or train without --cache"
+        )
