@@ -89,14 +89,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def add_arguments(parser: argparse.ArgumentParser, network: bool = True) -> None:
+def add_arguments(parser: argparse.ArgumentParser, network: bool = True, weights: bool = True) -> None:
     """The options that all scores have; `network`: also those for the choice of a feature network."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     parser.add_argument("--batch-size", type=_positive, default=32, help="images at a time (default 32)")
     parser.add_argument("--workers", type=_positive, help="threads that decode images (default: one a core, up to 8)")
     parser.add_argument("--json", nargs="?", const="-", metavar="PATH", help="write JSON there; without PATH: print it")
     parser.add_argument("--skip-broken", action="store_true", help="leave out, and count, images that cannot be read")
-    parser.add_argument("--weights", metavar="PATH", help="weight file (default: torch hub's cache)")
+    if weights:
+        parser.add_argument("--weights", metavar="PATH", help="weight file (default: torch hub's cache)")
     if network:
         parser.add_argument("--network", default="inception-tf", choices=list(NETWORKS), help="default inception-tf")
         parser.add_argument(
