@@ -113,6 +113,40 @@ def caption_grid(
     return np.asarray(canvas)
 
 
+def attention_picture(
+    images: Sequence[np.ndarray], words: Sequence[Sequence[str]], attention: Sequence[np.ndarray], cell_size: int = 96
+) -> np.ndarray:
+    """Word by word, where a caption looks: a row for each image, first the image, then a heat map over it for each word.
+
+    images: (H, W, 3) uint8; words: of each caption; attention: of each caption (at least as many as words, h, w), >= 0,
+    shown relative to its largest value. Returns (.., .., 3) uint8.
+    """
+    font, gap, line = ImageFont.load_default(size=13), 4, 18
+    columns = 1 + max(len(row) for row in words)
+    canvas = Image.new(
+        "RGB", (columns * (cell_size + gap) + gap, len(images) * (cell_size + line + gap) + gap), "white"
+    )
+    draw = ImageDraw.Draw(canvas)
+    for row, (image, caption) in enumerate(zip(images, words, strict=True)):
+        top = gap + row * (cell_size + line + gap)
+        picture = Image.fromarray(image).resize((cell_size, cell_size), Image.Resampling.BICUBIC)
+        canvas.paste(picture, (gap, top + line))
+        for column, word in enumerate(caption, start=1):
+            left = gap + column * (cell_size + gap)
+            draw.text((left, top), word[:12], fill="black", font=font)
+            canvas.paste(_heat(picture, attention[row][column - 1]), (left, top + line))
+    return np.asarray(canvas)
+
+
+def _heat(picture: Image.Image, attention: np.ndarray) -> Image.Image:
+    """The picture, dark where attention is low and reddish where it is high."""
+    weights = Image.fromarray((attention / max(float(attention.max()), 1e-12)).astype(np.float32))
+    weights = np.asarray(weights.resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
+    pixels = np.asarray(picture, dtype=np.float32)
+    shown = pixels * (0.25 + 0.75 * weights) * (1 - 0.35 * weights) + 0.35 * weights * np.array([255.0, 40.0, 0.0])
+    return Image.fromarray(shown.round().clip(0, 255).astype(np.uint8))
+
+
 def save_image(pixels: np.ndarray, path: str | Path) -> None:
     """Write (H, W) or (H, W, 3) uint8 as PNG, whole or not at all; makes the folder."""
     write_atomically(path, lambda stream: Image.fromarray(pixels).save(stream, format="PNG"))

@@ -59,6 +59,7 @@ class InceptionEncoder(nn.Module):
     """
 
     image_size = 299
+    batch_statistics = False  # True: the trunk's batch norm follows the mode, as in the authors' fine-tuning
 
     def __init__(self, text_dim: int = 256):
         super().__init__()
@@ -70,6 +71,12 @@ class InceptionEncoder(nn.Module):
         self.code_head = nn.Linear(2048, text_dim)
         for head in (self.region_head, self.code_head):
             nn.init.uniform_(head.weight, -0.1, 0.1)
+
+    def train(self, mode: bool = True) -> "InceptionEncoder":
+        """Only the heads change mode: a frozen trunk keeps ImageNet's batch statistics (see batch_statistics)."""
+        super().train(mode)
+        self.trunk.train(mode and self.batch_statistics)
+        return self
 
     def head_parameters(self) -> list[nn.Parameter]:
         """What training changes; the trunk keeps its ImageNet weights."""

@@ -206,10 +206,10 @@ class SSAGAN:
         self.networks["generator"].train()
         self.networks["discriminator"].train()
         batch_statistics = self.finetune_encoders and self.finetune_mode == "train"
-        for name in ("text_encoder", "image_encoder"):
-            if name in self.networks:
-                self.networks[name].train(batch_statistics)
-                self.networks[name].requires_grad_(False)
+        for encoder in self._encoders():
+            encoder.batch_statistics = batch_statistics
+            encoder.train(batch_statistics)
+            encoder.requires_grad_(False)
         if self.finetune_encoders:
             self.networks["text_encoder"].requires_grad_(True)
             for parameter in self.networks["image_encoder"].head_parameters():

@@ -1,6 +1,7 @@
 """What passes between networks and trainer: text features, a generator's output, the protocol of a system."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -89,19 +90,30 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-class frozen:  # noqa: N801  a context manager reads like a verb
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
     """`with frozen(D):` its parameters take no gradient: G's step then skips D's weight gradients (bit-identical)."""
-
-    def __init__(self, *modules: nn.Module):
-        self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-
-    def __enter__(self) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *exception: object) -> None:
-        for parameter in self.parameters:
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """`with evaluating(G):` eval mode inside, the former mode afterwards."""
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
 
 
 def device_of(module: nn.Module) -> torch.device:

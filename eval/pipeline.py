@@ -1,0 +1,234 @@
+"""TextToImage: one checkpoint -> captions in, images and masks out. main.py, the scores and the web page all use it."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from datasets.captions import METADATA_NAMES, EncodedCaptions, Vocabulary, encode_batch
+from miscc.checkpoint import load_checkpoint, load_file
+from miscc.distributed import choose_device
+from miscc.errors import CheckpointError, DataError
+from miscc.images import to_uint8
+from miscc.randomness import noise_for
+from models import NETWORKS
+from models.released import load_generator, load_image_encoder, load_text_encoder
+from models.types import GeneratorOutput, TextFeatures, device_of, rebuild
+
+logger = logging.getLogger(__name__)
+
+
+class Encoders(NamedTuple):
+    """A text encoder with its vocabulary, and the image encoder that was trained with it, where there is one.
+
+    vocabulary is None for the authors' files, which do not carry one: it then comes from the data's captions.pickle.
+    """
+
+    text_encoder: nn.Module
+    image_encoder: nn.Module | None
+    vocabulary: Vocabulary | None
+    max_words: int
+
+    @property
+    def image_size(self) -> int:
+        """Images of this size lose nothing on their way into the image encoder."""
+        if self.image_encoder is None:
+            raise CheckpointError("there is no image encoder beside this text encoder")
+        return self.image_encoder.image_size
+
+
+def load_encoders(path: str | Path, device: str | torch.device = "cpu", max_words: int = 18) -> Encoders:
+    """DAMSM's encoders, frozen and in eval mode, from one of our checkpoints or the authors' text_encoder*.pth.
+
+    Beside the authors' file its image_encoder*.pth is looked for. max_words: for the authors' files, which do not say.
+    Raises CheckpointError when a file is missing, broken or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: no such encoders; train them with `python pretrain_DAMSM.py --cfg cfg/DAMSM/bird.yml` (or the file "
+            f"of your data set), or point TEXT.DAMSM_NAME at a released text_encoder200.pth"
+        )
+    content = load_file(path)
+    if isinstance(content, dict) and "networks" in content:
+        networks = _rebuild_all(load_checkpoint(path), ("text_encoder", "image_encoder"), path)
+        text_encoder, image_encoder = networks["text_encoder"], networks.get("image_encoder")
+        vocabulary, max_words = Vocabulary(content["vocabulary"]), text_encoder.max_words
+    else:
+        text_encoder, vocabulary = load_text_encoder(content), None
+        text_encoder.max_words = text_encoder.arguments["max_words"] = max_words
+        beside = path.with_name(path.name.replace("text_encoder", "image_encoder"))
+        found = beside != path and beside.is_file()
+        image_encoder = load_image_encoder(load_file(beside)) if found else None
+    for encoder in (text_encoder, image_encoder):
+        if encoder is not None:
+            encoder.to(device).eval().requires_grad_(False)
+    return Encoders(text_encoder, image_encoder, vocabulary, max_words)
+
+
+class Generated(NamedTuple):
+    """images: (N, H, W, 3) uint8; masks: of each stage (N, h, w) float32 in [0, 1], coarse to fine, empty where the
+    system predicts none."""
+
+    images: np.ndarray
+    masks: list[np.ndarray]
+
+
+class TextToImage:
+    """A generator with all that it needs to draw: text encoder and vocabulary.
+
+    The same seed gives the same images, whatever the batch size and whatever was drawn before.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        text_encoder: nn.Module,
+        vocabulary: Vocabulary,
+        origin: dict[str, Any] | None = None,
+    ):
+        """Networks in eval mode. origin: where the weights come from (file, step, epoch, config), for reports."""
+        known = text_encoder.embedding.num_embeddings
+        if known != len(vocabulary):
+            raise CheckpointError(
+                f"the text encoder knows {known} words, the vocabulary has {len(vocabulary)}: they do not belong "
+                f"together; use the captions.pickle or vocabulary.json that the encoder was trained with"
+            )
+        self.generator = generator
+        self.text_encoder = text_encoder
+        self.vocabulary = vocabulary
+        self.origin = origin or {}
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device | None = None, averaged: bool = True) -> "TextToImage":
+        """From one of our checkpoints. device None: a GPU if there is one. averaged False: G itself, not its average.
+
+        Raises CheckpointError for a file that is missing, broken, of another kind or without a generator.
+        """
+        device = choose_device() if device is None else torch.device(device)
+        checkpoint = load_checkpoint(path)
+        wanted = "generator_ema" if averaged and "generator_ema" in checkpoint["networks"] else "generator"
+        networks = _rebuild_all(checkpoint, (wanted, "text_encoder"), path)
+        if wanted not in networks:
+            raise CheckpointError(
+                f"{path}: holds no generator but {', '.join(checkpoint['networks'])}; train one first"
+            )
+        origin = {
+            "checkpoint": str(path),
+            "averaged": wanted == "generator_ema",
+            "step": checkpoint.get("step"),
+            "epoch": checkpoint.get("epoch"),
+            "config": checkpoint.get("config", {}),
+        }
+        vocabulary = Vocabulary(checkpoint["vocabulary"])
+        return cls(networks[wanted].to(device), networks["text_encoder"].to(device), vocabulary, origin)
+
+    @classmethod
+    def from_released(
+        cls,
+        generator_path: str | Path,
+        text_encoder_path: str | Path,
+        data_dir: str | Path,
+        device: str | torch.device | None = None,
+        max_words: int = 18,
+    ) -> "TextToImage":
+        """From the authors' loose files: netG*.pth, text_encoder*.pth and the captions.pickle in data_dir.
+
+        Also takes one of our encoder checkpoints instead of text_encoder*.pth; data_dir then is not read.
+        """
+        device = choose_device() if device is None else torch.device(device)
+        encoders = load_encoders(text_encoder_path, device, max_words)
+        vocabulary = encoders.vocabulary or released_vocabulary(data_dir)
+        generator = load_generator(load_file(generator_path)).to(device)
+        return cls(generator, encoders.text_encoder, vocabulary, {"checkpoint": str(generator_path), "averaged": False})
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.generator)
+
+    @property
+    def image_size(self) -> int:
+        return self.generator.image_size
+
+    def tokens(self, captions: Sequence[str]) -> EncodedCaptions:
+        """Captions as indices; names unknown words in a warning. Raises DataError where no word is left."""
+        encoded = encode_batch(captions, self.vocabulary, self.text_encoder.max_words)
+        unknown = sorted({word for words in encoded.unknown for word in words})
+        if unknown:
+            logger.warning("words that the model does not know are left out: %s", ", ".join(unknown))
+        return encoded
+
+    @torch.inference_mode()
+    def encode(self, captions: Sequence[str]) -> TextFeatures:
+        """Captions -> text features on the generator's device. Raises DataError as `tokens`."""
+        encoded = self.tokens(captions)
+        return self.text_encoder(encoded.tokens.to(self.device), encoded.lengths.to(self.device))
+
+    @torch.inference_mode()
+    def synthesize(self, text: TextFeatures, noise: Tensor) -> GeneratorOutput:
+        """Text features and noise (N, z_dim) -> images in [-1, 1], masks, attention."""
+        return self.generator(noise.to(self.device), text)
+
+    def noise(self, seed: int, indices: Iterable[int], truncation: float | None = None) -> Tensor:
+        """Noise (N, z_dim); a row depends on (seed, its index) alone. truncation: see miscc.randomness.noise_for."""
+        return noise_for(seed, 0, indices, self.generator.z_dim, truncation)
+
+    def generate(
+        self,
+        captions: Sequence[str],
+        seed: int = 0,
+        truncation: float | None = None,
+        batch_size: int = 32,
+        indices: Sequence[int] | None = None,
+    ) -> Generated:
+        """Draw one image for each caption.
+
+        seed: the i-th image's noise is a function of (seed, i), or of (seed, indices[i]), so that a long list can be drawn
+        in parts; truncation: cut the noise at ±2 and scale it by this. Raises DataError for an empty list, and for a
+        caption of which no word is known.
+        """
+        if isinstance(captions, str):
+            captions = [captions]
+        if not captions:
+            raise DataError("there is no caption to draw")
+        indices = range(len(captions)) if indices is None else indices
+        encoded = self.tokens(captions)
+        images, masks = [], []
+        for start in range(0, len(captions), batch_size):
+            rows = slice(start, start + batch_size)
+            with torch.inference_mode():
+                text = self.text_encoder(encoded.tokens[rows].to(self.device), encoded.lengths[rows].to(self.device))
+                output = self.synthesize(text, self.noise(seed, indices[rows], truncation))
+            images.append(to_uint8(output.images[-1]))
+            masks.append([mask[:, 0].float().cpu().numpy() for mask in output.masks])
+        return Generated(np.concatenate(images), [np.concatenate(stage) for stage in zip(*masks, strict=True)])
+
+
+def released_vocabulary(data_dir: str | Path) -> Vocabulary:
+    """The vocabulary of AttnGAN's captions.pickle in a data folder. Raises DataError when there is none."""
+    for name in METADATA_NAMES:
+        if (Path(data_dir) / name).is_file():
+            return Vocabulary.from_pickle(Path(data_dir) / name)
+    raise DataError(
+        f"{data_dir}: holds no captions.pickle; the authors' encoders need the vocabulary in it (a rebuilt one numbers "
+        f"the words otherwise): set DATA_DIR to the folder of AttnGAN's metadata"
+    )
+
+
+def _rebuild_all(checkpoint: dict, names: tuple[str, ...], path: str | Path) -> dict[str, nn.Module]:
+    """The networks of these names that the checkpoint holds."""
+    networks = {}
+    for name in names:
+        if name not in checkpoint["networks"]:
+            continue
+        try:
+            network = rebuild(checkpoint["networks"][name], NETWORKS[name])
+            networks[name] = network.eval().requires_grad_(False)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{path}: its {name} does not fit this version of the project: {reason}") from None
+    return networks

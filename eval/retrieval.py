@@ -1,0 +1,34 @@
+"""Retrieval of images by captions and captions by images: R@k over a set of pairs. Generated images are R_precision's."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def retrieval_at(code: Tensor, sentence: Tensor, ks: Iterable[int] = (1, 5)) -> dict[str, float]:
+    """R@k by cosine: code (N, D) of images, sentence (N, D) of their captions, row i belonging together.
+
+    Returns {"image_to_text_r1": ..., "text_to_image_r1": ..., "chance_r1": k/N, ...}, shares from 0 to 1. A pair counts as
+    found when fewer than k others are strictly more alike, and ties count half, so that equal codes give chance.
+    """
+    similarity = F.normalize(code.double(), dim=1) @ F.normalize(sentence.double(), dim=1).T
+    scores = {}
+    for name, rows in (("image_to_text", similarity), ("text_to_image", similarity.T)):
+        own = rows.diagonal()[:, None]
+        better = (rows > own).sum(dim=1)
+        rank = better + ((rows == own).sum(dim=1) - 1) / 2
+        scores |= {f"{name}_r{k}": (rank < k).double().mean().item() for k in ks}
+    return scores | {f"chance_r{k}": min(1.0, k / len(similarity)) for k in ks}
+
+
+def gather_codes(image_encoder, text_encoder, batches: Iterable, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Codes (N, D) and sentences (N, D) of all pairs in the batches, on the CPU."""
+    codes, sentences = [], []
+    with torch.inference_mode():
+        for batch in batches:
+            batch = batch.to(device)
+            codes.append(image_encoder(batch.images)[1].float().cpu())
+            sentences.append(text_encoder(batch.captions, batch.lengths).sentence.float().cpu())
+    return torch.cat(codes), torch.cat(sentences)

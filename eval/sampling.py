@@ -1,0 +1,242 @@
+"""Sample folders: images for the captions of a split or of the user, written with names that say what they are.
+
+Drawing itself is eval/pipeline.py's; scores read the folders that are written here.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from datasets.text_image import Records, load_resized
+from eval.pipeline import Generated, TextToImage
+from miscc.checkpoint import write_atomically, write_json, write_text
+from miscc.errors import DataError
+from miscc.images import caption_grid, grid, save_image, to_uint8
+from miscc.randomness import stream
+from models.types import TextFeatures
+
+logger = logging.getLogger(__name__)
+
+CAPTIONS, ABOUT, PICTURE = "captions.jsonl", "samples.json", "samples.png"
+MOST_PICTURED = 24  # captions in samples.png
+
+
+class Request(NamedTuple):
+    """One image to draw: the caption and where it comes from. index numbers the requests; noise depends on it."""
+
+    index: int
+    caption: str
+    key: str
+    caption_number: int
+    sample: int
+
+
+def split_requests(
+    records: Records,
+    captions_per_image: int = 1,
+    per_caption: int = 1,
+    num_images: int | None = None,
+    seed: int = 0,
+) -> list[Request]:
+    """What to draw for a split: `per_caption` images for each of the first `captions_per_image` captions of every image.
+
+    captions_per_image 0: all of them. With num_images, so many captions instead, drawn from all captions of the split as a
+    function of the seed; when there are fewer, they come again with other noise.
+    """
+    if num_images is None:
+        numbers = [range(len(captions))[: captions_per_image or None] for captions in records.captions]
+        pairs = [(index, n) for index in range(len(records)) for n in numbers[index] for _ in range(per_caption)]
+    else:
+        everything = [(i, c) for i, captions in enumerate(records.captions) for c in range(len(captions))]
+        rounds = -(-num_images // len(everything))
+        orders = [stream(seed, "sampled captions", number).permutation(len(everything)) for number in range(rounds)]
+        pairs = [everything[place] for place in np.concatenate(orders)[:num_images]]
+    counts: dict[tuple[int, int], int] = {}
+    requests = []
+    for number, (index, caption) in enumerate(pairs):
+        sample = counts[index, caption] = counts.get((index, caption), -1) + 1
+        requests.append(Request(number, records.text(index, caption), records.keys[index], caption, sample))
+    return requests
+
+
+def caption_requests(captions: Sequence[str], per_caption: int = 1) -> list[Request]:
+    """What to draw for a user's own captions."""
+    pairs = [(number, sample) for number in range(len(captions)) for sample in range(per_caption)]
+    return [
+        Request(index, captions[number], f"caption{number:03d}", 0, sample)
+        for index, (number, sample) in enumerate(pairs)
+    ]
+
+
+def read_captions(path: str | Path) -> list[str]:
+    """A text file with one caption a line; empty lines are passed over. Raises DataError."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file of captions") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    captions = [line.strip() for line in lines if line.strip()]
+    if not captions:
+        raise DataError(f"{path}: holds no caption; write one a line")
+    return captions
+
+
+def prepare_folder(folder: str | Path, overwrite: bool) -> Path:
+    """The folder to write to. Raises DataError when samples are there and may not be overwritten."""
+    folder = Path(folder)
+    if (folder / CAPTIONS).exists() or (folder / ABOUT).exists():
+        if not overwrite:
+            raise DataError(f"{folder}: holds samples already; give --overwrite, or another folder with --out")
+        for name in sampled_files(folder):  # only what an earlier sampling wrote
+            (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def sampled_files(folder: Path) -> Iterator[str]:
+    """The images that a folder's captions.jsonl lists."""
+    if not (folder / CAPTIONS).is_file():
+        return
+    for line in (folder / CAPTIONS).read_text(encoding="utf-8").splitlines():
+        name = json.loads(line).get("file", "")
+        if name and not Path(name).is_absolute() and ".." not in Path(name).parts:
+            yield name
+
+
+def file_stem(request: Request) -> str:
+    """Where a request's image goes, without suffix: image key, caption number and sample number."""
+    key = "/".join(re.sub(r"[^\w.\-]+", "_", part) for part in request.key.split("/") if part not in ("", ".", ".."))
+    return f"{key}_c{request.caption_number}_s{request.sample}"
+
+
+def sample(
+    pipeline: TextToImage,
+    requests: Sequence[Request],
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    truncation: float | None = None,
+    batch_size: int = 32,
+    with_masks: bool = False,
+    real: Records | None = None,
+    overwrite: bool = False,
+    about: dict[str, Any] | None = None,
+) -> Path:
+    """Draw all requests into a folder: PNG files, captions.jsonl, samples.json, and one picture of the first.
+
+    with_masks: masks of every stage under masks/; real: the split whose real images are written under real/, cropped and
+    scaled as in training. Returns the picture's path. Raises DataError for captions without a known word, and when
+    samples are there and overwrite is False.
+    """
+    folder = prepare_folder(folder, overwrite)
+    lines, futures, pictured, first = [], [], [], None
+    with ThreadPoolExecutor(max_workers=4) as writers, tqdm(total=len(requests), desc="sampling", unit="image") as bar:
+        for start in range(0, len(requests), batch_size):
+            batch = requests[start : start + batch_size]
+            drawn = pipeline.generate(
+                [r.caption for r in batch], seed, truncation, batch_size, indices=[r.index for r in batch]
+            )
+            for row, request in enumerate(batch):
+                stem = file_stem(request)
+                futures.append(writers.submit(_write_png, drawn.images[row], folder / f"{stem}.png"))
+                if with_masks:
+                    futures += _write_masks(writers, drawn, row, folder / "masks" / stem)
+                lines.append(_describe(request, f"{stem}.png", seed))
+            first = drawn if first is None else first
+            if len(pictured) < MOST_PICTURED and start == 0:
+                pictured = [request.caption for request in batch[:MOST_PICTURED]]
+            while len(futures) > 4 * batch_size:
+                futures.pop(0).result()
+            bar.update(len(batch))
+        for future in futures:
+            future.result()
+    if real is not None:
+        _write_real(real, requests, folder / "real", pipeline.image_size)
+    write_text(folder / CAPTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    settings = {"seed": seed, "truncation": truncation, "num_images": len(requests), "image_size": pipeline.image_size}
+    origin = {name: value for name, value in pipeline.origin.items() if name != "config"}
+    write_json(folder / ABOUT, settings | origin | (about or {}))
+    save_image(generated_picture(pictured, first), folder / PICTURE)
+    return folder / PICTURE
+
+
+def generated_picture(captions: Sequence[str], drawn: Generated) -> np.ndarray:
+    """Captions with their images and, where there are any, the masks of the last stage: (.., .., 3) uint8."""
+    cells = []
+    for row in range(len(captions)):
+        mask = [np.round(drawn.masks[-1][row] * 255).astype(np.uint8)] if drawn.masks else []
+        cells.append([drawn.images[row], *mask])
+    return caption_grid(captions, cells, headings=("image", "mask")[: len(cells[0])])
+
+
+@torch.inference_mode()
+def interpolate(
+    pipeline: TextToImage, first: str, second: str, steps: int = 8, seed: int = 0, truncation: float | None = None
+) -> np.ndarray:
+    """A strip (H, steps·W, 3) uint8 from one caption to another under the same noise: text features mixed linearly.
+
+    With the same caption twice: from one noise to another, along the arc between them.
+    """
+    text = pipeline.encode([first, second])
+    weights = torch.linspace(0, 1, steps, device=pipeline.device)
+    noise = pipeline.noise(seed, [0, 1], truncation).to(pipeline.device)
+    if first == second:
+        mixed_noise, text = _along_arc(noise[0], noise[1], weights), text.select([0] * steps)
+    else:
+        mixed_noise, text = noise[:1].expand(steps, -1), _mix(text, weights)
+    images = to_uint8(pipeline.synthesize(text, mixed_noise).images[-1])
+    return grid([list(images)])
+
+
+def _mix(text: TextFeatures, weights: torch.Tensor) -> TextFeatures:
+    sentence = torch.lerp(text.sentence[:1], text.sentence[1:], weights[:, None])
+    words = torch.lerp(text.words[:1], text.words[1:], weights[:, None, None])
+    return TextFeatures(sentence, words, (text.mask[0] & text.mask[1]).expand(len(weights), -1))
+
+
+def _along_arc(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Spherical interpolation: a mean of two normal noises would be too short to look like one."""
+    angle = torch.acos((a @ b / (a.norm() * b.norm())).clamp(-1, 1))
+    parts = torch.sin(torch.stack([(1 - weights) * angle, weights * angle], dim=1)) / torch.sin(angle)
+    return parts @ torch.stack([a, b])
+
+
+def _describe(request: Request, name: str, seed: int) -> dict[str, Any]:
+    return {
+        "file": name, "key": request.key, "caption_number": request.caption_number, "sample": request.sample,
+        "caption": request.caption, "seed": seed, "index": request.index,
+    }  # fmt: skip
+
+
+def _write_png(pixels: np.ndarray, path: Path) -> None:
+    write_atomically(path, lambda stream: Image.fromarray(pixels).save(stream, format="PNG"), flush=False)
+
+
+def _write_masks(writers: ThreadPoolExecutor, drawn: Generated, row: int, stem: Path) -> list[Future]:
+    futures = []
+    for stage in drawn.masks:
+        mask = np.round(stage[row] * 255).astype(np.uint8)
+        futures.append(writers.submit(_write_png, mask, stem.with_name(f"{stem.name}_{mask.shape[0]}px.png")))
+    return futures
+
+
+def _write_real(records: Records, requests: Sequence[Request], folder: Path, image_size: int) -> None:
+    """The real images of the sampled keys, the middle of the crop that training takes from."""
+    places = {key: index for index, key in enumerate(records.keys)}
+    keys = list(dict.fromkeys(request.key for request in requests if request.key in places))
+    for key in tqdm(keys, desc="real images", unit="image"):
+        box = None if records.boxes is None else records.boxes[places[key]]
+        pixels = load_resized(records.image_paths[places[key]], box, image_size)
+        top, left = (pixels.shape[0] - image_size) // 2, (pixels.shape[1] - image_size) // 2
+        stem = file_stem(Request(0, "", key, 0, 0)).removesuffix("_c0_s0")
+        _write_png(pixels[top : top + image_size, left : left + image_size], folder / f"{stem}.png")

@@ -1,0 +1,158 @@
+"""Train a text-to-image GAN or draw with it, as a YAML file says. Arguments and objects only; no maths here.
+
+python main.py --cfg cfg/bird.yml --gpu 0                       train
+python main.py --cfg cfg/bird.yml --resume                      go on where it stopped
+python main.py --cfg cfg/bird.yml --set B_VALIDATION True       images for the test captions
+python main.py --cfg cfg/bird.yml --caption "a small red bird with black wings"
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from miscc.command_line import parser_with_settings, settings_from
+from miscc.errors import ConfigError, UserError, run_command
+
+logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+logger = logging.getLogger("main")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = parser_with_settings(__doc__.splitlines()[0], "cfg/bird.yml")
+    parser.add_argument("--dry-run", action="store_true", help="say what a training would be, and what is missing")
+    draw = parser.add_argument_group("drawing (with --caption, --captions, --interpolate, or B_VALIDATION: True)")
+    draw.add_argument("--caption", action="append", metavar="TEXT", help="draw this caption; may be repeated")
+    draw.add_argument("--captions", metavar="FILE", help="draw each line of a text file")
+    draw.add_argument("--interpolate", nargs=2, metavar="TEXT", help="a strip from one caption to the other; the same "
+                      "caption twice: from one noise to another")  # fmt: skip
+    draw.add_argument(
+        "--checkpoint", metavar="FILE", help="draw with this one (default: NET_G, or the newest run's last)"
+    )
+    draw.add_argument("--out", metavar="DIR", help="folder for the images (default: beside the checkpoint)")
+    draw.add_argument("--overwrite", action="store_true", help="replace samples that are in the folder")
+    draw.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise")
+    draw.add_argument("--truncation", type=float, metavar="T", help="cut the noise at +-2 and scale it by T, e.g. 0.8")
+    draw.add_argument("--split", default="test", help="whose captions B_VALIDATION draws")
+    draw.add_argument("--per-caption", type=_positive, default=1, metavar="N", help="images for each caption")
+    draw.add_argument("--captions-per-image", type=int, default=1, metavar="N", help="captions of each image; 0: all")
+    draw.add_argument("--num-images", type=_positive, metavar="N", help="so many captions instead, drawn from all")
+    draw.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images drawn at once")
+    draw.add_argument("--masks", action="store_true", help="write the masks of every stage, too")
+    draw.add_argument("--real", action="store_true", help="write the real images of the captions, too")
+    draw.add_argument("--no-average", action="store_true", help="draw with G itself, not with its average")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    from miscc.config import load_config, without_effect  # torch comes with the rest: --help should not wait for it
+    from models import SYSTEMS
+    from training.build import system_keys
+
+    cfg = load_config(options.cfg, settings_from(options), command="gan", systems=SYSTEMS)
+    for key in without_effect(options.cfg, "gan", system_keys(cfg.GAN.NAME)):
+        logger.warning("%s: %s has no effect for %s", options.cfg, key, cfg.GAN.NAME)
+    if options.dry_run:
+        from training.dry_run import describe
+
+        print(describe(cfg))
+        return 0
+    if options.caption or options.captions or options.interpolate or cfg.B_VALIDATION or not cfg.TRAIN.FLAG:
+        return draw(cfg, options)
+    from miscc import distributed
+    from training.trainer import train
+
+    world = distributed.start(cfg.GPU_ID, cfg.CUDA)
+    return train(cfg, world, resume=cfg.RESTORE, go_on=options.go_on)
+
+
+def draw(cfg: Mapping, options: argparse.Namespace) -> int:
+    """Images for a split's captions or for the user's own; the path of the picture is the last line printed."""
+    from eval.sampling import caption_requests, interpolate, read_captions, sample, split_requests
+    from miscc.distributed import choose_device
+    from miscc.images import save_image
+    from training.build import read_records
+
+    device = choose_device(cfg.GPU_ID, cfg.CUDA)
+    pipeline, folder = find_pipeline(cfg, options, device)
+    truncation = options.truncation if options.truncation is not None else cfg.GAN.TRUNCATION
+    if options.interpolate:
+        strip = interpolate(pipeline, *options.interpolate, seed=options.seed, truncation=truncation)
+        path = free_path(Path(options.out or folder) / f"interpolation-seed{options.seed}.png", options.overwrite)
+        save_image(strip, path)
+        print(path)
+        return 0
+    records = None
+    captions = [*(options.caption or []), *(read_captions(options.captions) if options.captions else [])]
+    if captions:
+        requests = caption_requests(captions, options.per_caption)
+        folder = Path(options.out) if options.out else free_path(folder / "captions", overwrite=options.overwrite)
+    else:
+        records = read_records(cfg, options.split, pipeline.vocabulary)
+        requests = split_requests(
+            records, options.captions_per_image, options.per_caption, options.num_images, options.seed
+        )
+        folder = Path(options.out) if options.out else folder / f"{options.split}-seed{options.seed}"
+    picture = sample(
+        pipeline,
+        requests,
+        folder,
+        seed=options.seed,
+        truncation=truncation,
+        batch_size=options.batch_size,
+        with_masks=options.masks,
+        real=records if options.real else None,
+        overwrite=options.overwrite,
+        about={"dataset": cfg.DATASET_NAME, "split": options.split if records is not None else None},
+    )
+    print(f"{len(requests)} images in {folder}")
+    print(picture)
+    return 0
+
+
+def find_pipeline(cfg: Mapping, options: argparse.Namespace, device) -> tuple:
+    """The drawing pipeline that the options and settings mean, and the folder that its samples go to."""
+    from eval.pipeline import TextToImage
+    from miscc.checkpoint import load_file
+    from training.run_dir import RunDir
+
+    path = options.checkpoint or cfg.TRAIN.NET_G
+    if not path:
+        name = f"{cfg.CONFIG_NAME}-{cfg.GAN.NAME}"
+        try:
+            path = RunDir.newest(cfg.OUTPUT_DIR, name).last
+        except UserError:
+            raise ConfigError(
+                f"nothing to draw with: no run of {name!r} in {cfg.OUTPUT_DIR}; train one, or name a weight file with "
+                f"--checkpoint or TRAIN.NET_G"
+            ) from None
+    path = Path(path)
+    content = load_file(path)
+    if isinstance(content, dict) and "networks" in content:
+        pipeline = TextToImage.load(path, device, averaged=not options.no_average)
+        run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+        return pipeline, run / "samples" / f"{path.stem}-step{pipeline.origin['step']}"
+    pipeline = TextToImage.from_released(path, cfg.TEXT.DAMSM_NAME, cfg.DATA_DIR, device, cfg.TEXT.WORDS_NUM)
+    return pipeline, Path(cfg.OUTPUT_DIR) / "samples" / path.stem
+
+
+def free_path(path: Path, overwrite: bool) -> Path:
+    """The path, or path-2, path-3 ... if it is taken and may not be overwritten."""
+    number, free = 1, path
+    while free.exists() and not overwrite:
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

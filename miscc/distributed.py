@@ -1,0 +1,122 @@
+"""Devices, processes and their gradients: the only place that asks which GPU."""
+
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from miscc.errors import ConfigError
+
+
+class World(NamedTuple):
+    """The processes that train together: this one's number, how many there are, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def choose_device(gpu: int | None = None, cuda: bool = True) -> torch.device:
+    """The device that a user means by `--gpu N`: -1 the CPU, None a GPU if there is one. Raises ConfigError."""
+    if not cuda or gpu == -1:
+        return torch.device("cpu")
+    if gpu is None:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not 0 <= gpu < count:
+        there = f"GPUs here: 0 to {count - 1}" if count else "no CUDA GPU is usable here"
+        raise ConfigError(f"--gpu {gpu}: {there}; use --gpu -1 for the CPU")
+    return torch.device("cuda", gpu)
+
+
+def start(gpu: int | None = None, cuda: bool = True) -> World:
+    """Join the processes that torchrun started (one a GPU, or on CPUs with `--gpu -1`); alone otherwise."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        device = choose_device(gpu, cuda)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            _allow_tf32()
+        return World(0, 1, device)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    on_gpu = cuda and gpu != -1 and torch.cuda.is_available()
+    device = choose_device(local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+        _allow_tf32()
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    return World(dist.get_rank(), size, device)
+
+
+def stop() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Replace every gradient by its mean over the processes. Parameters without a gradient are left alone.
+
+    Done by hand after backward, in one message a kind of number: DistributedDataParallel hooks into backward itself
+    and cannot follow a gradient penalty's double backward, nor the generator's graph that outlives D's step.
+    """
+    if world.size == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for dtype in {gradient.dtype for gradient in gradients}:
+        same = [gradient for gradient in gradients if gradient.dtype == dtype]
+        flat = torch.cat([gradient.flatten() for gradient in same])
+        dist.all_reduce(flat)
+        flat /= world.size
+        for gradient, mean in zip(same, flat.split([gradient.numel() for gradient in same]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def average(values: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """The mean of each number over the processes, for the log."""
+    if world.size == 1 or not values:
+        return values
+    names = sorted(values)
+    stacked = torch.stack([torch.as_tensor(values[name], device=world.device).float() for name in names])
+    dist.all_reduce(stacked)
+    return dict(zip(names, stacked / world.size, strict=True))
+
+
+def any_process(flag: bool, world: World) -> bool:
+    """Whether the flag is set in at least one process."""
+    if world.size == 1:
+        return flag
+    value = torch.tensor(float(flag), device=world.device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def wait_for_all(world: World) -> None:
+    """Go on when every process has come here."""
+    if world.size > 1:
+        dist.barrier()
+
+
+def synchronise(module: nn.Module, world: World) -> nn.Module:
+    """Give all processes rank 0's weights and, on GPUs, batch norm over all of them (CPUs have none in torch)."""
+    if world.size == 1:
+        return module
+    if world.device.type == "cuda":
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for tensor in [*module.parameters(), *module.buffers()]:
+        dist.broadcast(tensor.data, src=0)
+    return module
+
+
+def _allow_tf32() -> None:
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True

@@ -1,0 +1,44 @@
+"""Train DAMSM's text and image encoders, as a YAML file says. Arguments and objects only; no maths here.
+
+    python pretrain_DAMSM.py --cfg cfg/DAMSM/bird.yml --gpu 0
+    python pretrain_DAMSM.py --cfg cfg/DAMSM/bird.yml --resume
+
+The encoders go to DAMSMencoders/<DATASET_NAME>/best.pth, where main.py looks for them.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from miscc.command_line import parser_with_settings, settings_from
+from miscc.errors import run_command
+
+logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+logger = logging.getLogger("pretrain_DAMSM")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = parser_with_settings(__doc__.splitlines()[0], "cfg/DAMSM/bird.yml")
+    parser.add_argument("--overwrite", action="store_true", help="start anew, replacing encoders that are there")
+    parser.add_argument("--out", metavar="DIR", help="folder of the encoders (default: DAMSMencoders/<DATASET_NAME>)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    from miscc.config import load_config, without_effect  # torch comes with the rest: --help should not wait for it
+    from miscc.distributed import choose_device
+    from training.damsm import pretrain
+
+    cfg = load_config(options.cfg, settings_from(options), command="damsm")
+    for key in without_effect(options.cfg, "damsm", ()):
+        logger.warning("%s: %s has no effect for the encoders", options.cfg, key)
+    device = choose_device(cfg.GPU_ID, cfg.CUDA)
+    folder = Path(options.out or Path("DAMSMencoders") / cfg.DATASET_NAME)
+    resume = cfg.RESTORE or (options.go_on and (folder / "last.pth").is_file())
+    return pretrain(cfg, device, folder, resume=resume, overwrite=options.overwrite)
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

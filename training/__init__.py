@@ -1,0 +1,1 @@
+"""The training loops and what they need: run directories, progress, the averaged generator."""

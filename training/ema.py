@@ -1,0 +1,29 @@
+"""The averaged generator: an exponential moving average of G's weights, used for samples. No training happens here."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """Keeps `module`, a copy of the generator whose weights follow it slowly; batch norm's statistics are copied.
+
+    decay: how much of the old average an update keeps, from 0 to below 1. Early on it is lower, (1 + n) / (10 + n) after
+    n updates, so that the random start is forgotten also in short runs.
+    """
+
+    def __init__(self, generator: nn.Module, decay: float):
+        self.decay = decay
+        self.num_updates = 0
+        self.module = copy.deepcopy(generator).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, generator: nn.Module) -> None:
+        """Move the average towards the generator's present weights."""
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        self.num_updates += 1
+        averages, values = list(self.module.parameters()), [p.detach() for p in generator.parameters()]
+        torch._foreach_lerp_(averages, values, 1 - decay)
+        for average, value in zip(self.module.buffers(), generator.buffers(), strict=True):
+            average.copy_(value)

@@ -1,0 +1,104 @@
+"""Progress for people and for programs: one call hands each number to the screen, stats.jsonl and TensorBoard."""
+
+import json
+import logging
+import math
+import signal
+import sys
+from collections.abc import Mapping
+from types import FrameType
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from training.run_dir import RunDir
+
+logger = logging.getLogger("training")
+
+
+class Progress:
+    """A bar an epoch, a line of stats at intervals, the log. Only the main process shows and writes anything."""
+
+    def __init__(self, run: RunDir | None, start_step: int = 0):
+        self.run = run
+        self.bar: tqdm | None = None
+        self.board, self.handler = None, None
+        if run is not None:
+            run.truncate_stats(start_step)
+            self.board = SummaryWriter(run.path / "tensorboard", purge_step=start_step + 1)
+            self.handler = logging.FileHandler(run.log, encoding="utf-8")
+            self.handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+            logging.getLogger().addHandler(self.handler)
+
+    def say(self, text: str) -> None:
+        """One line on the screen and in the log."""
+        if self.run is None:
+            return
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+        self.handler.emit(logging.LogRecord("training", logging.INFO, "", 0, text, None, None))
+
+    def start_epoch(self, title: str, done: int, total: int) -> None:
+        """A new bar: `done` of `total` steps are over already."""
+        if self.run is None:
+            return
+        self.end_epoch()
+        self.bar = tqdm(total=total, initial=done, desc=title, unit="step", dynamic_ncols=True, mininterval=0.5)
+
+    def advance(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def end_epoch(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def log(self, step: int, epoch: float, values: Mapping[str, float], shown: tuple[str, ...] = ()) -> None:
+        """Write all values under `step`; those named in `shown` also stand behind the bar."""
+        if self.run is None:
+            return
+        # JSON knows no NaN: such a number is written as null, and the trainer stops anyway.
+        plain = {name: float(value) for name, value in values.items()}
+        line = {name: value if math.isfinite(value) else None for name, value in plain.items()}
+        with self.run.stats.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, "epoch": round(epoch, 4), **line}) + "\n")
+        for name, value in plain.items():
+            self.board.add_scalar(name, value, step)
+        if self.bar is not None:
+            self.bar.set_postfix({name.split("/")[-1]: f"{plain[name]:.3g}" for name in shown if name in plain})
+
+    def picture(self, name: str, pixels, step: int) -> None:
+        """Show (H, W, 3) uint8 in TensorBoard."""
+        if self.board is not None:
+            self.board.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.end_epoch()
+        if self.run is not None:
+            self.board.close()
+            logging.getLogger().removeHandler(self.handler)
+            self.handler.close()
+
+
+class StopSignal:
+    """`with StopSignal() as stop:` SIGINT and SIGTERM only set `stop.received`; a second one ends the program."""
+
+    def __init__(self):
+        self.received = 0
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = number
+        tqdm.write("stopping after this step; once more to stop at once", file=sys.stderr)

@@ -1,0 +1,323 @@
+"""The GAN loop, top to bottom. One trainer for every system: what a step consists of is the system's own business."""
+
+import logging
+import resource
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datasets.captions import Vocabulary
+from datasets.text_image import Batch, training_loader
+from eval.pipeline import TextToImage
+from eval.sampling import generated_picture
+from miscc import distributed
+from miscc.checkpoint import load_checkpoint, load_file, save_checkpoint
+from miscc.config import flatten, to_plain, to_yaml
+from miscc.distributed import World
+from miscc.errors import CheckpointError, DataError, TrainingError
+from miscc.images import save_image
+from miscc.randomness import noise_for, seed_everything
+from models import NETWORKS
+from models.released import load_discriminator, load_generator, network_name
+from models.types import evaluating, rebuild, record
+from training.build import build_networks, build_system, encoders_for, fixed_captions, make_dataset, read_records
+from training.ema import EMA
+from training.progress import Progress, StopSignal
+from training.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+NUM_PICTURED = 12  # fixed test captions in the picture of a run's state
+SHOWN = ("loss/hinge", "loss/adversarial", "loss/words", "logits/real", "logits/fake", "images_per_second")
+
+
+def train(cfg: Mapping, world: World, resume: bool = False, go_on: bool = False) -> int:
+    """Train the system that cfg.GAN.NAME names until MAX_EPOCH, or MAX_STEPS, or a signal.
+
+    resume: go on with the newest run of this configuration, where it stopped; go_on: the same if there is one. Returns
+    the exit code: 0, or 128 + the signal's number. Raises UserError where something is missing or a loss is no longer
+    finite.
+    """
+    name = f"{cfg.CONFIG_NAME}-{cfg.GAN.NAME}"
+    run = RunDir.newest(cfg.OUTPUT_DIR, name, must_exist=resume) if resume or go_on else None
+    checkpoint = load_checkpoint(run.last) if run else None
+    trainer = Trainer(cfg, world, checkpoint)
+    if run is None and world.is_main:
+        run = RunDir.create(cfg.OUTPUT_DIR, name, to_yaml(cfg))
+    run = run if world.is_main else None  # the other processes show and write nothing
+    progress = Progress(run, trainer.step)
+    try:
+        return trainer.run_to_the_end(run, progress)
+    finally:
+        progress.close()
+        distributed.stop()
+
+
+class Trainer:
+    """All that a run consists of: data, system, optimizers, average, and the step it has reached."""
+
+    def __init__(self, cfg: Mapping, world: World, checkpoint: dict | None = None):
+        self.cfg, self.world, self.device = cfg, world, world.device
+        seed_everything(cfg.SEED)  # the initial weights
+        networks, self.vocabulary = self._networks(checkpoint)
+        self.networks = {part: distributed.synchronise(net.to(self.device), world) for part, net in networks.items()}
+        self.average = EMA(self.networks["generator"], cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY > 0 else None
+        self.system = build_system(cfg, self.networks)
+        self.system.train()
+        groups = self.system.optimizers()
+        self.parameters = {group: parameters for group, (parameters, _, _) in groups.items()}
+        self.optimizers = {
+            group: torch.optim.Adam(parameters, lr=lr, betas=betas, fused=self.device.type == "cuda")
+            for group, (parameters, lr, betas) in groups.items()
+        }
+        self.records = read_records(cfg, "train", self.vocabulary)
+        self.dataset = make_dataset(cfg, self.records, self.system.image_sizes, augment=True)
+        self.steps_per_epoch = len(self.dataset) // cfg.TRAIN.BATCH_SIZE
+        self.step = 0
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self.last_step = cfg.TRAIN.MAX_EPOCH * self.steps_per_epoch
+        if cfg.TRAIN.MAX_STEPS:
+            self.last_step = min(self.last_step, cfg.TRAIN.MAX_STEPS)
+        self.first_bad: dict[str, Tensor] = {}
+        self.pictured_captions = fixed_captions(cfg, self.vocabulary, self.records, NUM_PICTURED)
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def run_to_the_end(self, run: RunDir | None, progress: Progress) -> int:
+        cfg, world = self.cfg, self.world
+        loader = training_loader(
+            self.dataset, cfg.TRAIN.BATCH_SIZE, cfg.SEED, self.step, cfg.WORKERS, world.rank, world.size,
+            pin_memory=self.device.type == "cuda",
+        )  # fmt: skip
+        progress.say(f"run: {run.path if run else '-'}")
+        progress.say(
+            f"{cfg.GAN.NAME} on {self.device}, {world.size} process(es): {len(self.records)} images, "
+            f"{self.steps_per_epoch} steps an epoch, step {self.step} of {self.last_step}"
+        )
+        batches, epoch = iter(loader), None
+        seconds, timed_from = 0.0, self.step
+        with StopSignal() as stop:
+            while self.step < self.last_step:
+                if self.step // self.steps_per_epoch != epoch:
+                    epoch = self.step // self.steps_per_epoch
+                    title = f"epoch {epoch + 1}/{cfg.TRAIN.MAX_EPOCH}"
+                    progress.start_epoch(title, self.step % self.steps_per_epoch, self.steps_per_epoch)
+                wants_log = (self.step + 1) % cfg.TRAIN.LOG_EVERY == 0
+                began = time.perf_counter()
+                values = self.train_step(next(batches).to(self.device, non_blocking=True), epoch, wants_log)
+                seconds += time.perf_counter() - began
+                progress.advance()
+                if wants_log or self.device.type == "cpu":
+                    self.check_finite()
+                if wants_log:
+                    values["images_per_second"] = cfg.TRAIN.BATCH_SIZE * (self.step - timed_from) / seconds
+                    seconds, timed_from = 0.0, self.step
+                    progress.log(self.step, self.step / self.steps_per_epoch, values, SHOWN)
+                if run is not None and cfg.TRAIN.SAMPLE_EVERY and self.step % cfg.TRAIN.SAMPLE_EVERY == 0:
+                    self.draw(run, progress)
+                stopped = distributed.any_process(bool(stop.received), world)
+                self.save_when_due(run, stopped)
+                if stopped:
+                    progress.end_epoch()
+                    progress.say(f"stopped after step {self.step}, saved {run.last if run else ''}")
+                    progress.say("go on with: the same command and --resume")
+                    return 128 + (stop.received or 15)
+        progress.end_epoch()
+        if run is not None and not run.picture(self.step).is_file():
+            self.draw(run, progress)
+        progress.say(f"finished at step {self.step}: {run.last if run else ''}")
+        return 0
+
+    def draw(self, run: RunDir, progress: Progress) -> None:
+        """Write the picture of the run's state: fixed test captions and noise, images and last masks."""
+        generator = self.average.module if self.average is not None else self.networks["generator"]
+        text_encoder = self.networks["text_encoder"]
+        with evaluating(generator, text_encoder):
+            pipeline = TextToImage(generator, text_encoder, self.vocabulary)
+            drawn = pipeline.generate(self.pictured_captions, seed=self.cfg.SEED)
+        picture = generated_picture(self.pictured_captions, drawn)
+        save_image(picture, run.picture(self.step))
+        progress.picture("samples", picture, self.step)
+        progress.say(f"picture of step {self.step}: {run.picture(self.step)}")
+
+    def train_step(self, batch: Batch, epoch: int, wants_log: bool = False) -> dict[str, float]:
+        """One training step: every update of the system, then the average. Returns the values to log."""
+        values: dict[str, Tensor] = {}
+        seed_everything(self.cfg.SEED, self.step, self.world.rank)  # dropout, where encoders are fine-tuned with it
+        noise = noise_for(self.cfg.SEED, epoch, batch.indices.tolist(), self.cfg.GAN.Z_DIM).to(self.device)
+        for update in self.system.updates(batch, noise):
+            optimizer, parameters = self.optimizers[update.optimizer], self.parameters[update.optimizer]
+            optimizer.zero_grad(set_to_none=True)
+            torch.stack(list(update.losses.values())).sum().backward()
+            for parameter in parameters:  # Adam moves on past gradients, too, where the present one is zero
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            distributed.average_gradients(parameters, self.world)
+            optimizer.step()
+            self._note_bad(update.losses)
+            if wants_log:
+                values |= self._describe(update, parameters)
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.networks["generator"])
+        if not wants_log:
+            return {}
+        averaged = {name: value.item() for name, value in distributed.average(values, self.world).items()}
+        return averaged | {"memory_mib": _memory_mib(self.device)}
+
+    @staticmethod
+    def _describe(update: Any, parameters: list[nn.Parameter]) -> dict[str, Tensor]:
+        values = {f"loss/{name}": loss.detach() for name, loss in update.losses.items()}
+        for name, value in update.stats.items():
+            group, _, rest = name.partition("_")
+            values[f"{rest}/{group}" if rest in ("logits", "sign") else name] = torch.as_tensor(value).detach()
+        what = "penalty" if list(update.losses) == ["penalty"] else update.optimizer
+        norms = torch._foreach_norm([parameter.grad for parameter in parameters])
+        return values | {f"gradient_norm/{what}": torch.stack(norms).norm()}
+
+    def _note_bad(self, losses: Mapping[str, Tensor]) -> None:
+        """Remember, on the device, the first step at which each loss was not finite: reading it would wait for a GPU."""
+        for name, loss in losses.items():
+            known = self.first_bad.setdefault(name, torch.full((), -1, device=self.device))
+            self.first_bad[name] = torch.where((known < 0) & ~torch.isfinite(loss.detach()), self.step + 1, known)
+
+    def check_finite(self) -> None:
+        """Raise TrainingError, naming loss and step, if a loss was not finite. Saved checkpoints stay as they are."""
+        bad = {name: int(step) for name, step in self.first_bad.items() if step >= 0}
+        if bad:
+            name = min(bad, key=bad.get)
+            raise TrainingError(
+                f"the loss `{name}` was not finite at step {bad[name]}; the last good checkpoint is kept. Lower the "
+                f"learning rates or raise TRAIN.BATCH_SIZE, then go on with --resume"
+            )
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def save_when_due(self, run: RunDir | None, stopped: bool) -> None:
+        """Write last.pth and the numbered checkpoints that the settings ask for at this step."""
+        train, epoch_ended = self.cfg.TRAIN, self.step % self.steps_per_epoch == 0
+        finished = self.step >= self.last_step
+        within = train.SAVE_EVERY > 0 and self.step % train.SAVE_EVERY == 0
+        if not (within or epoch_ended or finished or stopped):
+            return
+        self.check_finite()
+        self._check_weights()
+        distributed.wait_for_all(self.world)
+        if run is None:
+            return
+        epoch = self.step // self.steps_per_epoch
+        if epoch_ended and epoch >= max(1, train.WARMUP_EPOCHS):
+            full = any(every and epoch % every == 0 for every in (train.DSAVE_INTERVAL, train.SNAPSHOT_INTERVAL))
+            if full or (train.GSAVE_INTERVAL and epoch % train.GSAVE_INTERVAL == 0):
+                save_checkpoint(run.numbered(epoch), self.checkpoint(full))
+        save_checkpoint(run.last, self.checkpoint())
+
+    def checkpoint(self, full: bool = True) -> dict[str, Any]:
+        """Everything; or, not full, what drawing needs: generator, its average, text encoder."""
+        networks = dict(self.networks)
+        if self.average is not None:
+            networks["generator_ema"] = self.average.module
+        if not full:
+            networks = {part: networks[part] for part in networks if part not in ("discriminator", "image_encoder")}
+        content = {
+            "config": to_plain(self.cfg),
+            "vocabulary": self.vocabulary.words,
+            "networks": {part: record(network_name(net), net) for part, net in networks.items()},
+            "step": self.step,
+            "epoch": self.step // self.steps_per_epoch,
+            "num_images": len(self.records),
+        }
+        if full:
+            content["optimizers"] = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+            content["num_averaged"] = self.average.num_updates if self.average is not None else 0
+        return content
+
+    def _check_weights(self) -> None:
+        for part, network in self.networks.items():
+            # One sum a tensor: it is finite only if all its values are.
+            sums = torch.stack([parameter.detach().float().sum() for parameter in network.parameters()])
+            if not torch.isfinite(sums).all():
+                raise TrainingError(
+                    f"the weights of the {part} are not finite at step {self.step}; the last good checkpoint is kept. "
+                    f"Lower the learning rates, then go on with --resume"
+                )
+
+    def _networks(self, checkpoint: dict | None) -> tuple[dict[str, nn.Module], Vocabulary]:
+        """The networks to train: of the checkpoint, of NET_G, or fresh ones with the encoders that the settings name."""
+        if checkpoint is not None:
+            stored = {part: rebuild(entry, NETWORKS[part]) for part, entry in checkpoint["networks"].items()}
+            stored.pop("generator_ema", None)
+            return stored, Vocabulary(checkpoint["vocabulary"])
+        encoders, vocabulary = encoders_for(self.cfg)
+        networks = build_networks(self.cfg) | self._given_networks()
+        networks["text_encoder"] = encoders.text_encoder
+        if encoders.image_encoder is not None:
+            networks["image_encoder"] = encoders.image_encoder
+        elif self.cfg.TRAIN.DAMSM_WEIGHT > 0:
+            raise CheckpointError(
+                f"TEXT.DAMSM_NAME: there is no image encoder beside {self.cfg.TEXT.DAMSM_NAME}; put the released "
+                f"image_encoder*.pth there, or train without the DAMSM loss: --set TRAIN.DAMSM_WEIGHT 0"
+            )
+        return networks, vocabulary
+
+    def _given_networks(self) -> dict[str, nn.Module]:
+        """G, and D where there is one, of the weight files that NET_G and NET_D name."""
+        train, networks = self.cfg.TRAIN, {}
+        if train.NET_G:
+            content = load_file(train.NET_G)
+            if isinstance(content, dict) and "networks" in content:
+                parts = ("generator", "discriminator") if train.B_NET_D else ("generator",)
+                stored = content["networks"]
+                networks = {part: rebuild(stored[part], NETWORKS[part]) for part in parts if part in stored}
+            else:
+                networks["generator"] = load_generator(content)
+        if train.NET_D:
+            networks["discriminator"] = load_discriminator(load_file(train.NET_D))
+        sizes = [networks[part].arguments["image_size"] for part in networks]
+        if any(size != self.cfg.TREE.BASE_SIZE for size in sizes):
+            raise CheckpointError(
+                f"TRAIN.NET_G: the weights are for {sizes[0]} px images, TREE.BASE_SIZE is {self.cfg.TREE.BASE_SIZE}"
+            )
+        return networks
+
+    def _restore(self, checkpoint: dict) -> None:
+        for part, words in (("optimizers", "--resume needs a full checkpoint"), ("step", "it names no step")):
+            if part not in checkpoint:
+                raise CheckpointError(f"the checkpoint holds no {part}: {words}")
+        if checkpoint.get("num_images") != len(self.records):
+            raise DataError(
+                f"the run was started with {checkpoint.get('num_images')} training images, {self.cfg.DATA_DIR} now has "
+                f"{len(self.records)}; restore the data, or start a new run with TRAIN.NET_G set to this checkpoint"
+            )
+        for name, optimizer in self.optimizers.items():
+            if name in checkpoint["optimizers"]:
+                rates = [group["lr"] for group in optimizer.param_groups]
+                optimizer.load_state_dict(checkpoint["optimizers"][name])
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate  # the settings' rate, should it have been changed since
+        if self.average is not None and "generator_ema" in checkpoint["networks"]:
+            self.average.module.load_state_dict(checkpoint["networks"]["generator_ema"]["state"])
+            self.average.num_updates = checkpoint["num_averaged"]
+        self.step = checkpoint["step"]
+        if self.world.is_main:
+            for line in changed_settings(checkpoint["config"], to_plain(self.cfg)):
+                logger.warning("setting changed since the run was started: %s", line)
+
+
+def changed_settings(before: Mapping, now: Mapping) -> list[str]:
+    """`KEY: old -> new` for every setting that differs, but for those that any run may have its own way."""
+    free = {"RESTORE", "GPU_ID", "WORKERS", "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS"}
+    before, now = flatten(before), flatten(now)
+    names = [name for name in now if name not in free and before.get(name) != now[name]]
+    return [f"{name}: {before.get(name)} -> {now[name]}" for name in names]
+
+
+def _memory_mib(device: torch.device) -> float:
+    """Peak memory so far in MiB: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
