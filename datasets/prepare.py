@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datasets import DATASETS, check_name
-from datasets.building import BuildOptions, named
+from datasets.building import BuildOptions
 from datasets.captions import Vocabulary, tokenize
 from datasets.layout import SPLITS, VOCABULARY_NAME, Entry, metadata_file, write_layout
 from miscc.errors import DataError, run_command
@@ -140,7 +140,7 @@ def _summary(
     for split in (split for split in SPLITS if split in splits):
         entries = splits[split]
         counts, classes = [len(entry.captions) for entry in entries], len({entry.class_id for entry in entries})
-        longest = max(longest, *(len(tokenize(caption)) for entry in entries for caption in entry.captions))
+        longest = max([longest, *(len(tokenize(caption)) for entry in entries for caption in entry.captions)])
         each = f"{min(counts)} to {max(counts)}, {statistics.fmean(counts):.1f} on average,"
         lines.append(
             f"  {split:5} {len(entries):7,} images, {sum(counts):8,} captions "

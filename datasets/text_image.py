@@ -5,9 +5,11 @@ words.
 """
 
 import logging
+import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,7 +84,7 @@ class Records:
     class_ids: np.ndarray
     vocabulary: Vocabulary
     texts: list[list[str]] | None = None
-    boxes: np.ndarray | None = field(default=None)
+    boxes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -301,24 +303,27 @@ class EpochBatches(Sampler):
 
 
 class _Loader(DataLoader):
-    """A DataLoader whose workers' DataErrors arrive as they were, one line, without the worker's
-    traceback."""
+    """A DataLoader whose workers' DataErrors arrive as they were, one line, without the worker's traceback."""
 
     def __iter__(self):
         try:
             yield from super().__iter__()
+            return
         except DataError as error:
-            # PyTorch re-raises with the traceback as the message; its last entry is `miscc.errors.DataError:
-            # text`.
+            # PyTorch re-raises with the traceback as the message; its last entry is `miscc.errors.DataError: text`.
             marker = f"\n{DataError.__module__}.{DataError.__qualname__}: "
-            raise DataError(str(error).rpartition(marker)[2].strip()) from None
+            message = str(error).rpartition(marker)[2].strip()
+            # PyTorch's frame and this error hold each other, and the workers, which then end only after a time limit.
+            traceback.clear_frames(error.__traceback__)
+        raise DataError(message)
 
 
 def _start_worker(worker: int) -> None:
-    """PyTorch has set one thread by now. Signals go to the whole process group: the main process finishes its
-    step and saves, for which it needs its workers, and ends them itself."""
+    """Keep workers alive when Ctrl-C or a scheduler signals the whole process group: the main process finishes its
+    step and saves, for which it needs them, and ends them itself. PyTorch has set one thread a worker by now."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 def training_loader(
@@ -345,12 +350,12 @@ def ordered_loader(dataset: TextImageDataset, batch_size: int, workers: int = 0)
 
 
 def _loader(dataset: TextImageDataset, workers: int, **options) -> DataLoader:
-    start: Callable[[int], None] | None = _start_worker if workers else None
     return _Loader(
         dataset,
         collate_fn=collate,
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=start,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # or the seeds drawn for workers, unused here, would move the global one on
         **options,
     )

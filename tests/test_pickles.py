@@ -1,0 +1,101 @@
+"""Legacy pickles: what is read, and what is refused."""
+
+import collections
+import os
+import pickle
+
+import numpy as np
+import pytest
+from dataset_samples import python2_pickle
+
+from datasets.pickles import load_legacy_pickle
+from miscc.errors import DataError
+
+
+def written(tmp_path, content: bytes):
+    path = tmp_path / "some.pickle"
+    path.write_bytes(content)
+    return path
+
+
+def test_python2_protocol_0(tmp_path):
+    # python2 -c "pickle.dump(['001.A/caf\xe9', u'b\u9ce5', 3, 2.5, None, True, (1, 2)], f)", memo numbers left out
+    content = b"(lS'001.A/caf\\xe9'\naVb\\u9ce5\naI3\naF2.5\naNaI01\na(I1\nI2\nta."
+    assert load_legacy_pickle(written(tmp_path, content)) == ["001.A/caf\xe9", "b\u9ce5", 3, 2.5, None, True, (1, 2)]
+
+
+def test_python2_protocol_2(tmp_path):
+    value = {"names": ["\xe9t\xe9", "x" * 300], "one": 1, "minus": -5}
+    assert load_legacy_pickle(written(tmp_path, python2_pickle(value))) == value
+
+
+def test_python2_long_and_set(tmp_path):
+    content = b"(lp0\nL12345678901234567890L\nac__builtin__\nset\n((lI1\natRa."
+    assert load_legacy_pickle(written(tmp_path, content)) == [12345678901234567890, {1}]
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("core", [b"numpy.core", b"numpy._core"])
+def test_numpy_of_either_age(tmp_path, protocol, core):
+    value = [np.arange(6).reshape(2, 3), np.float32(2.5), np.dtype("int16")]
+    content = pickle.dumps(value, protocol=protocol)
+    if protocol < 4:  # later protocols prefix names with their length
+        content = content.replace(b"numpy._core", b"numpy.core").replace(b"numpy.core", core)
+    array, scalar, dtype = load_legacy_pickle(written(tmp_path, content))
+    assert array.tolist() == [[0, 1, 2], [3, 4, 5]] and scalar == 2.5 and dtype == np.int16
+
+
+def test_plain_containers(tmp_path):
+    value = [collections.OrderedDict(a=1), collections.defaultdict(list, b=[2]), b"bytes", frozenset([3]), 1 + 2j]
+    assert load_legacy_pickle(written(tmp_path, pickle.dumps(value, protocol=2))) == value
+
+
+class _Evil:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_pickle_that_would_write_a_file_is_refused(tmp_path, protocol):
+    target = tmp_path / "written"
+    attacks = {"open": _Evil(open, str(target), "w"), "system": _Evil(os.system, f"touch {target}")}
+    for name, attack in attacks.items():
+        path = written(tmp_path, pickle.dumps(["harmless", attack], protocol=protocol))
+        with pytest.raises(DataError, match=f"some.pickle: holds .*{name}"):
+            load_legacy_pickle(path)
+        assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"c__builtin__\neval\n(S'1'\ntR.",
+        b"c__builtin__\ngetattr\n.",
+        b"cbuiltins\n__import__\n.",
+        b"\x80\x04\x8c\x08builtins\x8c\x0dlist.__init__\x93.",  # a dotted name
+        b"ccopy_reg\n_reconstructor\n.",
+        b"cnumpy\nload\n.",
+        b"cnumpy.core.multiarray\nfromfile\n.",
+        b"c_codecs\nencode\n(Vabc\nVzlib_codec\ntR.",  # a codec may import modules
+        b"(S'x'\nios\nsystem\n.",  # the INST opcode
+        b"\x80\x02\x82\x01.",  # an extension code
+        b"P1\n.",  # a persistent id
+    ],
+)
+def test_other_doors_are_shut(tmp_path, content):
+    with pytest.raises(DataError, match="some.pickle"):
+        load_legacy_pickle(written(tmp_path, content))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", python2_pickle(["a", "b"])[:-3], b"\x80\x63]."])
+def test_damaged_pickles_are_named(tmp_path, content):
+    with pytest.raises(DataError, match="some.pickle: cannot be read as a pickle"):
+        load_legacy_pickle(written(tmp_path, content))
+
+
+def test_a_missing_pickle_is_named(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        load_legacy_pickle(tmp_path / "none.pickle")
