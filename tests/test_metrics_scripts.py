@@ -1,0 +1,95 @@
+"""The scores as a user calls them: from a shell, from any folder, with JSON, and with something wrong."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from metrics_help import write_pictures
+
+import eval
+from eval.FID import main as fid_main
+from miscc.errors import run_command
+
+ROOT = Path(__file__).resolve().parents[1]
+OFFLINE = ["--network", "efficientnet-lite0", "--device", "cpu"]
+
+
+def shell(command, folder):
+    environment = {**os.environ, "TORCH_HOME": str(folder / "hub"), "XDG_CACHE_HOME": str(folder / "cache")}
+    environment.pop("PYTHONPATH", None)
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_every_metric_of_the_registry_has_a_main_and_every_score_file_is_in_it():
+    for name in eval.METRICS:
+        assert callable(importlib.import_module(f"eval.{name}").main)
+    scripts = {path.stem for path in (ROOT / "eval").glob("*.py") if "-> Score" in path.read_text(encoding="utf-8")}
+    assert {"FID", "IS", "KID", "LPIPS", "R_precision"} <= set(eval.METRICS)
+    assert scripts <= set(eval.METRICS)
+
+
+def test_fid_as_a_script_from_another_folder_prints_json_and_keeps_the_real_statistics(tmp_path):
+    write_pictures(tmp_path / "real", 5)
+    write_pictures(tmp_path / "fake", 4, tone=60)
+    done = shell([ROOT / "eval" / "FID.py", "real", "fake", *OFFLINE, "--json"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    (score,) = json.loads(done.stdout)["scores"]
+    assert score["name"] == "FD[efficientnet-lite0]" and score["value"] > 1
+    assert score["protocol"]["num_real"] == 5 and score["protocol"]["weights_hash"] == "b60c494fe6705d1d"
+    assert "FD[efficientnet-lite0] " in done.stderr and "the covariance is singular" in done.stderr
+    assert len(list((tmp_path / "cache" / "text-to-image-gans" / "statistics").glob("*.npz"))) == 1
+
+
+def test_inception_score_as_a_module_without_weights_is_one_line_and_no_traceback(tmp_path):
+    write_pictures(tmp_path / "set", 3)
+    done = subprocess.run(
+        [sys.executable, "-m", "eval.IS", str(tmp_path / "set")],
+        **{"cwd": ROOT, "env": {**os.environ, "TORCH_HOME": str(tmp_path)}, "capture_output": True, "text": True},
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"error: inception-tf: its weights are not on this machine .*\n", done.stderr)
+
+
+def run(monkeypatch, capsys, main, *arguments) -> tuple[int, str, str]:
+    """Call a script's main in this process: exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+def test_options_of_fid(tmp_path, monkeypatch, capsys):
+    real, fake = write_pictures(tmp_path / "real", 6), write_pictures(tmp_path / "fake", 6, tone=60)
+    (fake / "002.png").write_bytes(b"broken")
+    common = [real, fake, *OFFLINE, "--no-cache"]
+    code, out, err = run(monkeypatch, capsys, fid_main, *common)
+    assert code == 2 and out == "" and re.search(r"error: .*002\.png: cannot be read as an image", err)
+    code, out, err = run(monkeypatch, capsys, fid_main, *common, "--skip-broken", "--json", tmp_path / "out.json")
+    assert code == 0 and re.fullmatch(r"FD\[efficientnet-lite0\] [\d.]+  \[6 real, 5 generated, resize clean\]\n", out)
+    assert "1 broken images were left out, e.g. 002.png" in err
+    written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert written["scores"][0]["protocol"]["skipped_fake"] == 1 and "torch" in written["versions"]
+    statistics = tmp_path / "real.npz"
+    code, out, _ = run(monkeypatch, capsys, fid_main, *common, "--skip-broken", "--save-statistics", statistics)
+    code, again, _ = run(monkeypatch, capsys, fid_main, statistics, fake, *OFFLINE, "--no-cache", "--skip-broken")
+    assert code == 0 and again == out
+    code, _, err = run(monkeypatch, capsys, fid_main, statistics, fake, *OFFLINE, "--no-cache", "--resize", "bilinear")
+    assert code == 2 and "was made with resize clean, not bilinear" in err
+    code, _, err = run(monkeypatch, capsys, fid_main, *common, "--device", "cuda:77")
+    assert code == 2 and err.startswith("error: --device cuda:77: cannot be used here")
+
+
+@pytest.mark.parametrize("package", ["lpips", "torch_fidelity", "efficientnet_lite_pytorch"])
+def test_no_package_of_ours_needs_hugging_face_datasets(package):
+    """Our folder of that name would hide it."""
+    folder = Path(importlib.import_module(package).__file__).parent
+    for file in folder.rglob("*.py"):
+        assert not re.search(r"^\s*(import|from) datasets\b", file.read_text(encoding="utf-8"), re.MULTILINE), file
