@@ -47,7 +47,7 @@ def build(root: Path, options: BuildOptions) -> dict[str, list[Entry]]:
         originals = flickr.find(root)
         if originals is not None:
             logger.info("captions: %s", originals.captions)
-            return flickr.build_found(root, originals, options)
+            return flickr.build_found(root, originals, options, _lists(root))
     index = image_index(root, options)
     if not index.paths:
         raise DataError(f"{index.folder}: holds no image; --images says where they are")
