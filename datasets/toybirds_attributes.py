@@ -37,30 +37,37 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 
 SPLITS = ("train", "test")
-NUM_CLASSES, NUM_TEST_CLASSES = 200, 50
+NUM_CLASSES = 200
 
-# The belly is this many places after the wing in COLORS. Each offset is eleven pairs in which every colour is
-# once a wing and once a belly; offset 0, birds of one colour, is left out.
-_OFFSETS = (3, 7, 5, 1, 9, 2, 8, 4, 10, 6)
+# How far apart in COLORS the two colours of a pair are. Each distance is eleven pairs and their reverses, in which
+# every colour is twice a wing and twice a belly; distance 0, birds of one colour, is left out.
+_DISTANCES = (3, 5, 1, 2, 4)
 
 
 def _choose_classes() -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:
-    """All classes and the test classes, as (wing, belly, size), both sorted.
+    """The training and the test classes as (wing, belly, size).
 
-    Eleven colours give 110 pairs, so 200 classes are 100 pairs in two sizes. Splitting by pair, 25 of them for
-    testing, means that a test bird shows a pair of colours that training has not seen in any size.
+    Eleven colours give 110 pairs of wing and belly, so 200 classes are 100 pairs in two sizes, and ten pairs are not
+    used. Splitting by pair, 25 of them for testing, means that training has seen a test bird's pair in no size. A
+    pair and its reverse go together: else a test bird would show what training has taught the other way round.
     """
     count = len(COLORS)
-    pairs = [(COLORS[i], COLORS[(i + offset) % count]) for offset in _OFFSETS for i in range(count)]
-    classes = [(*pair, size) for pair in pairs[: NUM_CLASSES // 2] for size in ATTRIBUTES["size"]]
-    return sorted(classes), sorted(classes[:NUM_TEST_CLASSES])
+    steps = [(i, (i + distance) % count) for distance in _DISTANCES for i in range(count)]
+    pairs = [
+        (COLORS[wing], COLORS[belly]) for first, second in steps for wing, belly in ((first, second), (second, first))
+    ]
+    train, test = (
+        [(*pair, size) for pair in part for size in ATTRIBUTES["size"]] for part in (pairs[-75:], pairs[:25])
+    )
+    return train, test
 
 
-CLASSES, _TEST_CLASSES = _choose_classes()
+_TRAIN_CLASSES, _TEST_CLASSES = _choose_classes()
+CLASSES = tuple(sorted(_TRAIN_CLASSES + _TEST_CLASSES))
 _CLASS_IDS = {description: number for number, description in enumerate(CLASSES, start=1)}
 CLASS_IDS: dict[str, tuple[int, ...]] = {
-    "train": tuple(_CLASS_IDS[c] for c in CLASSES if c not in _TEST_CLASSES),
-    "test": tuple(_CLASS_IDS[c] for c in _TEST_CLASSES),
+    "train": tuple(sorted(_CLASS_IDS[c] for c in _TRAIN_CLASSES)),
+    "test": tuple(sorted(_CLASS_IDS[c] for c in _TEST_CLASSES)),
 }
 
 

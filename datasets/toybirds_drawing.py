@@ -198,7 +198,7 @@ def _wing(
 
     ends = np.linspace(0, 1, 24)
     feathers = np.concatenate([at(ends, np.full(24, -0.8)), at(ends[::-1], np.full(24, 1.15))])
-    mark = mix(color, (255, 255, 255), 0.62) if _brightness(color) < 125 else mix(color, INK, 0.55)
+    mark = mix(color, (255, 255, 255), 0.55) if _brightness(color) < 125 else mix(color, INK, 0.5)
     marks = []
     if pattern == "striped":
         v = np.linspace(-0.8, 1.15, 8)
@@ -206,15 +206,7 @@ def _wing(
             bar = np.concatenate([at(u + 0.05 * v**2, v), at(u + 0.095 + 0.05 * v[::-1] ** 2, v[::-1])])
             marks.append(Shape(bar, mark, False))
     if pattern == "spotted":
-        for u, v in (
-            (0.16, 0.2),
-            (0.36, -0.3),
-            (0.38, 0.65),
-            (0.58, 0.15),
-            (0.76, 0.3),
-            (0.56, 0.9),
-            (0.74, -0.5),
-        ):
+        for u, v in ((0.2, 0.2), (0.4, -0.3), (0.43, 0.65), (0.62, 0.15), (0.78, 0.4)):
             x, y = at(np.array([u]), np.array([v]))[0]
             marks.append(Shape(arc(x, y, 0.052, 0.052, points=14), mark, False))
     return [Shape(feathers, color), *marks]
