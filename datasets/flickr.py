@@ -59,7 +59,7 @@ def build(root: Path, options: BuildOptions) -> dict[str, list[Entry]]:
 def build_found(
     root: Path, originals: Originals, options: BuildOptions, other_lists: dict[str, list[str]]
 ) -> dict[str, list[Entry]]:
-    """As `build`, from files that `find` has found; other_lists: names of each split, should Flickr's own not be there."""
+    """As `build`, from what `find` has found; other_lists: names of each split, should Flickr's own not be there."""
     own_lists = {split: path.read_text(encoding="utf-8").split() for split, path in originals.lists.items()}
     index = image_index(root, options, IMAGE_FOLDERS)
     return assemble(root, _read_captions(originals.captions), index, options, own_lists or other_lists)

@@ -1,0 +1,461 @@
+"""Data sets by name: our layout, AttnGAN's metadata, CUB and COCO from their downloads."""
+
+import json
+import logging
+import tarfile
+
+import numpy as np
+import pytest
+from dataset_samples import REAL_DATA, python2_pickle, write_cub, write_image
+
+from datasets import DATASETS, birds, coco, load_records
+from datasets.building import BuildOptions
+from datasets.captions import Vocabulary
+from datasets.layout import Entry, splits_present, write_layout
+from datasets.text_image import TextImageDataset
+from miscc.errors import DataError
+
+CLASSES = {"001.Finch": 3, "002.Gull": 2, "003.Jay": 2}
+WORDS = ["<end>", "a", "red", "bird", "with", "wings"]
+
+
+def options(name="toybirds", **given):
+    return BuildOptions(name=name, **given)
+
+
+def write_class_lists(root, train=("001.Finch", "003.Jay"), test=("002.Gull",)):
+    (root / "trainvalclasses.txt").write_text("".join(f"{name}\n" for name in train))
+    (root / "testclasses.txt").write_text("".join(f"{name}\n" for name in test))
+
+
+def write_metadata(root, train, test, words=WORDS, class_info=True):
+    """AttnGAN's pickles as Python 2 wrote them; train, test: key to captions of word indices."""
+    captions = [[caption for group in split.values() for caption in group] for split in (train, test)]
+    index = dict(enumerate(words))
+    (root / "captions.pickle").write_bytes(python2_pickle([*captions, index, {word: i for i, word in index.items()}]))
+    for name, split in (("train", train), ("test", test)):
+        (root / name).mkdir(exist_ok=True)
+        (root / name / "filenames.pickle").write_bytes(python2_pickle(list(split)))
+        if class_info:
+            numbers = [int(key[:3]) for key in split]
+            (root / name / "class_info.pickle").write_bytes(python2_pickle(numbers))
+
+
+@pytest.fixture
+def cub(tmp_path):
+    write_cub(tmp_path, CLASSES)
+    return tmp_path
+
+
+@pytest.fixture
+def metadata(cub):
+    train = {"001.Finch/Finch_0000": [[2, 3], [1, 3]], "003.Jay/Jay_0001": [[5, 4, 2], [3]]}
+    write_metadata(cub, train, {"002.Gull/Gull_0001": [[1, 2, 3], [2]]})
+    return cub
+
+
+# Names
+
+
+def test_an_unknown_name_gets_the_nearest(tmp_path):
+    with pytest.raises(DataError, match="'bird'; did you mean birds"):
+        load_records("bird", tmp_path, "train")
+    with pytest.raises(DataError, match="there are birds, coco, flickr, folder, toybirds"):
+        load_records("zzz", tmp_path, "train")
+
+
+@pytest.mark.parametrize("name", list(DATASETS))
+def test_what_is_not_there_names_the_command(tmp_path, name):
+    command = f"python -m datasets.prepare {name} --root {tmp_path}"
+    with pytest.raises(DataError, match=f"is not prepared; run `{command}`"):
+        load_records(name, tmp_path, "train")
+    with pytest.raises(DataError, match="does not exist"):
+        load_records(name, tmp_path / "none", "train")
+
+
+# Our layout
+
+
+@pytest.fixture
+def layout(tmp_path):
+    for number in range(3):
+        write_image(tmp_path / "images" / f"{number}.jpg", seed=number)
+    entries = [Entry(f"k{n}", f"images/{n}.jpg", [f"a bird {n}", "Red  bird!"], n % 2) for n in range(3)]
+    write_layout(tmp_path, {"train": entries[:2], "test": entries[2:]})
+    return tmp_path
+
+
+def test_our_layout_comes_back(layout):
+    records, vocabulary = load_records("folder", layout, "train")
+    assert vocabulary.words == ["<end>", "a", "bird", "0", "red", "1", "2"]  # the test captions' 2 is in it
+    assert records.keys == ["k0", "k1"] and records.class_ids.tolist() == [0, 1]
+    assert [[caption.tolist() for caption in group] for group in records.captions] == [
+        [[1, 2, 3], [4, 2]],
+        [[1, 2, 5], [4, 2]],
+    ]
+    assert records.texts == [["a bird 0", "Red  bird!"], ["a bird 1", "Red  bird!"]]
+    assert records.boxes is None and records.image_paths[1] == layout / "images" / "1.jpg"
+    assert (records.name, records.split, records.vocabulary) == ("folder", "train", vocabulary)
+    assert load_records("folder", layout, "test")[0].keys == ["k2"]
+    assert TextImageDataset(records, [32])[0].images[0].shape == (3, 32, 32)
+
+
+def test_the_layout_is_readable_text(layout):
+    line = json.loads((layout / "train.jsonl").read_text().splitlines()[0])
+    assert line == {"key": "k0", "image": "images/0.jpg", "captions": ["a bird 0", "Red  bird!"], "class_id": 0}
+    assert json.loads((layout / "vocabulary.json").read_text())[:3] == ["<end>", "a", "bird"]
+
+
+def test_a_split_that_is_not_there(layout):
+    assert splits_present(layout) == ["train", "test"]
+    with pytest.raises(DataError, match="no split 'val', only train, test"):
+        load_records("folder", layout, "val")
+
+
+def test_a_split_of_an_earlier_build_goes(layout):
+    entries = [Entry("k0", "images/0.jpg", ["one"], 0)]
+    write_layout(layout, {"train": entries, "val": entries, "test": entries})
+    assert splits_present(layout) == ["train", "val", "test"]
+    write_layout(layout, {"train": entries, "test": entries})
+    assert splits_present(layout) == ["train", "test"]
+    with pytest.raises(DataError, match="no image in the split 'test'"):
+        write_layout(layout, {"train": entries, "test": []})
+
+
+def test_a_checkpoints_vocabulary_wins(layout, caplog):
+    other = Vocabulary(["<end>", "red", "bird", "a"])
+    with caplog.at_level(logging.WARNING):
+        records, vocabulary = load_records("folder", layout, "train", vocabulary=other)
+    assert vocabulary is other and records.vocabulary is other
+    assert [[caption.tolist() for caption in group] for group in records.captions] == [[[3, 2], [1, 2]]] * 2
+    assert "2 of 8 words in its captions are not in the vocabulary of 4" in caplog.text  # 0 and 1; `red bird` once
+    assert records.texts[0] == ["a bird 0", "Red  bird!"]
+
+
+def test_captions_without_a_known_word_are_left_out(layout, caplog):
+    with caplog.at_level(logging.WARNING):
+        records, _ = load_records("folder", layout, "train", vocabulary=Vocabulary(["<end>", "red", "1"]))
+    assert [[caption.tolist() for caption in group] for group in records.captions] == [[[1]], [[2], [1]]]
+    assert records.texts == [["Red  bird!"], ["a bird 1", "Red  bird!"]]
+    with caplog.at_level(logging.WARNING):
+        records, _ = load_records("folder", layout, "train", vocabulary=Vocabulary(["<end>", "1"]))
+    assert records.keys == ["k1"] and records.class_ids.tolist() == [1]
+    assert "1 images left out" in caplog.text and "(k0)" in caplog.text
+    with pytest.raises(DataError, match="belongs to another data set"):
+        load_records("folder", layout, "train", vocabulary=Vocabulary(["<end>", "fish"]))
+
+
+@pytest.mark.parametrize("line", ["{", '{"key": "k"}', '{"unknown": 1}', "[]"])
+def test_a_damaged_layout_names_the_line(layout, line):
+    with (layout / "train.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(DataError, match="train.jsonl, line 3"):
+        load_records("folder", layout, "train")
+
+
+def test_moved_images_show_before_training(layout):
+    (layout / "images").rename(layout / "pictures")
+    with pytest.raises(DataError, match="0.jpg: no such image"):
+        load_records("folder", layout, "train")
+
+
+# AttnGAN's metadata
+
+
+def test_metadata_of_birds(metadata):
+    records, vocabulary = load_records("birds", metadata, "train")
+    assert vocabulary.words == WORDS
+    assert records.keys == ["001.Finch/Finch_0000", "003.Jay/Jay_0001"]
+    assert [[caption.tolist() for caption in group] for group in records.captions] == [
+        [[2, 3], [1, 3]],
+        [[5, 4, 2], [3]],
+    ]
+    assert records.class_ids.tolist() == [1, 3]
+    assert records.image_paths[1] == metadata / "CUB_200_2011/images/003.Jay/Jay_0001.jpg"
+    assert records.boxes.tolist() == [[1.0, 5.0, 20.0, 10.0], [7.0, 5.0, 20.0, 10.0]]
+    assert records.texts is None and records.text(1, 0) == "wings with red"
+    assert TextImageDataset(records, [32])[1].images[0].shape == (3, 32, 32)
+    test, _ = load_records("birds", metadata, "test")
+    assert [caption.tolist() for caption in test.captions[0]] == [[1, 2, 3], [2]]
+
+
+def test_images_directly_below_the_root(metadata):
+    for name in ("images", "images.txt", "bounding_boxes.txt"):
+        (metadata / "CUB_200_2011" / name).rename(metadata / name)
+    records, _ = load_records("birds", metadata, "train")
+    assert records.image_paths[0] == metadata / "images/001.Finch/Finch_0000.jpg"
+
+
+def test_metadata_without_classes(metadata):
+    (metadata / "train/class_info.pickle").unlink()
+    assert load_records("birds", metadata, "train")[0].class_ids.tolist() == [0, 1]  # the key's folders
+
+
+def test_metadata_in_a_checkpoints_words(metadata):
+    other = Vocabulary(["<end>", "wings", "bird", "red", "with", "a"])
+    records, vocabulary = load_records("birds", metadata, "train", vocabulary=other)
+    assert vocabulary is other
+    assert [[caption.tolist() for caption in group] for group in records.captions] == [
+        [[3, 2], [5, 2]],
+        [[1, 4, 3], [2]],
+    ]
+    assert records.text(1, 0) == "wings with red"
+
+
+def test_metadata_comes_before_our_layout_and_says_so(metadata, caplog):
+    write_class_lists(metadata)
+    write_layout(metadata, birds.build(metadata, options()))
+    with caplog.at_level(logging.WARNING):
+        _, vocabulary = load_records("birds", metadata, "train")
+    assert vocabulary.words == WORDS
+    assert "captions.pickle and a vocabulary.json: the pickle" in caplog.text
+    (metadata / "captions.pickle").rename(metadata / "captions_DAMSM.pickle")  # what later systems call it
+    assert load_records("birds", metadata, "train")[1].words == WORDS
+    (metadata / "captions_DAMSM.pickle").unlink()
+    assert load_records("birds", metadata, "train")[1].words[:3] == ["<end>", "bird", "0"]
+
+
+def test_pickles_that_do_not_belong_together(metadata):
+    (metadata / "train/filenames.pickle").write_bytes(python2_pickle(["001.Finch/Finch_0000"] * 3))
+    with pytest.raises(DataError, match="4 captions for train, which is no multiple of the 3 images"):
+        load_records("birds", metadata, "train")
+    (metadata / "train/filenames.pickle").unlink()
+    with pytest.raises(DataError, match="has no split 'train', only test"):
+        load_records("birds", metadata, "train")
+    (metadata / "test/filenames.pickle").unlink()
+    with pytest.raises(DataError, match="captions but not test/filenames.pickle"):
+        load_records("birds", metadata, "test")
+
+
+def test_words_beyond_the_vocabulary_are_refused(cub):
+    write_metadata(cub, {"001.Finch/Finch_0000": [[1, 6]]}, {"002.Gull/Gull_0001": [[1]]})
+    with pytest.raises(DataError, match="word 6 is beyond its vocabulary of 6"):
+        load_records("birds", cub, "train")
+
+
+def test_empty_captions_in_the_pickle_are_left_out(cub):
+    write_metadata(
+        cub, {"001.Finch/Finch_0000": [[1, 2], []], "003.Jay/Jay_0001": [[], []]}, {"002.Gull/Gull_0001": [[1]]}
+    )
+    records, _ = load_records("birds", cub, "train")
+    assert records.keys == ["001.Finch/Finch_0000"] and len(records.captions[0]) == 1
+
+
+def test_metadata_lists_all_that_is_missing(metadata):
+    for name in ("images.txt", "bounding_boxes.txt"):
+        (metadata / "CUB_200_2011" / name).unlink()
+    with pytest.raises(DataError) as caught:
+        load_records("birds", metadata, "train")
+    assert "images.txt" in str(caught.value) and "bounding_boxes.txt" in str(caught.value)
+    assert f"{metadata / 'CUB_200_2011/images'}:" not in str(caught.value)
+
+
+def test_metadata_of_coco(tmp_path):
+    train = {f"COCO_train2014_{number:012d}": [[1, number + 1]] * 5 for number in range(2)}
+    write_metadata(tmp_path, train, {"COCO_val2014_000000000007": [[3]] * 5}, class_info=False)
+    for folder, key in (
+        ("images", list(train)[0]),
+        ("images", list(train)[1]),
+        ("val2014", "COCO_val2014_000000000007"),
+    ):
+        write_image(tmp_path / folder / f"{key}.jpg")
+    records, _ = load_records("coco", tmp_path, "train")
+    assert records.class_ids.tolist() == [0, 1] and records.boxes is None
+    assert records.image_paths[0] == tmp_path / "images/COCO_train2014_000000000000.jpg"
+    test, _ = load_records("coco", tmp_path, "test")
+    assert test.image_paths == [tmp_path / "val2014/COCO_val2014_000000000007.jpg"] and len(test.captions[0]) == 5
+    (tmp_path / "val2014").rename(tmp_path / "elsewhere")
+    (tmp_path / "images").rename(tmp_path / "images_elsewhere")
+    with pytest.raises(DataError, match="val2014"):
+        load_records("coco", tmp_path, "test")
+
+
+def test_metadata_of_somebodys_own_images(tmp_path):
+    write_metadata(tmp_path, {"a/cat": [[1]], "a/dog": [[2]]}, {"b/cow": [[3]]}, class_info=False)
+    for name in ("a/cat.png", "a/dog.jpg", "b/cow.webp"):
+        write_image(tmp_path / "images" / name)
+    records, _ = load_records("folder", tmp_path, "train")
+    assert [path.name for path in records.image_paths] == ["cat.png", "dog.jpg"]
+    (tmp_path / "images/a/dog.jpg").unlink()
+    with pytest.raises(DataError, match="no image for a/dog"):
+        load_records("folder", tmp_path, "train")
+
+
+# CUB from its downloads
+
+
+def test_birds_split_by_the_lists_of_classes(cub):
+    write_class_lists(cub)
+    splits = birds.build(cub, options())
+    assert [entry.key for entry in splits["test"]] == ["002.Gull/Gull_0000", "002.Gull/Gull_0001"]
+    assert len(splits["train"]) == 5
+    third = splits["train"][2]
+    assert third.image == "CUB_200_2011/images/001.Finch/Finch_0002.jpg" and third.class_id == 1
+    assert third.captions == [f"bird 2 says {number}" for number in range(10)] and third.box == [3.0, 5.0, 20.0, 10.0]
+
+
+def test_birds_split_by_filenames(cub):
+    for name, keys in (("train", ["002.Gull/Gull_0001"]), ("test", ["001.Finch/Finch_0000", "003.Jay/Jay_0000"])):
+        (cub / name).mkdir()
+        (cub / name / "filenames.pickle").write_bytes(python2_pickle(keys))
+    splits = birds.build(cub, options())
+    assert [entry.key for entry in splits["test"]] == ["001.Finch/Finch_0000", "003.Jay/Jay_0000"]
+    assert [entry.class_id for entry in splits["test"]] == [1, 3]
+    write_class_lists(cub)  # the lists come first
+    assert {entry.class_id for entry in birds.build(cub, options())["test"]} == {2}
+
+
+def test_a_class_in_both_lists_is_refused(cub):
+    write_class_lists(cub, test=("001.Finch",))
+    with pytest.raises(DataError, match="001.Finch"):
+        birds.build(cub, options())
+
+
+def test_birds_from_our_layout_have_their_boxes(cub):
+    write_class_lists(cub)
+    write_layout(cub, birds.build(cub, options()))
+    records, vocabulary = load_records("toybirds", cub, "test")
+    assert records.boxes.tolist() == [[4.0, 5.0, 20.0, 10.0], [5.0, 5.0, 20.0, 10.0]]
+    assert records.class_ids.tolist() == [2, 2] and len(vocabulary) == 1 + 2 + 10  # bird, says, the digits
+
+
+def test_birds_list_everything_missing_at_once(tmp_path):
+    with pytest.raises(DataError) as caught:
+        birds.build(tmp_path, options("birds"))
+    for place in ("CUB_200_2011/images:", "images.txt:", "bounding_boxes.txt:", "text/<class>"):
+        assert place in str(caught.value)
+
+
+def test_birds_name_single_missing_files(cub):
+    write_class_lists(cub)
+    (cub / "CUB_200_2011/images/001.Finch/Finch_0001.jpg").unlink()
+    for number in range(2):
+        (cub / f"text/003.Jay/Jay_000{number}.txt").unlink()
+    with pytest.raises(DataError) as caught:
+        birds.build(cub, options())
+    assert "no image for 001.Finch/Finch_0001\n" in str(caught.value)
+    assert "no captions for 003.Jay/Jay_0000, 003.Jay/Jay_0001\n" in str(caught.value)
+    splits = birds.build(cub, options(allow_partial=True))
+    assert [entry.key for entry in splits["train"]] == ["001.Finch/Finch_0000", "001.Finch/Finch_0002"]
+
+
+def test_the_counts_of_cub_are_checked(cub, caplog):
+    write_class_lists(cub)
+    with pytest.raises(DataError) as caught:
+        birds.build(cub, options("birds"))
+    assert "train: 5 images instead of 8,855" in str(caught.value)
+    assert "test: 2 images instead of 2,933" in str(caught.value)
+    with caplog.at_level(logging.WARNING):
+        assert len(birds.build(cub, options("birds", allow_partial=True))["train"]) == 5
+    assert "5 images instead of 8,855" in caplog.text
+
+
+def test_without_any_split_the_lists_are_asked_for(cub):
+    with pytest.raises(DataError, match="trainvalclasses.txt and .*testclasses.txt"):
+        birds.build(cub, options())
+
+
+def test_the_test_classes_are_fifty():
+    assert len(birds.REED_TEST_CLASSES) == 50
+    assert min(birds.REED_TEST_CLASSES) == 1 and max(birds.REED_TEST_CLASSES) == 197
+
+
+def test_cub_with_its_real_captions(tmp_path):
+    archive = REAL_DATA / "cub_captions.tar.gz"
+    if not archive.is_file():
+        pytest.skip(f"{archive} is not here")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    (tmp_path / "cub_captions/text").rename(tmp_path / "text")
+    base = tmp_path / "CUB_200_2011"
+    keys = sorted(
+        path.relative_to(tmp_path / "text").with_suffix("").as_posix() for path in tmp_path.glob("text/*/*.txt")
+    )
+    for key in keys:  # no image is opened here
+        (base / "images" / key).parent.mkdir(parents=True, exist_ok=True)
+        (base / "images" / f"{key}.jpg").touch()
+    (base / "images.txt").write_text("".join(f"{n} {key}.jpg\n" for n, key in enumerate(keys, 1)))
+    (base / "bounding_boxes.txt").write_text("".join(f"{n} 1 2 30 40\n" for n in range(1, len(keys) + 1)))
+    splits = birds.build(tmp_path, options("birds"))  # Reed's classes; the counts are checked inside
+    assert {split: len(entries) for split, entries in splits.items()} == {"train": 8_855, "test": 2_933}
+    assert len(write_layout(tmp_path, splits)) == 5_450
+    records, _ = load_records("birds", tmp_path, "train")
+    assert len(set(records.class_ids.tolist())) == 150
+    assert sum(len(group) for group in records.captions) == 88_550
+
+
+# COCO from its downloads
+
+
+def write_coco(root, counts, nested=True, image_folder=None):
+    folder = root / "annotations" if nested else root
+    folder.mkdir(exist_ok=True)
+    for part, count in counts.items():
+        names = [f"COCO_{part}_{number:012d}.jpg" for number in range(count)]
+        content = {
+            "images": [{"id": number, "file_name": name} for number, name in enumerate(names)],
+            "annotations": [
+                {"image_id": number, "caption": f" Photo {number}\nno. {caption} "}
+                for caption in range(6)
+                for number in range(count)
+            ],
+        }
+        (folder / f"captions_{part}.json").write_text(json.dumps(content))
+        for name in names:
+            write_image(root / (image_folder or part) / name, 4, 4)
+
+
+@pytest.mark.parametrize(("nested", "image_folder"), [(True, None), (False, "images")])
+def test_coco_from_its_downloads(tmp_path, monkeypatch, nested, image_folder):
+    write_coco(tmp_path, {"train2014": 3, "val2014": 2}, nested, image_folder)
+    monkeypatch.setattr(coco, "COUNTS", {"train": 3, "test": 2})
+    splits = coco.build(tmp_path, options("coco"))
+    assert {split: len(entries) for split, entries in splits.items()} == {"train": 3, "test": 2}
+    entry = splits["test"][1]
+    assert entry.key == "COCO_val2014_000000000001" and entry.class_id == 1 and entry.box is None
+    assert entry.image == f"{image_folder or 'val2014'}/COCO_val2014_000000000001.jpg"
+    assert entry.captions == [f"Photo 1 no. {number}" for number in range(5)]  # the first five, in one line each
+
+
+def test_the_counts_of_coco_are_checked(tmp_path, caplog):
+    write_coco(tmp_path, {"train2014": 3, "val2014": 2})
+    with pytest.raises(DataError) as caught:
+        coco.build(tmp_path, options("coco"))
+    assert "train: 3 images instead of 82,783" in str(caught.value)
+    assert "test: 2 images instead of 40,504" in str(caught.value)
+    assert "--allow-partial" in str(caught.value)
+    (tmp_path / "train2014/COCO_train2014_000000000001.jpg").unlink()
+    with pytest.raises(
+        DataError, match=r"1 images that captions_train2014.json lists \(COCO_train2014_000000000001.jpg\)"
+    ):
+        coco.build(tmp_path, options("coco"))
+    with caplog.at_level(logging.WARNING):
+        splits = coco.build(tmp_path, options("coco", allow_partial=True))
+    assert len(splits["train"]) == 2 and "2 images instead of 82,783" in caplog.text
+    assert [entry.class_id for entry in splits["train"]] == [0, 1]
+
+
+def test_coco_lists_everything_missing_at_once(tmp_path):
+    with pytest.raises(DataError) as caught:
+        coco.build(tmp_path, options("coco"))
+    for name in ("captions_train2014.json", "captions_val2014.json", "train2014:", "val2014:"):
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"images": [], "annotations": [{}]}', '{"images": 3, "annotations": []}']
+)
+def test_another_json_is_not_cocos(tmp_path, content):
+    (tmp_path / "captions.json").write_text(content)
+    with pytest.raises(DataError, match="is not COCO's caption JSON"):
+        coco.read_coco_captions(tmp_path / "captions.json")
+
+
+def test_boxes_for_some_images_only_are_refused(layout):
+    lines = (layout / "train.jsonl").read_text().splitlines()
+    first = {**json.loads(lines[0]), "box": [0, 0, 5, 5]}
+    (layout / "train.jsonl").write_text(json.dumps(first) + "\n" + lines[1] + "\n")
+    with pytest.raises(DataError, match="some have none"):
+        load_records("folder", layout, "train")
+    (layout / "train.jsonl").write_text(json.dumps(first) + "\n")
+    assert np.array_equal(load_records("folder", layout, "train")[0].boxes, [[0.0, 0.0, 5.0, 5.0]])
