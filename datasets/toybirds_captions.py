@@ -34,12 +34,7 @@ _PATTERN_ADJECTIVES = {
 _PATTERN_NOUNS = {"striped": ("stripes", "bars"), "spotted": ("spots", "dots")}
 _PLACES = {
     "sky": ("against the sky", "in front of clouds", "below a cloudy sky"),
-    "leaves": (
-        "among leaves",
-        "in front of foliage",
-        "near leaves",
-        "in a leafy bush",
-    ),
+    "leaves": ("among leaves", "in front of foliage", "near leaves", "in a leafy bush"),
     "water": ("by the water", "near the sea", "in front of waves", "on a rock in a lake"),
     "sunset": ("at sunset", "at dusk", "in the evening", "in front of a sunset"),
     "snow": ("in the snow", "in winter", "on snowy ground"),
@@ -82,7 +77,7 @@ def named_attributes(caption: str) -> dict[str, str]:
                 color = subject = None
         elif word in ("is", "are"):
             told = subject is not None
-        elif word not in ("and", "that", "both"):
+        elif word != "and":
             told = False
     return named
 
@@ -223,12 +218,9 @@ class _Wording:
         noun, adjectives = self._pick(_NOUNS[part]), self._adjectives(part)
         if part != "wing":
             return _with_article(" ".join([*adjectives, noun]))
-        marks = self._marks()
-        pattern = (
-            []
-            if marks or "wing_pattern" not in self.said
-            else [self._pick(_PATTERN_ADJECTIVES[self.said["wing_pattern"]])]
-        )
+        marks, pattern = self._marks(), []
+        if "wing_pattern" in self.said and not marks:
+            pattern = [self._pick(_PATTERN_ADJECTIVES[self.said["wing_pattern"]])]
         if self._pick((True, False)):
             adjectives, pattern = pattern, adjectives
         phrase = " ".join([*adjectives, *pattern, noun])

@@ -32,19 +32,37 @@ class Build(NamedTuple):
     So size can be told from the shape alone, also where a crop makes all birds equally large (CUB's box crop).
     """
 
-    body: tuple[float, float]
+    body: tuple[float, float]  # half length, half height
     tilt: float  # radians that the breast is raised by
     chest: tuple[float, float, float]  # centre and radius of the round lower end of the neck
-    head: tuple[float, float, float]
-    tail: float
-    wing: tuple[float, float]  # length, half width
-    leg: float
-    unit: float  # of the frame's side
+    head: tuple[float, float, float]  # centre and radius
+    tail: float  # length
+    wing: tuple[float, float, float, float]  # shoulder x and y, length, half width
+    leg: float  # from the hips to the ground
+    unit: float  # in sides of the frame
 
 
 BUILDS = {
-    "small": Build((0.48, 0.42), 0.22, (0.22, -0.06, 0.31), (0.34, -0.44, 0.38), 0.24, (0.80, 0.26), 0.27, 0.295),
-    "large": Build((0.60, 0.40), 0.30, (0.30, -0.12, 0.27), (0.52, -0.67, 0.31), 0.33, (0.98, 0.23), 0.48, 0.305),
+    "small": Build(
+        body=(0.48, 0.42),
+        tilt=0.22,
+        chest=(0.22, -0.06, 0.31),
+        head=(0.34, -0.44, 0.38),
+        tail=0.24,
+        wing=(0.28, -0.13, 0.80, 0.26),
+        leg=0.27,
+        unit=0.295,
+    ),
+    "large": Build(
+        body=(0.60, 0.40),
+        tilt=0.30,
+        chest=(0.30, -0.12, 0.27),
+        head=(0.52, -0.67, 0.31),
+        tail=0.33,
+        wing=(0.38, -0.19, 0.98, 0.23),
+        leg=0.48,
+        unit=0.305,
+    ),
 }
 
 
@@ -112,6 +130,8 @@ def _bird(attributes: Mapping[str, str], build: Build, rng: np.random.Generator)
     rx, ry = build.body
     body = arc(0, 0, rx, ry, -tilt)
     neck = _hull(build.chest, (head_x, head_y, radius))
+    (chest_x, chest_y, chest), inner = build.chest, 0.975  # the neck again, within its line, hides the body's line
+    throat = _hull((chest_x, chest_y, chest * inner), (head_x, head_y, radius * inner))
     back = arc(0, 0, rx, ry, -tilt, np.pi * 0.93, np.pi * 1.62)
     tail = _tail(build, tilt, rng)
     nod = rng.uniform(-0.12, 0.12)
@@ -120,11 +140,7 @@ def _bird(attributes: Mapping[str, str], build: Build, rng: np.random.Generator)
         *_beak(head_x, head_y, radius, nod, attributes["beak_length"], beak),
         Shape(neck, belly),
         Shape(body, belly),
-        Shape(
-            _hull((build.chest[0], build.chest[1], build.chest[2] * 0.985), (head_x, head_y, radius * 0.97)),
-            belly,
-            False,
-        ),
+        Shape(throat, belly, False),
         Shape(back, wing, False),
         Shape(_crown(head_x, head_y, radius, nod), crown),
         *_eye(head_x, head_y, radius, nod),
@@ -159,7 +175,7 @@ def _crown(x: float, y: float, radius: float, nod: float) -> np.ndarray:
 
 
 def _beak(x: float, y: float, radius: float, nod: float, length: str, color: tuple[int, int, int]) -> list[Shape]:
-    """Two mandibles; a long beak is slim and nearly a head long, a short one a stout triangle."""
+    """Two mandibles; a long one is slim, a short one a stout triangle."""
     reach, height = (0.45, 0.09) if length == "long" else (0.17, 0.12)
     base = np.array([x, y + radius * 0.22])
     along = np.array([np.cos(nod + 0.1), np.sin(nod + 0.1)])
@@ -186,11 +202,10 @@ def _wing(
     build: Build, tilt: float, pattern: str, color: tuple[int, int, int], rng: np.random.Generator
 ) -> list[Shape]:
     """The folded wing with its bars or spots; marks are light on a dark wing and dark on a light one."""
-    length, half = build.wing[0], build.wing[1]
+    *shoulder, length, half = build.wing
     angle = np.pi - tilt + rng.uniform(-0.14, 0.1)
     along = np.array([np.cos(angle), np.sin(angle)])
     across = np.array([along[1], -along[0]])  # towards the belly
-    shoulder = np.array([0.28, -0.13]) if build.body[0] < 0.55 else np.array([0.38, -0.19])
 
     def at(u: np.ndarray, v: np.ndarray) -> np.ndarray:  # u: shoulder 0 to tip 1; v: back -1 to belly 1
         width = half * 1.75 * np.clip(u, 0, 1) ** 0.55 * np.clip(1 - u, 0, 1) ** 0.75
