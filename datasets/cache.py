@@ -24,7 +24,7 @@ from miscc.errors import DataError
 
 try:
     import fcntl
-except ImportError:  # not on Windows; there two processes may build the same cache twice, which costs only time
+except ImportError:  # Windows
     fcntl = None
 
 logger = logging.getLogger(__name__)
@@ -128,19 +128,28 @@ def _is_current(path: Path, fingerprint: bytes) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of this cache, waiting for it if need be, and clear away what a killed process left."""
+    """Hold the lock of this cache, waiting for it if need be, and clear away what a killed process left.
+
+    Where files cannot be locked two processes build the same cache, each in its own file, and the later one stays.
+    """
     with open(path.with_suffix(".lock"), "w") as lock:
-        if fcntl is None:
-            yield
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for another process that builds %s", path)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        for left in path.parent.glob(f".{path.name}.*.tmp"):
-            left.unlink(missing_ok=True)
+        if _lock(lock, path):
+            for left in path.parent.glob(f".{path.name}.*.tmp"):
+                left.unlink(missing_ok=True)
         yield
+
+
+def _lock(lock: IO[str], path: Path) -> bool:
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info("waiting for another process that builds %s", path)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:  # some network file systems
+        return False
+    return True
 
 
 def _build(

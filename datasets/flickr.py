@@ -75,6 +75,7 @@ def _read_captions(path: Path) -> list[Row]:
     """Token files (`name#number<tab>caption`), or the captions.txt that others made of them (`image,caption`)."""
     text = path.read_text(encoding="utf-8", errors="replace")
     if not _TOKEN_LINE.match(text):
-        return [Row(line[0], [line[1]]) for line in list(csv.reader(text.splitlines()))[1:] if len(line) == 2]
+        lines = list(csv.reader(text.splitlines()))[1:]
+        return [Row(line[0], [", ".join(line[1:])]) for line in lines if len(line) > 1]  # not all commas are quoted
     matches = (_TOKEN_LINE.match(line) for line in text.splitlines())
     return [Row(match[1], [match[2]]) for match in matches if match]

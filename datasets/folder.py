@@ -8,7 +8,8 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import flickr
@@ -100,27 +101,42 @@ def _table(path: Path, options: BuildOptions) -> list[Row]:
     """A table whose first line names the columns, separated by commas, semicolons, tabs or bars."""
     text = _read_text(path)
     header = text.partition("\n")[0]
-    reader = csv.DictReader(io.StringIO(text), delimiter=max(",;\t|", key=header.count), skipinitialspace=True)
-    records = ({(name or "").strip(): value for name, value in record.items()} for record in reader)
-    return _rows(path, records, options)
+    delimiter = max(",;\t|", key=header.count)
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        lines = [(reader.line_num, line) for line in reader if line]
+    except csv.Error as error:
+        raise DataError(f"{path}: cannot be read as a table ({error}); look for a quote that is not closed") from None
+    columns = _choose_columns(path, names, lines, options)
+    records = []
+    for number, line in lines:
+        if len(line) > len(names):
+            # A caption with a comma and without quotes; where it is the last column nothing else can be meant.
+            if [names[-1]] not in columns.captions:
+                raise DataError(
+                    f"{path}, line {number}: has {len(line)} fields under {len(names)} names; put texts that contain "
+                    f"{delimiter!r} in quotes"
+                )
+            line[len(names) - 1 :] = [f"{delimiter} ".join(line[len(names) - 1 :])]
+        records.append(dict(zip(names, line, strict=False)))
+    return _rows(records, columns)
 
 
 def _json_lines(path: Path, options: BuildOptions) -> list[Row]:
     """A JSON object a line, such as {"image": "a.jpg", "captions": ["a dog", "a black dog"]}."""
-
-    def records() -> Iterator[dict]:
-        for number, line in enumerate(_read_text(path).split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number}: is no JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise DataError(f"{path}, line {number}: must be a JSON object, not {type(record).__name__}")
-            yield record
-
-    return _rows(path, records(), options)
+    records = []
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: is no JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, line {number}: must be a JSON object, not {type(record).__name__}")
+        records.append(record)
+    return _rows(records, _choose_columns(path, list(records[0]) if records else [], records, options))
 
 
 def _coco(path: Path, options: BuildOptions) -> list[Row]:
@@ -139,26 +155,36 @@ def _text_files(index: ImageIndex) -> list[Row]:
     return rows
 
 
-def _rows(path: Path, records: Iterator[dict], options: BuildOptions) -> list[Row]:
-    records = list(records)
-    if not records:
+@dataclass(frozen=True)
+class _Columns:
+    """Which columns hold what; each group in `captions` makes one caption."""
+
+    image: str
+    captions: list[list[str]]
+    class_name: str | None
+
+
+def _choose_columns(path: Path, names: Sequence[str], lines: Sequence, options: BuildOptions) -> _Columns:
+    """The columns that the user chose, or else those whose names speak for themselves, and a line that says which."""
+    if not lines:
         raise DataError(f"{path}: holds no line but perhaps a header")
-    names = list(records[0])
-    image = _image_column(path, names, options)
-    captions = _caption_columns(path, names, options)
+    image, captions = _image_column(path, names, options), _caption_columns(path, names, options)
     if options.class_column and options.class_column not in names:
-        raise DataError(f"{path}: has no column {options.class_column!r}, only {', '.join(names)}")
+        raise DataError(f"--class-column {options.class_column}: {path} has only {', '.join(names)}")
     logger.info(
         "captions: %s, image from column %r, captions from %s",
         *(path, image, " and ".join(repr("+".join(group)) for group in captions)),
     )
+    return _Columns(image, captions, options.class_column)
+
+
+def _rows(records: Sequence[dict], columns: _Columns) -> list[Row]:
     rows = []
     for record in records:
-        if not record.get(image):
-            continue
-        texts = [text for group in captions for text in _texts(record, group)]
-        class_name = record.get(options.class_column) if options.class_column else None
-        rows.append(Row(str(record[image]), texts, None if class_name is None else str(class_name)))
+        if record.get(columns.image):
+            texts = [text for group in columns.captions for text in _texts(record, group)]
+            class_name = record.get(columns.class_name) if columns.class_name else None
+            rows.append(Row(str(record[columns.image]), texts, None if class_name is None else str(class_name)))
     return rows
 
 

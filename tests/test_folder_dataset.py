@@ -176,7 +176,7 @@ def test_classes_from_a_column(root):
         ("image,who\ncat.jpg,a\n", {}, "--caption-column"),
         ("image,caption\ncat.jpg,a\n", {"image_column": "x"}, "--image-column x.*image, caption"),
         ("image,caption\ncat.jpg,a\n", {"caption_columns": ("x",)}, "--caption-column x"),
-        ("image,caption\ncat.jpg,a\n", {"class_column": "x"}, "no column 'x'"),
+        ("image,caption\ncat.jpg,a\n", {"class_column": "x"}, "--class-column x"),
         ("cat.jpg,a cat\ndog.png,a dog\n", {}, "first line"),
         ("image,caption\n", {}, "holds no line"),
         ("image,caption\nlion.jpg,a lion\n", {}, "not one image with a caption: 4 images .* 1 names"),
@@ -336,3 +336,19 @@ def test_two_images_are_one_for_each_split(tmp_path):
     (tmp_path / "dog.jpg").unlink()
     with pytest.raises(DataError, match="would hold no image"):
         folder.build(tmp_path, options())
+
+
+def test_commas_without_quotes(root):
+    (root / "a.csv").write_text(
+        "image,caption\ncat.jpg,a cat, a grey cat\ndog.png,a dog\ncow.jpg,a cow\nfox,a fox, red\n"
+    )
+    assert captions_of(folder.build(root, options())) == {**EXPECTED, "cat": ["a cat, a grey cat"]}
+    (root / "a.csv").write_text("caption,image\na cat,cat.jpg\na dog, black,dog.png\n")
+    with pytest.raises(DataError, match="a.csv, line 3: has 3 fields under 2 names"):
+        folder.build(root, options())
+
+
+def test_a_quote_that_is_not_closed(root):
+    (root / "a.csv").write_text('image,caption\ncat.jpg,"a cat\n' + "dog.png,a dog, another dog\n" * 10_000)
+    with pytest.raises(DataError, match="a.csv: cannot be read as a table .*quote"):
+        folder.build(root, options())
