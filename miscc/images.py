@@ -119,7 +119,7 @@ def attention_picture(
     """Word by word, where a caption looks: a row for each image, first the image, then a heat map over it for each word.
 
     images: (H, W, 3) uint8; words: of each caption; attention: of each caption (at least as many as words, h, w), >= 0,
-    shown relative to its largest value. Returns (.., .., 3) uint8.
+    shown relative to the largest value of its caption. Returns (.., .., 3) uint8.
     """
     font, gap, line = ImageFont.load_default(size=13), 4, 18
     columns = 1 + max(len(row) for row in words)
@@ -131,16 +131,17 @@ def attention_picture(
         top = gap + row * (cell_size + line + gap)
         picture = Image.fromarray(image).resize((cell_size, cell_size), Image.Resampling.BICUBIC)
         canvas.paste(picture, (gap, top + line))
+        largest = max(float(attention[row][: len(caption)].max()), 1e-12)
         for column, word in enumerate(caption, start=1):
             left = gap + column * (cell_size + gap)
             draw.text((left, top), word[:12], fill="black", font=font)
-            canvas.paste(_heat(picture, attention[row][column - 1]), (left, top + line))
+            canvas.paste(_heat(picture, attention[row][column - 1] / largest), (left, top + line))
     return np.asarray(canvas)
 
 
 def _heat(picture: Image.Image, attention: np.ndarray) -> Image.Image:
-    """The picture, dark where attention is low and reddish where it is high."""
-    weights = Image.fromarray((attention / max(float(attention.max()), 1e-12)).astype(np.float32))
+    """The picture, dark where attention (h, w) in [0, 1] is low and reddish where it is high."""
+    weights = Image.fromarray(attention.astype(np.float32))
     weights = np.asarray(weights.resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
     pixels = np.asarray(picture, dtype=np.float32)
     shown = pixels * (0.25 + 0.75 * weights) * (1 - 0.35 * weights) + 0.35 * weights * np.array([255.0, 40.0, 0.0])

@@ -82,14 +82,22 @@ def sentence_loss(
 
 
 def _word_matching(regions: Tensor, words: Tensor, padding: Tensor, gamma1: float, gamma2: float) -> Tensor:
-    """R(Q, D) of every image with every caption: (I, D, R), (N, D, T), (N, T) -> (I, N)."""
+    """R(Q, D) of every image with every caption: (I, D, R), (N, D, T), (N, T) -> (I, N).
+
+    The contexts c = Σ_r α_r·v_r, (I·N·T) vectors of length D, are never formed: their product with the word is Σ_r α_r·s_r
+    of the scores s that are there already, and ‖c‖² = αᵀ(VᵀV)α.
+    """
     num_captions, dim, num_words = words.shape
-    queries = words.transpose(1, 2).reshape(1, num_captions * num_words, dim)
+    queries = words.transpose(1, 2).reshape(num_captions * num_words, dim)
     scores = (queries @ regions).unflatten(1, (num_captions, num_words))  # (I, N, T, R)
-    scores = scores.masked_fill(padding[None, :, :, None], -torch.inf).softmax(dim=2)
-    attention = (gamma1 * scores).softmax(dim=3)
-    context = attention.flatten(1, 2) @ regions.transpose(1, 2)  # (I, N·T, D)
-    cosine = F.cosine_similarity(context, queries, dim=2, eps=1e-8).unflatten(1, (num_captions, num_words))
+    attention = scores.masked_fill(padding[None, :, :, None], -torch.inf).softmax(dim=2)
+    attention = (gamma1 * attention).softmax(dim=3)
+    products = (attention * scores).sum(dim=3)
+    flat = attention.flatten(1, 2)
+    squared_norms = (flat @ (regions.transpose(1, 2) @ regions) * flat).sum(dim=2)
+    context_norms = squared_norms.clamp_min(1e-16).sqrt().unflatten(1, (num_captions, num_words))
+    word_norms = queries.norm(dim=1).clamp_min(1e-8).unflatten(0, (num_captions, num_words))
+    cosine = products / (context_norms * word_norms)
     return (gamma2 * cosine).masked_fill(padding, -torch.inf).logsumexp(dim=2)
 
 

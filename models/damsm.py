@@ -100,21 +100,21 @@ class InceptionEncoder(nn.Module):
 class SmallImageEncoder(nn.Module):
     """A light convolutional encoder, trained from scratch: for small images and CPUs. Not of any paper; ours.
 
-    image_size: 32 to 256, a power of two; other images are resized to it. Regions are an 8×8 grid.
+    image_size: a power of two from 16 on; other images are resized to it. Regions are an 8×8 grid.
     """
 
     def __init__(self, text_dim: int = 256, image_size: int = 64, nf: int = 32):
         super().__init__()
         self.arguments = {"text_dim": text_dim, "image_size": image_size, "nf": nf}
         self.image_size = image_size
-        channels, size = nf, image_size
-        layers = self._layer(3, nf, stride=1)
+        layers, channels, size = [], 3, image_size
         while size > 8:
-            layers += self._layer(channels, min(2 * channels, 8 * nf), stride=2)
-            channels, size = min(2 * channels, 8 * nf), size // 2
-        self.trunk = nn.Sequential(*layers, *self._layer(channels, channels, stride=1))
-        self.region_head = nn.Conv2d(channels, text_dim, 1, bias=False)
-        self.global_trunk = nn.Sequential(*self._layer(channels, 8 * nf, stride=2))
+            wider = nf if channels == 3 else min(2 * channels, 8 * nf)
+            layers += self._layer(channels, wider, stride=2)
+            channels, size = wider, size // 2
+        self.trunk = nn.Sequential(*layers, *self._layer(channels, 8 * nf, stride=1))
+        self.region_head = nn.Conv2d(8 * nf, text_dim, 1, bias=False)
+        self.global_trunk = nn.Sequential(*self._layer(8 * nf, 8 * nf, stride=2))
         self.code_head = nn.Linear(8 * nf, text_dim)
 
     @staticmethod

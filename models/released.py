@@ -98,7 +98,7 @@ def _load(state_dict: Mapping[str, Any], part: str, registry: Mapping[str, type[
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{form.title}: its sizes cannot be read, tensors are missing ({error})") from None
     renamed = {
-        _rename(name, form.renames): tensor for name, tensor in state.items() if not re.match(form.ignored, name)
+        rename(name, form): tensor for name, tensor in state.items() if not re.match(form.ignored, name)
     }
     _check_fit(form, renamed, module.state_dict())
     module.load_state_dict(renamed)
@@ -118,8 +118,9 @@ def _check_fit(form: Format, given: State, wanted: State) -> None:
         raise CheckpointError(f"{form.title}: {len(wrong)} tensors have other sizes, for example {name}: {shapes}")
 
 
-def _rename(name: str, renames: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in renames:
+def rename(name: str, form: Format) -> str:
+    """A released tensor name as our network has it."""
+    for pattern, replacement in form.renames:
         name = re.sub(pattern, replacement, name)
     return name
 
