@@ -24,8 +24,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from eval.networks import find_weights, hash_tensors
-from eval.scores import Score, add_arguments, named_device, report
+from eval.networks import find_weights, full_precision, hash_tensors
+from eval.scores import Score, add_arguments, named_device, report, seed_number
 from eval.sources import CAPTIONS_FILE, ImageSource, batches, drop_broken, open_source, read_samples
 from miscc.checkpoint import load_file
 from miscc.errors import CheckpointError, DataError, run_command
@@ -65,7 +65,7 @@ class PerceptualDistance(nn.Module):
     @torch.inference_mode()
     def features(self, images: torch.Tensor) -> Features:
         """Images (N, 3, H, W) in [-1, 1], at least 32 px -> five layers' features, of unit length at each place."""
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with full_precision():
             layers = self.network.net(self.network.scaling_layer(images))
         return [lpips.normalize_tensor(layer) for layer in layers]
 
@@ -308,7 +308,7 @@ def main() -> None:
     parser.add_argument("images", nargs="+", help="IMAGES (with --by-caption), or REAL FAKE")
     parser.add_argument("--by-caption", action="store_true", help="diversity among the images of the same caption")
     parser.add_argument("--max-images", type=int, metavar="N", help="with --by-caption: at most N images a caption")
-    parser.add_argument("--seed", type=int, default=2020, help="of the choice of --max-images")
+    parser.add_argument("--seed", type=seed_number, default=2020, help="of the choice of --max-images")
     add_arguments(parser, network=False)
     args = parser.parse_args()
     if len(args.images) != (1 if args.by_caption else 2):

