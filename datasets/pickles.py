@@ -62,8 +62,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def load_legacy_pickle(path: str | Path) -> Any:
-    """Load a pickle of plain containers, strings, numbers and numpy arrays; Python 2's strings are read as
-    latin-1.
+    """Load a pickle of plain containers, strings, numbers and numpy arrays; Python 2's strings are read as latin-1.
 
     Nothing else is admitted, so that a file from anywhere cannot run code. Raises DataError, naming the file
     (and the class where there is one), when it is missing, damaged or holds anything else.

@@ -68,8 +68,7 @@ class Sample(NamedTuple):
 
 @dataclass
 class Records:
-    """One split of a data set in memory: for each of N images its key, path, captions, class and perhaps its
-    box.
+    """One split of a data set in memory: for each of N images its key, path, captions, class and perhaps its box.
 
     captions: N lists of int64 arrays of word indices, no array empty, no list empty; texts: the captions as
     written, or None where only the indices are known; class_ids: (N,) int64; boxes: (N, 4) float64 of x, y,
@@ -172,8 +171,7 @@ class TextImageDataset(Dataset):
         self.augment = augment
         self.cache = cache
         self.skip_broken = skip_broken
-        # Which broken files have been named: in shared memory, so that the workers name each of them only
-        # once.
+        # Which broken files have been named: in shared memory, so that the workers name each of them only once.
         self._named = torch.zeros(len(records), dtype=torch.bool).share_memory_() if skip_broken else None
 
     def __len__(self) -> int:
