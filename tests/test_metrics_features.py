@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torchvision
 from metrics_help import picture, tiny_network, write_pictures
 from PIL import Image
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
@@ -216,6 +217,24 @@ def test_random_inception_is_a_function_of_the_seed_and_leaves_other_draws_alone
     features, logits = network.look([picture(0), picture(1)])
     assert features.shape == (2, 2048) and logits.shape == (2, 1008)
     assert 0.05 < float(features.mean()) < 5  # the signal neither dies nor explodes on its way
+
+
+def test_torchvisions_inception_sees_what_torchvision_sees(tmp_path):
+    """With auxiliary head in the file, as the published one has, and in [-1, 1], as that was trained."""
+    torch.manual_seed(0)
+    reference = torchvision.models.inception_v3(weights=None, init_weights=False, transform_input=False).eval()
+    for tensor in reference.state_dict().values():
+        if tensor.ndim == 4:
+            tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5)
+    torch.save(reference.state_dict(), tmp_path / "weights.pth")
+    network = load_network("inception-torchvision", weights=tmp_path / "weights.pth")
+    image = picture(3, 299)
+    features, logits = network.look([image])
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1)
+    assert features.shape == (1, 2048) and float(expected.std()) > 0.1
+    assert torch.allclose(logits, expected, rtol=0, atol=1e-3)
+    assert network.label == f"inception-torchvision:{network.weights_hash[:8]}" and network.resize == "bilinear"
 
 
 def test_every_score_says_which_network_judged():
