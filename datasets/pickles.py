@@ -1,5 +1,4 @@
-"""Reading the pickles that the original systems left behind, Python 2 ones included, without running code
-from them.
+"""Reading the pickles that the original systems left behind, Python 2 ones too, without running code from them.
 
 What the pickles mean is known elsewhere: captions.py for captions.pickle, layout.py for file names and
 classes.
