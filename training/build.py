@@ -98,7 +98,9 @@ def fixed_captions(cfg: Mapping, vocabulary: Vocabulary, training_records: Recor
         logger.warning("pictures will show training captions: %s", error)
         records = training_records
     places = [round(place * (len(records) - 1) / max(1, number - 1)) for place in range(min(number, len(records)))]
-    return [records.text(place, 0) for place in places]
+    captions = [records.text(place, 0) for place in places]
+    # Encoders that were trained on other captions may know no word of some.
+    return [caption for caption in captions if vocabulary.encode(caption)[0]]
 
 
 def problems(cfg: Mapping) -> list[str]:

@@ -134,6 +134,8 @@ class Trainer:
 
     def draw(self, run: RunDir, progress: Progress) -> None:
         """Write the picture of the run's state: fixed test captions and noise, images and last masks."""
+        if not self.pictured_captions:
+            return
         generator = self.average.module if self.average is not None else self.networks["generator"]
         text_encoder = self.networks["text_encoder"]
         with evaluating(generator, text_encoder):

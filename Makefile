@@ -1,0 +1,42 @@
+# make demo, make test: everything from a bare machine with python3 (3.10 or later), venv and make. See the README for
+# the lines behind them.
+PYTHON ?= python3
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+DEMO   := output/demo
+GPU    ?=
+DEVICE := $(if $(GPU),--gpu $(GPU),)
+
+.PHONY: demo test slow-test check clean-demo environment
+
+environment: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet -r requirements.txt
+	touch $@
+
+# Each step goes on from what is there, so a stopped demo continues where it was.
+demo: environment
+	@echo "1/4 drawing the birds"
+	@$(RUN) -m datasets.prepare toybirds --root $(DEMO)/data --image-size 64
+	@echo "2/4 training the text and image encoders"
+	@$(RUN) pretrain_DAMSM.py --cfg cfg/DAMSM/demo.yml --out $(DEMO)/encoders --continue $(DEVICE)
+	@echo "3/4 training SSA-GAN; pictures of its state are in $(DEMO)/*/pictures"
+	@$(RUN) main.py --cfg cfg/demo.yml --continue $(DEVICE)
+	@echo "4/4 drawing test captions"
+	@$(RUN) main.py --cfg cfg/demo.yml --set B_VALIDATION True --num-images 24 --out $(DEMO)/samples --overwrite $(DEVICE)
+
+clean-demo:
+	rm -rf $(DEMO)
+
+test: environment
+	$(RUN) -m pytest
+
+slow-test: environment
+	$(RUN) -m pytest -m slow
+
+check: environment
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .

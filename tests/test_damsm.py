@@ -1,0 +1,188 @@
+"""The encoders: networks, pretraining, what it writes, and its resuming."""
+
+import json
+
+import pytest
+import torch
+from conftest import DAMSM_YAML, settings
+from test_trainer import assert_same_state
+from torchvision.models import inception_v3
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from eval.pipeline import load_encoders
+from eval.retrieval import retrieval_at
+from miscc.checkpoint import load_checkpoint, save_checkpoint
+from miscc.errors import CheckpointError, TrainingError
+from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder
+from training.damsm import EncoderTrainer, load_imagenet_weights, pretrain
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU"])
+def test_text_encoder_ignores_padding_and_batch_mates(rnn_type):
+    torch.manual_seed(0)
+    encoder = TextEncoder(10, rnn_type=rnn_type).eval()
+    captions, lengths = torch.tensor([[3, 4, 0, 0], [5, 6, 7, 8]]), torch.tensor([2, 4])
+    text = encoder(captions, lengths)
+    assert text.sentence.shape == (2, 256) and text.words.shape == (2, 256, 4)
+    assert text.mask.tolist() == [[False, False, True, True], [False] * 4]
+    assert text.words[0, :, 2:].abs().max() == 0
+    alone = encoder(torch.tensor([[3, 4, 9]]), torch.tensor([2]))
+    torch.testing.assert_close(alone.sentence[0], text.sentence[0])
+    torch.testing.assert_close(alone.words[0, :, :2], text.words[0, :, :2])
+    # The sentence is the last state of each direction: forward at the last word, backward at the first.
+    torch.testing.assert_close(text.sentence[0], torch.cat([text.words[0, :128, 1], text.words[0, 128:, 0]]))
+
+
+def test_text_encoder_drops_out_in_training_only():
+    encoder, captions, lengths = TextEncoder(10), torch.tensor([[3, 4]]), torch.tensor([2])
+    assert not torch.equal(encoder.train()(captions, lengths).sentence, encoder(captions, lengths).sentence)
+    assert torch.equal(encoder.eval()(captions, lengths).sentence, encoder(captions, lengths).sentence)
+
+
+def test_inception_encoder_reads_the_layers_of_torchvisions_network():
+    torch.manual_seed(0)
+    whole = inception_v3(weights=None, init_weights=False, transform_input=False).eval()
+    encoder = InceptionEncoder().eval()
+    encoder.trunk.load_state_dict({name: whole.state_dict()[name] for name in encoder.trunk.state_dict()})
+    nodes = create_feature_extractor(whole, {"Mixed_6e": "regions", "avgpool": "pooled"})
+    images = torch.rand(1, 3, 299, 299) * 2 - 1
+    with torch.no_grad():
+        expected, (regions, code) = nodes(images), encoder(images)
+        torch.testing.assert_close(regions, encoder.region_head(expected["regions"]), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(code, encoder.code_head(expected["pooled"].flatten(1)), rtol=1e-3, atol=1e-4)
+    assert regions.shape == (1, 256, 17, 17) and code.shape == (1, 256)
+
+
+def test_inception_trunk_is_frozen_and_keeps_its_statistics():
+    encoder = InceptionEncoder().train()
+    assert not encoder.trunk.training and encoder.region_head.training
+    trained = {id(p) for p in encoder.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in encoder.head_parameters()}
+    encoder.batch_statistics = True
+    assert encoder.train().trunk.training and not encoder.eval().trunk.training
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 256])
+def test_small_encoder_gives_an_eight_by_eight_grid(size):
+    encoder = SmallImageEncoder(image_size=size, nf=2).eval()
+    for given in (size, 2 * size):  # other images are resized
+        regions, code = encoder(torch.zeros(2, 3, given, given))
+        assert regions.shape == (2, 256, 8, 8) and code.shape == (2, 256)
+
+
+def test_imagenet_weights_come_from_a_file_or_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    encoder = InceptionEncoder()
+    with pytest.raises(CheckpointError, match=r"download https://.*inception_v3.* to .*hub.*DAMSM.IMAGE_ENCODER small"):
+        load_imagenet_weights(encoder.trunk, "")
+    weights = inception_v3(weights=None, init_weights=False).state_dict()  # with fc and AuxLogits, as the file has them
+    torch.save(weights, tmp_path / "inception.pth")
+    load_imagenet_weights(encoder.trunk, str(tmp_path / "inception.pth"))
+    assert torch.equal(encoder.trunk.Mixed_7c.branch1x1.conv.weight, weights["Mixed_7c.branch1x1.conv.weight"])
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="is not torchvision's inception_v3"):
+        load_imagenet_weights(encoder.trunk, str(tmp_path / "other.pth"))
+
+
+def test_retrieval_by_hand():
+    code = torch.eye(3)
+    sentence = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.9]])
+    scores = retrieval_at(code, sentence, (1, 2))
+    # Image 0 finds its text; image 1's own is orthogonal to it, below text 2; image 2 prefers text 1 to its own.
+    assert scores["image_to_text_r1"] == pytest.approx(1 / 3) and scores["chance_r1"] == pytest.approx(1 / 3)
+    assert scores["image_to_text_r2"] == pytest.approx(2 / 3)  # image 1: text 2, then a tie of texts 0 and 1
+    assert retrieval_at(code, code)["text_to_image_r1"] == 1.0
+    equal = retrieval_at(torch.ones(11, 2), torch.ones(11, 2), (1, 6))
+    assert equal["text_to_image_r1"] == 0.0  # codes that are all alike find nothing
+
+
+@pytest.fixture
+def damsm_settings(drawn_folder, tmp_path):
+    def load(epochs=2, *overrides):
+        return settings(tmp_path / "damsm.yml", DAMSM_YAML.format(data=drawn_folder, epochs=epochs), "damsm", overrides)
+
+    return load
+
+
+def state(folder, name="last.pth"):
+    return {key: value for key, value in load_checkpoint(folder / name).items() if key != "config"}
+
+
+def test_pretraining_writes_encoders_scores_and_attention(damsm_settings, tmp_path, capsys):
+    folder = tmp_path / "encoders"
+    assert pretrain(damsm_settings(2, ("TRAIN.SNAPSHOT_INTERVAL", "2")), CPU, folder) == 0
+    assert {"best.pth", "last.pth", "epoch_0002.pth", "config.yml", "log.txt", "stats.jsonl"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert sorted(path.name for path in (folder / "attention").iterdir()) == ["epoch_0001.png", "epoch_0002.png"]
+    lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
+    scores = [line for line in lines if "validation/loss" in line]
+    assert len(scores) == 2 and scores[0]["validation/chance_r1"] == pytest.approx(1 / 8)  # 20 % of 40 are held out
+    assert "R@1" in capsys.readouterr().out
+    loaded = load_encoders(folder / "best.pth")
+    assert loaded.vocabulary.words[0] == "<end>" and loaded.max_words == 18 and loaded.image_size == 16
+    assert not loaded.text_encoder.training and not any(p.requires_grad for p in loaded.image_encoder.parameters())
+
+
+def test_pretraining_resumes_exactly(damsm_settings, tmp_path):
+    pretrain(damsm_settings(3), CPU, tmp_path / "whole")
+    pretrain(damsm_settings(1), CPU, tmp_path / "parts")
+    # Stopped in the middle of the second epoch, as by a signal.
+    trainer = EncoderTrainer(damsm_settings(3), CPU, load_checkpoint(tmp_path / "parts" / "last.pth"))
+    from datasets.text_image import training_loader
+
+    batches = iter(training_loader(trainer.dataset, 8, 100, trainer.step))
+    trainer.train_step(next(batches), 1)
+    save_checkpoint(tmp_path / "parts" / "last.pth", trainer.checkpoint())
+    assert pretrain(damsm_settings(3), CPU, tmp_path / "parts", resume=True) == 0
+    assert_same_state(state(tmp_path / "whole"), state(tmp_path / "parts"))
+    assert_same_state(state(tmp_path / "whole", "best.pth"), state(tmp_path / "parts", "best.pth"))
+
+
+def test_encoders_that_are_there_are_not_lost(damsm_settings, tmp_path):
+    pretrain(damsm_settings(1), CPU, tmp_path / "out")
+    before = (tmp_path / "out" / "best.pth").read_bytes()
+    with pytest.raises(CheckpointError, match="holds encoders already; give --resume, --overwrite"):
+        pretrain(damsm_settings(1), CPU, tmp_path / "out")
+    assert (tmp_path / "out" / "best.pth").read_bytes() == before
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        pretrain(damsm_settings(1), CPU, tmp_path / "nowhere", resume=True)
+
+
+def test_patience_ends_the_training(damsm_settings, tmp_path):
+    cfg = damsm_settings(50, ("TRAIN.PATIENCE", "1"), ("TRAIN.ENCODER_LR", "1e-12"))
+    assert pretrain(cfg, CPU, tmp_path / "out") == 0
+    assert load_checkpoint(tmp_path / "out" / "last.pth")["epoch"] < 50
+
+
+def test_a_loss_that_is_not_finite_is_named(damsm_settings):
+    trainer = EncoderTrainer(damsm_settings(), CPU)
+    trainer.image_encoder.code_head.weight.data.fill_(float("nan"))
+    from datasets.text_image import training_loader
+
+    batch = next(iter(training_loader(trainer.dataset, 8, 100)))
+    with pytest.raises(TrainingError, match=r"the loss `sentence` is not finite at step 1 \(epoch 1\)"):
+        trainer.train_step(batch, 0)
+
+
+def test_the_learning_rate_falls_to_a_tenth(damsm_settings):
+    trainer = EncoderTrainer(damsm_settings(), CPU)
+    from datasets.text_image import training_loader
+
+    batch = next(iter(training_loader(trainer.dataset, 8, 100)))
+    rates = []
+    for epoch in (0, 1, 500):
+        trainer.train_step(batch, epoch)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([2e-3, 2e-3 * 0.98, 2e-4])
+
+
+def test_training_lowers_the_loss(damsm_settings):
+    trainer = EncoderTrainer(damsm_settings(), CPU)
+    from datasets.text_image import training_loader
+
+    batch = next(iter(training_loader(trainer.dataset, 8, 100)))
+    losses = [sum(trainer.train_step(batch, 0).values()).item() for _ in range(15)]
+    assert losses[-1] < 0.8 * losses[0]

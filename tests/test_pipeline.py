@@ -1,0 +1,241 @@
+"""From captions to pictures: the pipeline, sample folders, the authors' loose files."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets.captions import Vocabulary
+from datasets.toybirds import ToyBirds
+from eval.pipeline import TextToImage, load_encoders
+from eval.sampling import (
+    caption_requests,
+    file_stem,
+    interpolate,
+    read_captions,
+    sample,
+    split_requests,
+)
+from miscc.distributed import World
+from miscc.errors import CheckpointError, DataError
+from models.damsm import TextEncoder
+from models.ssa_gan import SSAGenerator
+from training.build import read_records
+from training.trainer import train
+
+CAPTIONS = ["a small bird with a red crown", "this bird has blue wings", "a bird with a yellow belly"]
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    """Random networks whose output depends on the caption."""
+    torch.manual_seed(3)
+    vocabulary = Vocabulary.build(caption for index in range(40) for caption in ToyBirds("train").captions(index))
+    generator = SSAGenerator(nf=2, image_size=16)
+    for block in generator.blocks:
+        torch.nn.init.constant_(block.gate, 1.0)
+        for sscbn in (block.sscbn1, block.sscbn2):
+            torch.nn.init.normal_(sscbn.beta[2].weight)
+    return TextToImage(generator.eval(), TextEncoder(len(vocabulary)).eval(), vocabulary)
+
+
+def test_images_and_masks(pipeline):
+    drawn = pipeline.generate(CAPTIONS, seed=1)
+    assert drawn.images.shape == (3, 16, 16, 3) and drawn.images.dtype == np.uint8
+    assert [mask.shape for mask in drawn.masks] == [(3, 4, 4), (3, 8, 8), (3, 16, 16)]
+    assert all(mask.min() >= 0 and mask.max() <= 1 for mask in drawn.masks)
+    assert drawn.images.std() > 0
+
+
+def test_the_same_seed_gives_the_same_images_whatever_the_batch(pipeline):
+    captions = CAPTIONS * 3
+    whole = pipeline.generate(captions, seed=5).images
+    assert np.array_equal(whole, pipeline.generate(captions, seed=5, batch_size=2).images)
+    assert np.array_equal(whole[4:6], pipeline.generate(captions[4:6], seed=5, indices=[4, 5]).images)
+    assert not np.array_equal(whole, pipeline.generate(captions, seed=6).images)
+    assert not np.array_equal(whole[0], whole[3])  # the same caption again has other noise
+
+
+def test_captions_matter(pipeline):
+    red, blue = (pipeline.generate([caption], seed=1).images for caption in CAPTIONS[:2])
+    assert not np.array_equal(red, blue)
+
+
+def test_truncated_noise_is_bounded(pipeline):
+    noise = pipeline.noise(0, range(50), truncation=0.5)
+    assert noise.abs().max() <= 1.0 and 0.35 < noise.std() < 0.5
+    assert abs(pipeline.noise(0, range(50)).std().item() - 1) < 0.05
+
+
+def test_unknown_words_are_named_and_left_out(pipeline, caplog):
+    same = pipeline.generate(["a small bird"], seed=2).images
+    assert np.array_equal(pipeline.generate(["a small zyzzyva bird"], seed=2).images, same)
+    assert "zyzzyva" in caplog.text
+    with pytest.raises(DataError, match="none of its words.*zyzzyva, qwerty"):
+        pipeline.generate(["zyzzyva qwerty"])
+    with pytest.raises(DataError, match="holds no word"):
+        pipeline.generate(["a bird", " ?! "])
+    with pytest.raises(DataError, match="no caption to draw"):
+        pipeline.generate([])
+
+
+def test_long_captions_are_shortened_the_same_way_each_time(pipeline):
+    long = "a bird with a red crown and " + "a yellow belly and " * 10
+    assert np.array_equal(pipeline.generate([long]).images, pipeline.generate([long]).images)
+    assert pipeline.tokens([long]).lengths.tolist() == [18]
+
+
+def test_a_vocabulary_of_another_size_is_refused(pipeline):
+    with pytest.raises(CheckpointError, match="knows 7 words, the vocabulary has"):
+        TextToImage(pipeline.generator, TextEncoder(7), pipeline.vocabulary)
+
+
+# -- sample folders -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tiny, tmp_path):
+    train(tiny(("TRAIN.MAX_STEPS", "2")), World(0, 1, torch.device("cpu")))
+    return tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints" / "last.pth"
+
+
+def test_a_checkpoint_is_all_that_drawing_needs(trained, encoders, drawn_folder):
+    pipeline = TextToImage.load(trained, device="cpu")
+    assert pipeline.origin["step"] == 2 and pipeline.origin["averaged"] is True
+    assert pipeline.generate(CAPTIONS).images.shape == (3, 16, 16, 3)
+    plain = TextToImage.load(trained, device="cpu", averaged=False)
+    assert not torch.equal(plain.generator.fc.weight, pipeline.generator.fc.weight)
+    with pytest.raises(CheckpointError, match="holds no generator but"):
+        TextToImage.load(encoders, device="cpu")
+
+
+def test_sampling_a_split(trained, tiny, tmp_path):
+    pipeline = TextToImage.load(trained, device="cpu")
+    records = read_records(tiny(), "test", pipeline.vocabulary)
+    requests = split_requests(records, captions_per_image=2, per_caption=3)
+    folder = tmp_path / "samples"
+    picture = sample(pipeline, requests, folder, seed=4, batch_size=7, with_masks=True, real=records)
+    lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    assert len(lines) == 12 * 2 * 3 == len(list(folder.glob("*.png"))) - 1  # the last short batch is there, too
+    assert lines[4] == {"file": "test000_c1_s1.png", "key": "test000", "caption_number": 1, "sample": 1,
+                        "caption": records.text(0, 1), "seed": 4, "index": 4}  # fmt: skip
+    again = pipeline.generate([lines[4]["caption"]], seed=4, indices=[4]).images[0]
+    assert np.array_equal(np.asarray(Image.open(folder / lines[4]["file"])), again)
+    assert sorted(path.name for path in (folder / "masks").glob("test000_c1_s1*")) == [
+        f"test000_c1_s1_{size}px.png" for size in (16, 4, 8)
+    ]
+    assert len(list((folder / "real").iterdir())) == 12
+    assert picture == folder / "samples.png" and Image.open(picture).width > 100
+    about = json.loads((folder / "samples.json").read_text())
+    assert about["seed"] == 4 and about["num_images"] == 72 and about["step"] == 2
+    with pytest.raises(DataError, match="holds samples already; give --overwrite"):
+        sample(pipeline, requests, folder)
+    (folder / "mine.png").write_bytes(b"keep me")
+    sample(pipeline, requests[:2], folder, overwrite=True)
+    assert sorted(path.name for path in folder.glob("*.png")) == [
+        "mine.png", "samples.png", "test000_c0_s0.png", "test000_c0_s1.png",
+    ]  # fmt: skip
+
+
+def test_many_images_are_a_seeded_choice_of_captions(drawn_folder, tiny):
+    records = read_records(tiny(), "test")
+    some = split_requests(records, num_images=30, seed=1)
+    assert some == split_requests(records, num_images=30, seed=1) != split_requests(records, num_images=30, seed=2)
+    assert len({(r.key, r.caption_number) for r in some}) == 30  # no caption twice while there are others
+    more = split_requests(records, num_images=100, seed=1)
+    names = [file_stem(request) for request in more]
+    assert len(more) == 100 == len(set(names)) and max(request.sample for request in more) == 2
+    assert [request.index for request in more] == list(range(100))
+    everything = split_requests(records, captions_per_image=0)
+    assert len(everything) == 36
+
+
+def test_names_stay_inside_the_folder():
+    request = caption_requests(["a bird"])[0]._replace(key="../../etc/pass wd")
+    assert file_stem(request) == "etc/pass_wd_c0_s0"
+
+
+def test_files_of_captions(tmp_path):
+    (tmp_path / "captions.txt").write_text("a bird\n\n  a red bird \n")
+    assert read_captions(tmp_path / "captions.txt") == ["a bird", "a red bird"]
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(DataError, match="holds no caption"):
+        read_captions(tmp_path / "empty.txt")
+    with pytest.raises(DataError, match="no such file"):
+        read_captions(tmp_path / "gone.txt")
+
+
+def test_interpolation_starts_and_ends_at_the_images_it_joins(pipeline):
+    strip = interpolate(pipeline, CAPTIONS[0], CAPTIONS[1], steps=5, seed=3)
+    assert strip.shape == (16 + 4, 5 * 18 + 2, 3)
+    first = pipeline.generate([CAPTIONS[0]], seed=3, indices=[0]).images[0]
+    last = pipeline.generate([CAPTIONS[1]], seed=3, indices=[0]).images[0]
+    assert np.abs(strip[2:18, 2:18].astype(int) - first).max() <= 1
+    assert np.abs(strip[2:18, 74:90].astype(int) - last).max() <= 1
+    noises = interpolate(pipeline, CAPTIONS[0], CAPTIONS[0], steps=3, seed=3)
+    assert np.abs(noises[2:18, 2:18].astype(int) - first).max() <= 1
+    other = pipeline.generate([CAPTIONS[0]], seed=3, indices=[1]).images[0]
+    assert np.abs(noises[2:18, 38:54].astype(int) - other).max() <= 1
+
+
+# -- the authors' files --------------------------------------------------------------------------------------------------
+
+
+def as_released(module, renames):
+    """Our weights under the authors' names, as DataParallel saved them."""
+    state = {}
+    for name, tensor in module.state_dict().items():
+        for ours, theirs in renames:
+            name = name.replace(ours, theirs)
+        state[f"module.{name}"] = tensor
+    return state
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A folder as a user of the original code has it: netG, text encoder, captions.pickle."""
+    torch.manual_seed(0)
+    words = ["<end>", "a", "small", "red", "bird"]
+    generator, encoder = SSAGenerator(nf=1, image_size=16), TextEncoder(len(words))
+    renames = [
+        ("first_mask_predictor.", "conv_mask."), ("mask_predictor.", "conv_mask."), ("to_rgb.", "conv_img."),
+        ("blocks.", "block"), (".gate", ".gamma"), (".shortcut.", ".c_sc."), (".conv1.", ".c1."), (".conv2.", ".c2."),
+        (".sscbn1.", ".affine0."), (".sscbn2.", ".affine2."), (".norm.", ".batch_norm2d."),
+        *((f".{kind}.{ours}.", f".fc_{kind}.linear{theirs}.") for kind in ("gamma", "beta") for ours, theirs in ((0, 1), (2, 2))),
+    ]  # fmt: skip
+    torch.save(as_released(generator, renames), tmp_path / "netG_550.pth")
+    torch.save({k.removeprefix("module."): v for k, v in as_released(encoder, [("embedding.", "encoder.")]).items()},
+               tmp_path / "text_encoder200.pth")  # fmt: skip
+    mapping = dict(enumerate(words))
+    with (tmp_path / "captions.pickle").open("wb") as stream:
+        pickle.dump([[], [], mapping, {word: i for i, word in mapping.items()}], stream, protocol=2)
+    return tmp_path, generator, encoder
+
+
+def test_loose_files_draw_the_same_images(released):
+    folder, generator, encoder = released
+    pipeline = TextToImage.from_released(folder / "netG_550.pth", folder / "text_encoder200.pth", folder, "cpu")
+    ours = TextToImage(generator.eval(), encoder.eval(), pipeline.vocabulary)
+    assert np.array_equal(pipeline.generate(["a red bird"]).images, ours.generate(["a red bird"]).images)
+
+
+def test_the_wrong_vocabulary_is_refused(released):
+    folder, _, _ = released
+    with (folder / "captions.pickle").open("wb") as stream:
+        pickle.dump([[], [], {0: "<end>", 1: "bird"}, {}], stream)
+    with pytest.raises(CheckpointError, match="knows 5 words, the vocabulary has 2"):
+        TextToImage.from_released(folder / "netG_550.pth", folder / "text_encoder200.pth", folder, "cpu")
+    (folder / "captions.pickle").unlink()
+    with pytest.raises(DataError, match="holds no captions.pickle"):
+        TextToImage.from_released(folder / "netG_550.pth", folder / "text_encoder200.pth", folder, "cpu")
+
+
+def test_encoders_of_the_authors_without_an_image_encoder(released):
+    folder, _, _ = released
+    encoders = load_encoders(folder / "text_encoder200.pth", max_words=12)
+    assert encoders.vocabulary is None and encoders.image_encoder is None and encoders.max_words == 12
+    with pytest.raises(CheckpointError, match="a generator is wanted, but the tensors are of a DAMSM text encoder"):
+        TextToImage.from_released(folder / "text_encoder200.pth", folder / "text_encoder200.pth", folder, "cpu")

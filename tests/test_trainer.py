@@ -1,0 +1,246 @@
+"""The GAN loop: what a run leaves behind, and that stopping, killing and resuming change nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from miscc.checkpoint import load_checkpoint, save_checkpoint
+from miscc.distributed import World
+from miscc.errors import CheckpointError, ConfigError, DataError, TrainingError
+from training.ema import EMA
+from training.run_dir import RunDir
+from training.trainer import Trainer, changed_settings, train
+
+ROOT = Path(__file__).parents[1]
+CPU = World(0, 1, torch.device("cpu"))
+
+
+def stats_of(run):
+    return [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+
+
+def assert_same_state(a, b, where=""):
+    """Two checkpoints hold the same numbers, bit for bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for name in a:
+            assert_same_state(a[name], b[name], f"{where}/{name}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for number, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_state(x, y, f"{where}/{number}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def final_state(run):
+    return {key: value for key, value in load_checkpoint(run / "checkpoints" / "last.pth").items() if key != "config"}
+
+
+def test_a_run_leaves_everything_behind(tiny, tmp_path, capsys):
+    assert train(tiny(("TRAIN.SAMPLE_EVERY", "4")), CPU) == 0
+    run = tmp_path / "output" / "00000-tiny-ssa_gan"
+    lines = stats_of(run)
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    wanted = {"loss/hinge", "loss/penalty", "loss/adversarial", "loss/words", "loss/sentence", "images_per_second",
+              "memory_mib", "gradient_norm/generator", "gradient_norm/discriminator", "gradient_norm/penalty",
+              *(f"{kind}/{pair}" for kind in ("logits", "sign") for pair in ("real", "fake", "mismatched"))}  # fmt: skip
+    assert wanted <= lines[0].keys()
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+    assert lines[-1]["epoch"] == 2.0
+    assert sorted(path.name for path in (run / "pictures").iterdir()) == [f"step_{n:07d}.png" for n in (4, 8, 10)]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "epoch_0001.pth", "epoch_0002.pth", "last.pth",
+    ]  # fmt: skip
+    last, numbered = (load_checkpoint(run / "checkpoints" / name) for name in ("last.pth", "epoch_0001.pth"))
+    assert last["step"] == 10 and last["networks"].keys() == {
+        "generator", "generator_ema", "discriminator", "text_encoder", "image_encoder",
+    }  # fmt: skip
+    assert numbered["networks"].keys() == {"generator", "generator_ema", "text_encoder"}
+    assert (run / "config.yml").read_text().startswith("CONFIG_NAME: tiny")
+    assert "finished" in (run / "log.txt").read_text() and any((run / "tensorboard").iterdir())
+    assert "last.pth" in capsys.readouterr().out
+
+
+def test_stopping_and_resuming_changes_nothing(tiny, tmp_path):
+    """In the middle of an epoch, with the average, fine-tuning and dropout; and whatever the number of workers."""
+    extra = [("TRAIN.FINETUNE_ENCODERS", "True"), ("TRAIN.FINETUNE_MODE", "train")]
+    train(tiny(*extra), CPU)
+    train(tiny(*extra, ("OUTPUT_DIR", str(tmp_path / "other")), ("TRAIN.MAX_STEPS", "3")), CPU)
+    resumed = tiny(*extra, ("OUTPUT_DIR", str(tmp_path / "other")), ("WORKERS", "2"))
+    assert train(resumed, CPU, resume=True) == 0
+    whole, parts = (tmp_path / name / "00000-tiny-ssa_gan" for name in ("output", "other"))
+    assert_same_state(final_state(whole), final_state(parts))
+    timing = {"images_per_second", "memory_mib"}
+    strip = [{k: v for k, v in line.items() if k not in timing} for line in stats_of(whole)]
+    assert strip == [{k: v for k, v in line.items() if k not in timing} for line in stats_of(parts)]
+
+
+def start_training(yaml, *arguments):
+    command = [sys.executable, "main.py", "--cfg", str(yaml), "--gpu", "-1", *arguments]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=ROOT, env=one_thread, text=True, **pipes)
+
+
+def wait_for(condition, process, seconds=90):
+    for _ in range(seconds * 50):
+        if condition() or process.poll() is not None:
+            return
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError("waited in vain")
+
+
+def test_a_signal_saves_and_says_how_to_go_on(tiny_yaml, tmp_path):
+    process = start_training(tiny_yaml, "--set", "TRAIN.MAX_EPOCH", "2000", "TRAIN.SAVE_EVERY", "0")
+    stats = tmp_path / "output" / "00000-tiny-ssa_gan" / "stats.jsonl"
+    wait_for(lambda: stats.exists() and stats.read_text().count("\n") > 2, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "go on with: the same command and --resume" in output
+    step = load_checkpoint(stats.parent / "checkpoints" / "last.pth")["step"]
+    assert step == stats_of(stats.parent)[-1]["step"]
+
+
+def test_kill_9_and_resume_equals_a_run_that_never_stopped(tiny_yaml, tiny, tmp_path):
+    """Three kills here; ten at random moments by `-m slow`."""
+    kill_and_compare(tiny_yaml, tiny, tmp_path, kills=3)
+
+
+@pytest.mark.slow
+def test_ten_kills(tiny_yaml, tiny, tmp_path):
+    kill_and_compare(tiny_yaml, tiny, tmp_path, kills=10)
+
+
+def kill_and_compare(tiny_yaml, tiny, tmp_path, kills):
+    epochs = ("TRAIN.MAX_EPOCH", "12")
+    train(tiny(epochs, ("OUTPUT_DIR", str(tmp_path / "whole"))), CPU)
+    output = tmp_path / "output"
+    rng = np.random.default_rng(7)
+    for number in range(kills):
+        process = start_training(tiny_yaml, "--continue", "--set", *epochs)
+        reached = len(stats_of(output / "00000-tiny-ssa_gan")) if number else 0
+        stats = output / "00000-tiny-ssa_gan" / "stats.jsonl"
+        wait_for(lambda s=stats, r=reached: s.exists() and s.read_text().count("\n") > r, process)
+        time.sleep(rng.uniform(0, 0.2))
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    process = start_training(tiny_yaml, "--continue", "--set", *epochs)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    runs = sorted(path for path in output.iterdir() if (path / "checkpoints" / "last.pth").exists())
+    assert_same_state(final_state(tmp_path / "whole" / "00000-tiny-ssa_gan"), final_state(runs[-1]))
+    assert [line["step"] for line in stats_of(runs[-1])] == list(range(1, 61))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, tmp_path):
+    train(tiny(("TRAIN.MAX_STEPS", "3")), CPU)
+    last = tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints" / "last.pth"
+    before = last.read_bytes()
+    trainer = Trainer(tiny(), CPU, load_checkpoint(last))
+    trainer.networks["generator"].fc.weight.data[0, 0] = float("nan")
+    progress = type("Silent", (), {name: lambda *a, **k: None for name in
+                    ("say", "log", "advance", "start_epoch", "end_epoch", "picture")})()  # fmt: skip
+    with pytest.raises(TrainingError, match=r"the loss `(hinge|adversarial)` was not finite at step 4"):
+        trainer.run_to_the_end(RunDir(last.parents[1]), progress)
+    assert last.read_bytes() == before
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny):
+    trainer = Trainer(tiny(), CPU)
+    trainer.networks["discriminator"].from_rgb.bias.data[0] = float("inf")
+    trainer.step = trainer.last_step
+    with pytest.raises(TrainingError, match="weights of the discriminator are not finite"):
+        trainer.save_when_due(None, stopped=False)
+
+
+def test_nothing_to_resume_is_said(tiny):
+    with pytest.raises(CheckpointError, match="nothing to resume for 'tiny-ssa_gan'"):
+        train(tiny(), CPU, resume=True)
+
+
+def test_missing_encoders_say_how_to_train_them(tiny):
+    with pytest.raises(CheckpointError, match="gone.pth: no such encoders; train them with"):
+        train(tiny(("TEXT.DAMSM_NAME", "gone.pth")), CPU)
+
+
+def test_a_batch_larger_than_the_data_is_refused(tiny):
+    with pytest.raises(DataError, match="40 images, fewer than one batch of 64"):
+        train(tiny(("TRAIN.BATCH_SIZE", "64")), CPU)
+
+
+def test_an_impossible_image_size_is_refused(tiny):
+    with pytest.raises(ConfigError, match="TREE.BASE_SIZE: .* not 100"):
+        train(tiny(("TREE.BASE_SIZE", "100")), CPU)
+
+
+def test_other_data_cannot_be_resumed(tiny, tmp_path):
+    train(tiny(("TRAIN.MAX_STEPS", "2")), CPU)
+    last = tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints" / "last.pth"
+    save_checkpoint(last, load_checkpoint(last) | {"num_images": 39})
+    with pytest.raises(DataError, match="started with 39 training images"):
+        train(tiny(), CPU, resume=True)
+
+
+def test_training_goes_on_from_given_weights(tiny, tmp_path):
+    train(tiny(("TRAIN.MAX_STEPS", "2")), CPU)
+    last = tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints" / "last.pth"
+    given = load_checkpoint(last)["networks"]
+    both, only_g = Trainer(tiny(("TRAIN.NET_G", str(last))), CPU), tiny(("TRAIN.NET_G", str(last)), ("TRAIN.B_NET_D", "False"))
+    assert_same_state(dict(both.networks["generator"].state_dict()), dict(given["generator"]["state"]))
+    assert_same_state(dict(both.networks["discriminator"].state_dict()), dict(given["discriminator"]["state"]))
+    fresh = Trainer(only_g, CPU).networks["discriminator"].state_dict()
+    assert not torch.equal(fresh["from_rgb.weight"], given["discriminator"]["state"]["from_rgb.weight"])
+    assert both.step == 0
+
+
+def test_learning_rates_and_changed_settings_on_resuming(tiny, tmp_path, caplog):
+    train(tiny(("TRAIN.MAX_STEPS", "2")), CPU)
+    last = tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints" / "last.pth"
+    trainer = Trainer(tiny(("TRAIN.GENERATOR_LR", "0.5")), CPU, load_checkpoint(last))
+    assert trainer.optimizers["generator"].param_groups[0]["lr"] == 0.5
+    assert "TRAIN.GENERATOR_LR: 0.0001 -> 0.5" in caplog.text
+    assert changed_settings({"A": {"B": 1}, "WORKERS": 1}, {"A": {"B": 2}, "WORKERS": 4}) == ["A.B: 1 -> 2"]
+
+
+def test_average_by_hand():
+    module = torch.nn.Linear(1, 1, bias=False)
+    module.weight.data.fill_(0.0)
+    average = EMA(module, decay=0.5)
+    module.weight.data.fill_(1.0)
+    average.update(module)  # decay 1/10
+    assert average.module.weight.item() == pytest.approx(0.9)
+    average.update(module)  # decay 2/11
+    assert average.module.weight.item() == pytest.approx(0.9 * 2 / 11 + 9 / 11)
+    for _ in range(20):
+        average.update(module)
+    module.weight.data.fill_(0.0)
+    before = average.module.weight.item()
+    average.update(module)  # 0.5 by now
+    assert average.module.weight.item() == pytest.approx(before / 2)
+
+
+def test_run_directories_are_numbered(tmp_path):
+    first, second = (RunDir.create(tmp_path, "bird-ssa_gan", "A: 1\n") for _ in range(2))
+    assert [run.path.name for run in (first, second)] == ["00000-bird-ssa_gan", "00001-bird-ssa_gan"]
+    (tmp_path / "00007-other").mkdir()
+    assert RunDir.create(tmp_path, "x", "").path.name == "00008-x"
+    second.last.parent.mkdir()
+    second.last.write_bytes(b"")
+    assert RunDir.newest(tmp_path, "bird-ssa_gan").path == second.path
+    with pytest.raises(CheckpointError, match="no such run"):
+        RunDir.newest(tmp_path, "bird")
+    assert RunDir.newest(tmp_path, "bird", must_exist=False) is None
