@@ -10,16 +10,16 @@ from torch import Tensor
 def retrieval_at(code: Tensor, sentence: Tensor, ks: Iterable[int] = (1, 5)) -> dict[str, float]:
     """R@k by cosine: code (N, D) of images, sentence (N, D) of their captions, row i belonging together.
 
-    Returns {"image_to_text_r1": ..., "text_to_image_r1": ..., "chance_r1": k/N, ...}, shares from 0 to 1. A pair counts as
-    found when fewer than k others are strictly more alike, and ties count half, so that equal codes give chance.
+    Returns {"image_to_text_r1": ..., "text_to_image_r1": ..., "chance_r1": k/N, ...}, shares from 0 to 1. Among pairs
+    that are equally alike each order counts the same, so that codes that are all alike give chance.
     """
     similarity = F.normalize(code.double(), dim=1) @ F.normalize(sentence.double(), dim=1).T
     scores = {}
     for name, rows in (("image_to_text", similarity), ("text_to_image", similarity.T)):
         own = rows.diagonal()[:, None]
         better = (rows > own).sum(dim=1)
-        rank = better + ((rows == own).sum(dim=1) - 1) / 2
-        scores |= {f"{name}_r{k}": (rank < k).double().mean().item() for k in ks}
+        tied = (rows == own).sum(dim=1)  # itself included
+        scores |= {f"{name}_r{k}": ((k - better) / tied).clamp(0, 1).mean().item() for k in ks}
     return scores | {f"chance_r{k}": min(1.0, k / len(similarity)) for k in ks}
 
 

@@ -55,7 +55,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(states):
         (load_generator, {"a": torch.zeros(1)}, r"unknown \(the first: a\)"),
         (load_generator, {"epoch": 3}, r"holds no tensors of a network \(it has: epoch\)"),
         (load_generator, [1, 2], "holds a list, not the tensors"),
-        (load_generator, {}, "unknown"),
+        (load_generator, {}, r"holds no tensors of a network \(it has: nothing\)"),
     ]
     for function, state, message in cases:
         with pytest.raises(CheckpointError, match=message):
