@@ -62,6 +62,10 @@ def load_file(path: str | Path, device: str | torch.device = "cpu") -> Any:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such weight file")
+    with path.open("rb") as stream:
+        start = stream.read(2)
+    if start != b"PK" and start[:1] != b"\x80":  # torch's zip files, and the pickles that it wrote before 1.6
+        raise CheckpointError(f"{path}: is no weight file (an incomplete download, or a text?); copy it again")
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:

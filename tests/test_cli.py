@@ -18,7 +18,7 @@ def run(*arguments, cwd=ROOT, code=0, script="main.py"):
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == code, done.stderr
-    return done.stdout + done.stderr
+    return done.stderr + done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_a_caption_becomes_a_picture(trained, tmp_path):
         (["--caption", "qqq www"], "none of its words (qqq, www)"),
         (["--captions", "gone.txt"], "gone.txt: no such file of captions"),
         (["--caption", "a bird", "--checkpoint", "gone.pth"], "gone.pth: no such weight file"),
-        (["--caption", "a bird", "--checkpoint", "README.md"], "README.md: cannot be read as a weight file"),
+        (["--caption", "a bird", "--checkpoint", "README.md"], "README.md: is no weight file"),
         (["--data_dir", "/nowhere"], "/nowhere: does not exist; run `python -m datasets.prepare folder --root /nowhere`"),
         (["--set", "DATASET_NAME", "brids"], "no data set 'brids'; did you mean birds?"),
         (["--set", "TRAIN.NET_G", "gone.pth"], "gone.pth: no such weight file"),
