@@ -128,7 +128,7 @@ def load_resized(path: str | Path, box: Sequence[float] | None, image_size: int)
     Returns (h, w, 3) uint8, the whole rectangle: what random crops are taken from, and what the cache keeps.
     Bilinear with antialiasing, as torchvision's Resize on a PIL image. Raises DataError, naming the file.
     """
-    image = open_rgb(path)
+    image = open_rgb(path, upright=box is None)  # CUB's boxes belong to the pixels as they are stored
     if box is not None:
         try:
             image = box_crop(image, box)

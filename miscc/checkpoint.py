@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -67,7 +68,9 @@ def load_file(path: str | Path, device: str | torch.device = "cpu") -> Any:
     if start != b"PK" and start[:1] != b"\x80":  # torch's zip files, and the pickles that it wrote before 1.6
         raise CheckpointError(f"{path}: is no weight file (an incomplete download, or a text?); copy it again")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickle protocols: what cannot be read ends in an error below
+            return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         named = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
         raise CheckpointError(

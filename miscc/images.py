@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from miscc.checkpoint import write_atomically
 from miscc.errors import DataError
@@ -15,15 +15,16 @@ from miscc.errors import DataError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def open_rgb(path: str | Path) -> Image.Image:
+def open_rgb(path: str | Path, upright: bool = True) -> Image.Image:
     """Read any image file as RGB: grey, palette and CMYK are converted, transparency is laid over white.
 
+    upright: turn photos as their EXIF data say, as every viewer does; False for images whose boxes were drawn without.
     Raises DataError, naming the file, when it is missing, truncated or no image.
     """
     try:
         with Image.open(path) as image:
             image.load()
-            return to_rgb(image)
+            return to_rgb(ImageOps.exif_transpose(image) if upright else image)
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -78,6 +78,17 @@ def test_image_modes(tmp_path):
     assert opened(Image.new("LA", (2, 2), (0, 128)), "half.png")[0, 0].tolist() == pytest.approx([127] * 3, abs=1)
 
 
+def test_photos_are_turned_upright(tmp_path):
+    photo = Image.fromarray(np.stack([np.zeros((8, 16), np.uint8)] * 3, axis=-1))
+    photo.paste((255, 255, 255), (0, 0, 8, 8))  # the left half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it a quarter to the right
+    photo.save(tmp_path / "phone.png", exif=exif)
+    turned = np.asarray(open_rgb(tmp_path / "phone.png"))
+    assert turned.shape == (16, 8, 3) and turned[0, 0, 0] == 255 and turned[-1, 0, 0] == 0
+    assert np.asarray(open_rgb(tmp_path / "phone.png", upright=False)).shape == (8, 16, 3)
+
+
 def test_broken_images_are_named(tmp_path):
     save_image(np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8), tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:3000])
