@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -97,6 +97,15 @@ def any_process(flag: bool, world: World) -> bool:
     value = torch.tensor(float(flag), device=world.device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def gather(value: Any, world: World) -> list[Any]:
+    """The value of every process, in the order of their numbers, at the main process; the others get []."""
+    if world.size == 1:
+        return [value]
+    values = [None] * world.size if world.is_main else None
+    dist.gather_object(value, values, dst=0)
+    return values or []
 
 
 def wait_for_all(world: World) -> None:

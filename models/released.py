@@ -97,9 +97,7 @@ def _load(state_dict: Mapping[str, Any], part: str, registry: Mapping[str, type[
         module = registry[form.network](**form.arguments(state))
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{form.title}: its sizes cannot be read, tensors are missing ({error})") from None
-    renamed = {
-        rename(name, form): tensor for name, tensor in state.items() if not re.match(form.ignored, name)
-    }
+    renamed = {rename(name, form): tensor for name, tensor in state.items() if not re.match(form.ignored, name)}
     _check_fit(form, renamed, module.state_dict())
     module.load_state_dict(renamed)
     return module.eval()

@@ -75,7 +75,10 @@ def test_a_caption_becomes_a_picture(trained, tmp_path):
         (["--captions", "gone.txt"], "gone.txt: no such file of captions"),
         (["--caption", "a bird", "--checkpoint", "gone.pth"], "gone.pth: no such weight file"),
         (["--caption", "a bird", "--checkpoint", "README.md"], "README.md: is no weight file"),
-        (["--data_dir", "/nowhere"], "/nowhere: does not exist; run `python -m datasets.prepare folder --root /nowhere`"),
+        (
+            ["--data_dir", "/nowhere"],
+            "/nowhere: does not exist; run `python -m datasets.prepare folder --root /nowhere`",
+        ),
         (["--set", "DATASET_NAME", "brids"], "no data set 'brids'; did you mean birds?"),
         (["--set", "TRAIN.NET_G", "gone.pth"], "gone.pth: no such weight file"),
     ],

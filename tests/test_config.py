@@ -177,10 +177,15 @@ def test_our_own_files_load_without_a_warning(path):
 
 
 def test_every_key_is_read_somewhere():
-    files = [*ROOT.glob("*.py"), *(f for room in ("models", "datasets", "training", "eval") for f in (ROOT / room).glob("*.py"))]
+    files = [
+        *ROOT.glob("*.py"),
+        *(f for room in ("models", "datasets", "training", "eval") for f in (ROOT / room).glob("*.py")),
+    ]
     source = "\n".join(path.read_text(encoding="utf-8") for path in files)
     rules = (ROOT / "miscc" / "config.py").read_text(encoding="utf-8").split("def load_config")[1]
-    not_yet = {name for name, key in SCHEMA.items() if key.used_by == "system"} - set().union(*map(system_keys, SYSTEMS))
+    not_yet = {name for name, key in SCHEMA.items() if key.used_by == "system"} - set().union(
+        *map(system_keys, SYSTEMS)
+    )
     unread = []
     for name in set(SCHEMA) - not_yet:
         last = name.split(".")[-1]
@@ -188,7 +193,14 @@ def test_every_key_is_read_somewhere():
             unread.append(name)
     assert unread == []
     # What waits for AttnGAN; nothing else may.
-    assert not_yet <= {"TREE.BRANCH_NUM", "GAN.DF_DIM", "GAN.GF_DIM", "GAN.CONDITION_DIM", "GAN.R_NUM", "GAN.B_ATTENTION"}
+    assert not_yet <= {
+        "TREE.BRANCH_NUM",
+        "GAN.DF_DIM",
+        "GAN.GF_DIM",
+        "GAN.CONDITION_DIM",
+        "GAN.R_NUM",
+        "GAN.B_ATTENTION",
+    }
 
 
 def test_flatten_and_lookup():

@@ -11,7 +11,16 @@ from PIL import Image
 from miscc.checkpoint import load_checkpoint, load_file, save_checkpoint, write_atomically, write_text
 from miscc.distributed import choose_device
 from miscc.errors import CheckpointError, ConfigError, DataError, UserError, run_command
-from miscc.images import attention_picture, caption_grid, from_uint8, grid, mask_to_uint8, open_rgb, save_image, to_uint8
+from miscc.images import (
+    attention_picture,
+    caption_grid,
+    from_uint8,
+    grid,
+    mask_to_uint8,
+    open_rgb,
+    save_image,
+    to_uint8,
+)
 from miscc.randomness import noise_for, stream
 
 
@@ -67,12 +76,18 @@ def test_image_modes(tmp_path):
 
     assert opened(Image.new("L", (2, 2), 100), "grey.png")[0, 0].tolist() == [100, 100, 100]
     assert opened(Image.new("RGBA", (2, 2), (255, 0, 0, 0)), "clear.png")[0, 0].tolist() == [255, 255, 255]
-    assert opened(Image.new("RGBA", (2, 2), (255, 0, 0, 255)), "solid.webp", lossless=True)[0, 0].tolist() == [255, 0, 0]
+    assert opened(Image.new("RGBA", (2, 2), (255, 0, 0, 255)), "solid.webp", lossless=True)[0, 0].tolist() == [
+        255,
+        0,
+        0,
+    ]
     palette = Image.new("P", (2, 2), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
     assert opened(palette, "palette.png")[0, 0].tolist() == [10, 20, 30]
     assert opened(palette, "hole.png", transparency=1)[0, 0].tolist() == [255, 255, 255]
-    assert opened(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "cmyk.jpg")[4, 4].tolist() == pytest.approx([255, 0, 0], abs=8)
+    assert opened(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "cmyk.jpg")[4, 4].tolist() == pytest.approx(
+        [255, 0, 0], abs=8
+    )
     deep = Image.fromarray(np.full((2, 2), 0x8000, dtype=np.uint16))
     assert opened(deep, "deep.png")[0, 0].tolist() == [128, 128, 128]
     assert opened(Image.new("LA", (2, 2), (0, 128)), "half.png")[0, 0].tolist() == pytest.approx([127] * 3, abs=1)

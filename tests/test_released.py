@@ -25,8 +25,15 @@ def states():
 def test_prefixes_and_wrapping_dicts_are_seen_through(states):
     plain = load_generator(states["netG"]).state_dict()
     prefixed = {f"module.{name}": tensor for name, tensor in states["netG"].items()}
-    for wrapped in (prefixed, {"state_dict": prefixed}, {"model": {"netG": prefixed, "netD": states["netD"]}, "epoch": 3}):
-        assert all(torch.equal(a, b) for a, b in zip(plain.values(), load_generator(wrapped).state_dict().values(), strict=True))
+    for wrapped in (
+        prefixed,
+        {"state_dict": prefixed},
+        {"model": {"netG": prefixed, "netD": states["netD"]}, "epoch": 3},
+    ):
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(plain.values(), load_generator(wrapped).state_dict().values(), strict=True)
+        )
     assert load_discriminator({"model": {"netG": prefixed, "netD": states["netD"]}}).arguments["image_size"] == 32
 
 
@@ -46,9 +53,17 @@ def without(state, name):
 def test_what_does_not_fit_is_refused_with_the_reason(states):
     generator = states["netG"]
     cases = [
-        (load_generator, without(generator, "block1.c1.bias"), "1 tensors are missing, for example blocks.1.conv1.bias"),
+        (
+            load_generator,
+            without(generator, "block1.c1.bias"),
+            "1 tensors are missing, for example blocks.1.conv1.bias",
+        ),
         (load_generator, without(generator, "fc.weight"), "its sizes cannot be read, tensors are missing"),
-        (load_generator, generator | {"extra.weight": torch.zeros(1)}, "1 tensors are not its own, for example extra.weight"),
+        (
+            load_generator,
+            generator | {"extra.weight": torch.zeros(1)},
+            "1 tensors are not its own, for example extra.weight",
+        ),
         (load_generator, generator | {"fc.bias": torch.zeros(3)}, r"fc.bias: \(3,\) instead of \(256,\)"),
         (load_generator, states["netD"], "a generator is wanted, but the tensors are of a SSA-GAN discriminator"),
         (load_discriminator, states["text"], "a discriminator is wanted, but the tensors are of a DAMSM text encoder"),

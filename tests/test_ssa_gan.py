@@ -49,7 +49,9 @@ def test_the_sentence_has_no_say_at_the_start_and_masks_gate_it_later():
     assert not torch.allclose(generator(noise, one).images[0], generator(noise, other).images[0], atol=1e-3)
 
 
-@pytest.mark.parametrize(("form", "expected"), [("code", [[3.0, 8.5], [3.0, 1.0]]), ("paper", [[0.0, 7.5], [0.0, 0.0]])])
+@pytest.mark.parametrize(
+    ("form", "expected"), [("code", [[3.0, 8.5], [3.0, 1.0]]), ("paper", [[0.0, 7.5], [0.0, 0.0]])]
+)
 def test_sscbn_by_hand(form, expected):
     """x̂ = [3, 1] below masks 0 and 1 (and 3, 1 again with mask 0), γ = 2.5, β = 5."""
     sscbn = SSCBN(1, 4, form).eval()
@@ -67,7 +69,10 @@ def test_masks_of_ones_switch_the_spatial_part_off():
 
 
 def test_bilinear_upsampling_is_another_network_with_the_same_weights():
-    code, paper = SSAGenerator(nf=1, image_size=16).eval(), SSAGenerator(nf=1, image_size=16, upsample="bilinear").eval()
+    code, paper = (
+        SSAGenerator(nf=1, image_size=16).eval(),
+        SSAGenerator(nf=1, image_size=16, upsample="bilinear").eval(),
+    )
     paper.load_state_dict(code.state_dict())
     noise, text = torch.randn(1, 100), text_features(1)
     assert not torch.allclose(code(noise, text).images[0], paper(noise, text).images[0], atol=1e-4)

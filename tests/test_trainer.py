@@ -199,7 +199,10 @@ def test_training_goes_on_from_given_weights(tiny, tmp_path):
     train(tiny(("TRAIN.MAX_STEPS", "2")), CPU)
     last = tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints" / "last.pth"
     given = load_checkpoint(last)["networks"]
-    both, only_g = Trainer(tiny(("TRAIN.NET_G", str(last))), CPU), tiny(("TRAIN.NET_G", str(last)), ("TRAIN.B_NET_D", "False"))
+    both, only_g = (
+        Trainer(tiny(("TRAIN.NET_G", str(last))), CPU),
+        tiny(("TRAIN.NET_G", str(last)), ("TRAIN.B_NET_D", "False")),
+    )
     assert_same_state(dict(both.networks["generator"].state_dict()), dict(given["generator"]["state"]))
     assert_same_state(dict(both.networks["discriminator"].state_dict()), dict(given["discriminator"]["state"]))
     fresh = Trainer(only_g, CPU).networks["discriminator"].state_dict()

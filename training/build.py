@@ -1,10 +1,12 @@
 """From settings to objects: networks, objective, data. Where plain typed arguments are taken out of the configuration."""
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from datasets import load_records
@@ -101,6 +103,12 @@ def fixed_captions(cfg: Mapping, vocabulary: Vocabulary, training_records: Recor
     captions = [records.text(place, 0) for place in places]
     # Encoders that were trained on other captions may know no word of some.
     return [caption for caption in captions if vocabulary.encode(caption)[0]]
+
+
+def usable_workers(wanted: int, device: torch.device) -> int:
+    """WORKERS, but no more than the cores can carry: training on a CPU wants most of them for itself."""
+    cores = os.cpu_count() or 1
+    return min(wanted, cores // 2 if device.type == "cpu" else cores)
 
 
 def problems(cfg: Mapping) -> list[str]:

@@ -22,7 +22,7 @@ from miscc.randomness import seed_everything, stream
 from models import IMAGE_ENCODERS, NETWORKS, TEXT_ENCODERS
 from models.released import network_name
 from models.types import evaluating, rebuild, record
-from training.build import make_dataset, read_records
+from training.build import make_dataset, read_records, usable_workers
 from training.progress import Progress, StopSignal
 from training.run_dir import EncoderDir
 
@@ -83,7 +83,12 @@ class EncoderTrainer:
     def run_to_the_end(self, run: EncoderDir, progress: Progress) -> int:
         cfg = self.cfg
         loader = training_loader(
-            self.dataset, cfg.TRAIN.BATCH_SIZE, cfg.SEED, self.step, cfg.WORKERS, pin_memory=self.device.type == "cuda"
+            self.dataset,
+            cfg.TRAIN.BATCH_SIZE,
+            cfg.SEED,
+            self.step,
+            usable_workers(cfg.WORKERS, self.device),
+            pin_memory=self.device.type == "cuda",
         )
         progress.say(
             f"encoders on {self.device}: {len(self.records)} images to train on, {len(self.validation)} held out, "

@@ -23,7 +23,15 @@ from miscc.randomness import noise_for, seed_everything
 from models import NETWORKS
 from models.released import load_discriminator, load_generator, network_name
 from models.types import evaluating, rebuild, record
-from training.build import build_networks, build_system, encoders_for, fixed_captions, make_dataset, read_records
+from training.build import (
+    build_networks,
+    build_system,
+    encoders_for,
+    fixed_captions,
+    make_dataset,
+    read_records,
+    usable_workers,
+)
 from training.ema import EMA
 from training.progress import Progress, StopSignal
 from training.run_dir import RunDir
@@ -90,9 +98,15 @@ class Trainer:
     def run_to_the_end(self, run: RunDir | None, progress: Progress) -> int:
         cfg, world = self.cfg, self.world
         loader = training_loader(
-            self.dataset, cfg.TRAIN.BATCH_SIZE, cfg.SEED, self.step, cfg.WORKERS, world.rank, world.size,
+            self.dataset,
+            cfg.TRAIN.BATCH_SIZE,
+            cfg.SEED,
+            start_step=self.step,
+            workers=usable_workers(cfg.WORKERS, self.device),
+            rank=world.rank,
+            world_size=world.size,
             pin_memory=self.device.type == "cuda",
-        )  # fmt: skip
+        )
         progress.say(f"run: {run.path if run else '-'}")
         progress.say(
             f"{cfg.GAN.NAME} on {self.device}, {world.size} process(es): {len(self.records)} images, "
@@ -182,7 +196,7 @@ class Trainer:
         return values | {f"gradient_norm/{what}": torch.stack(norms).norm()}
 
     def _note_bad(self, losses: Mapping[str, Tensor]) -> None:
-        """Remember, on the device, the first step at which each loss was not finite: reading it would wait for a GPU."""
+        """Remember on the device at which step a loss was first not finite: reading it each time would wait for a GPU."""
         for name, loss in losses.items():
             known = self.first_bad.setdefault(name, torch.full((), -1, device=self.device))
             self.first_bad[name] = torch.where((known < 0) & ~torch.isfinite(loss.detach()), self.step + 1, known)
@@ -249,7 +263,7 @@ class Trainer:
                 )
 
     def _networks(self, checkpoint: dict | None) -> tuple[dict[str, nn.Module], Vocabulary]:
-        """The networks to train: of the checkpoint, of NET_G, or fresh ones with the encoders that the settings name."""
+        """The networks to train: of the checkpoint, of NET_G, or fresh ones; with the encoders that the settings name."""
         if checkpoint is not None:
             stored = {part: rebuild(entry, NETWORKS[part]) for part, entry in checkpoint["networks"].items()}
             stored.pop("generator_ema", None)
