@@ -73,6 +73,17 @@ def test_a_run_leaves_everything_behind(tiny, tmp_path, capsys):
     assert "last.pth" in capsys.readouterr().out
 
 
+def test_numbered_checkpoints_hold_what_their_interval_promises(tiny, tmp_path):
+    intervals = {"GSAVE_INTERVAL": 1, "DSAVE_INTERVAL": 3, "SNAPSHOT_INTERVAL": 4, "WARMUP_EPOCHS": 2, "MAX_EPOCH": 4}
+    train(tiny(*((f"TRAIN.{name}", str(value)) for name, value in intervals.items())), CPU)
+    folder = tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints"
+    held = {path.stem: load_checkpoint(path) for path in sorted(folder.glob("epoch_*.pth"))}
+    assert list(held) == ["epoch_0002", "epoch_0003", "epoch_0004"]  # none in the warm-up
+    assert ["discriminator" in content["networks"] for content in held.values()] == [False, True, True]
+    assert ["optimizers" in content for content in held.values()] == [False, False, True]
+    assert [content["epoch"] for content in held.values()] == [2, 3, 4]
+
+
 def test_stopping_and_resuming_changes_nothing(tiny, tmp_path):
     """In the middle of an epoch, with the average, fine-tuning and dropout; and whatever the number of workers."""
     extra = [("TRAIN.FINETUNE_ENCODERS", "True"), ("TRAIN.FINETUNE_MODE", "train")]

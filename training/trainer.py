@@ -227,17 +227,22 @@ class Trainer:
             return
         epoch = self.step // self.steps_per_epoch
         if epoch_ended and epoch >= max(1, train.WARMUP_EPOCHS):
-            full = any(every and epoch % every == 0 for every in (train.DSAVE_INTERVAL, train.SNAPSHOT_INTERVAL))
-            if full or (train.GSAVE_INTERVAL and epoch % train.GSAVE_INTERVAL == 0):
-                save_checkpoint(run.numbered(epoch), self.checkpoint(full))
+            intervals = {
+                "full": train.SNAPSHOT_INTERVAL,
+                "networks": train.DSAVE_INTERVAL,
+                "drawing": train.GSAVE_INTERVAL,
+            }
+            due = [content for content, every in intervals.items() if every and epoch % every == 0]
+            if due:
+                save_checkpoint(run.numbered(epoch), self.checkpoint(due[0]))
         save_checkpoint(run.last, self.checkpoint())
 
-    def checkpoint(self, full: bool = True) -> dict[str, Any]:
-        """Everything; or, not full, what drawing needs: generator, its average, text encoder."""
+    def checkpoint(self, contents: str = "full") -> dict[str, Any]:
+        """Everything ("full"), all but the optimizers ("networks"), or G, its average and the text encoder ("drawing")."""
         networks = dict(self.networks)
         if self.average is not None:
             networks["generator_ema"] = self.average.module
-        if not full:
+        if contents == "drawing":
             networks = {part: networks[part] for part in networks if part not in ("discriminator", "image_encoder")}
         content = {
             "config": to_plain(self.cfg),
@@ -247,7 +252,7 @@ class Trainer:
             "epoch": self.step // self.steps_per_epoch,
             "num_images": len(self.records),
         }
-        if full:
+        if contents == "full":
             content["optimizers"] = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
             content["num_averaged"] = self.average.num_updates if self.average is not None else 0
         return content
