@@ -92,8 +92,8 @@ def versions() -> dict[str, str]:
 def add_arguments(parser: argparse.ArgumentParser, network: bool = True, weights: bool = True) -> None:
     """The options that all scores have; `network`: also those for the choice of a feature network."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
-    parser.add_argument("--batch-size", type=_positive, default=32, help="images at a time (default 32)")
-    parser.add_argument("--workers", type=_positive, help="threads that decode images (default: one a core, up to 8)")
+    parser.add_argument("--batch-size", type=positive, default=32, help="images at a time (default 32)")
+    parser.add_argument("--workers", type=positive, help="threads that decode images (default: one a core, up to 8)")
     parser.add_argument("--json", nargs="?", const="-", metavar="PATH", help="write JSON there; without PATH: print it")
     parser.add_argument("--skip-broken", action="store_true", help="leave out, and count, images that cannot be read")
     if weights:
@@ -161,7 +161,8 @@ def seed_number(text: str) -> int:
     return number
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number of at least 1 from the command line."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")

@@ -36,6 +36,11 @@ def choose_device(gpu: int | None = None, cuda: bool = True) -> torch.device:
     return torch.device("cuda", gpu)
 
 
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def start(gpu: int | None = None, cuda: bool = True) -> World:
     """Join the processes that torchrun started (one a GPU, or on CPUs with `--gpu -1`); alone otherwise."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
