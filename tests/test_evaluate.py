@@ -1,0 +1,282 @@
+"""Protocols and evaluations: requests, real images and their cache, records, self-check, several processes."""
+
+import json
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from metrics_help import tiny_network
+from test_distributed import torchrun
+
+from datasets import load_records
+from eval import networks
+from eval.evaluate import evaluate, main, requests_of, self_check
+from eval.evaluation_report import read_records
+from eval.features import statistics_of_features
+from eval.FID import distance
+from eval.judging import Judged, Tools, judge
+from eval.pipeline import Generated, TextToImage, load_encoders
+from eval.protocols import PROTOCOLS, Protocol, find_protocol
+from eval.real_images import RealImages, reference
+from miscc.distributed import World
+from miscc.errors import ConfigError, DataError, UserError
+from training.trainer import train
+
+QUICK = Protocol(
+    name="quick",
+    about="for tests",
+    num_images=24,
+    metrics=("FID", "KID", "IS", "precision_recall", "R_precision", "diversity"),
+    network="tiny",
+    resize="bilinear",
+    splits=4,
+    kid_subset_size=8,
+    kid_subsets=5,
+    candidates=9,
+    folds=4,
+    diversity_captions=2,
+    diversity_images=2,
+)
+
+
+@pytest.fixture(autouse=True)
+def tiny_judge(monkeypatch):
+    monkeypatch.setitem(networks.NETWORKS, "tiny", lambda weights, resize, seed: tiny_network(resize, seed))
+    monkeypatch.setitem(PROTOCOLS, "quick", QUICK)
+
+
+@pytest.fixture
+def records(drawn_folder):
+    return load_records("folder", drawn_folder, "test")[0]
+
+
+@pytest.fixture
+def checkpoint(tiny, tmp_path):
+    train(tiny(("TRAIN.MAX_STEPS", "1")), World(0, 1, torch.device("cpu")))
+    return tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints" / "last.pth"
+
+
+# -- protocols ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_protocol_has_the_fields_that_papers_differ_in():
+    assert set(PROTOCOLS) >= {"cub-30k", "coco-30k", "df-gan", "clean-fid", "toybirds", "small"}
+    assert all(name == protocol.name and protocol.about for name, protocol in PROTOCOLS.items())
+    assert PROTOCOLS["cub-30k"].num_images == PROTOCOLS["coco-30k"].num_images == 30_000
+    assert (PROTOCOLS["df-gan"].truncation, PROTOCOLS["df-gan"].real_crop) == (0.88, "augmented")
+    assert PROTOCOLS["clean-fid"].resize == "clean" and PROTOCOLS["small"].num_images <= 2000
+
+
+def test_an_unknown_protocol_is_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean cub-30k"):
+        find_protocol("cub-3k")
+    with pytest.raises(ConfigError, match="unknown; There are cub-30k"):
+        find_protocol("xyz")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"metrics": ("FIDD",)},
+        {"metrics": ()},
+        {"real_crop": "left"},
+        {"caption_choice": "all"},
+        {"num_images": None},
+        {"num_images": 1},
+        {"quantisation": "float"},
+    ],
+)
+def test_a_protocol_that_contradicts_itself_is_refused(change):
+    with pytest.raises(ConfigError, match="protocol quick"):
+        replace(QUICK, **change)
+
+
+def test_what_is_drawn(records):
+    pairs = requests_of(replace(QUICK, images_per_caption=2), records)
+    assert len(pairs) == 24 and [r.index for r in pairs] == list(range(24))
+    assert [r.caption for r in pairs[::2]] == [r.caption for r in pairs[1::2]]
+    assert len({(r.key, r.caption_number) for r in pairs}) == 12
+    assert requests_of(QUICK, records) != requests_of(replace(QUICK, seed=1), records)
+    tens = requests_of(PROTOCOLS["df-gan"], records)
+    assert len(tens) == 120 and {r.caption_number for r in tens} == {0} and tens[9].sample == 9
+    few = requests_of(PROTOCOLS["df-gan"], records, 7)
+    assert [r.index for r in few] == list(range(7)) and len(requests_of(QUICK, records, 5)) == 5
+
+
+# -- real images --------------------------------------------------------------------------------------------------------
+
+
+def test_real_images_are_cropped_as_said(records):
+    middle = RealImages(records, 16)
+    batches = list(middle.batches(5))
+    assert [len(batch) for batch in batches] == [5, 5, 2] and batches[0].dtype == np.uint8
+    assert np.array_equal(batches[1][2], middle.read(7))
+    assert np.array_equal(next(middle.batches(5, range(3, 12))), np.stack([middle.read(i) for i in range(3, 8)]))
+    augmented = RealImages(records, 16, "augmented", seed=1)
+    assert any(not np.array_equal(augmented.read(i), middle.read(i)) for i in range(12))
+    assert np.array_equal(augmented.read(3), RealImages(records, 16, "augmented", seed=1).read(3))
+    prints = {RealImages(records, *a).fingerprint() for a in [(16,), (17,), (16, "augmented"), (16, "augmented", 1)]}
+    assert len(prints) == 4 and middle.fingerprint() == RealImages(records, 16, seed=9).fingerprint()
+
+
+@pytest.mark.parametrize("with_features", [False, True])
+def test_features_of_real_images_are_kept_until_something_changes(records, tmp_path, with_features):
+    network, images = tiny_network(), RealImages(records, 16)
+    first = reference(images, network, with_features, tmp_path)
+    again = reference(images, network, with_features, tmp_path)
+    assert (first.from_cache, again.from_cache) == (False, True)
+    assert np.array_equal(first.statistics.mean, again.statistics.mean)
+    assert (again.features is not None) == with_features
+    assert not reference(images, tiny_network(seed=1), with_features, tmp_path).from_cache
+    assert not reference(RealImages(records, 16, "augmented"), network, with_features, tmp_path).from_cache
+    for kept in tmp_path.rglob("*.np*"):
+        kept.write_bytes(b"cut off")
+    assert not reference(images, network, with_features, tmp_path).from_cache
+    with pytest.raises(DataError, match="1 image"):
+        reference(RealImages(records.select([0]), 16), network)
+
+
+# -- evaluations --------------------------------------------------------------------------------------------------------
+
+
+def values(record):
+    return {score["name"]: score["value"] for score in record["scores"]}
+
+
+def test_one_call_scores_and_says_how(checkpoint, encoders, records):
+    pipeline, tools = TextToImage.load(checkpoint, "cpu"), Tools(load_encoders(encoders), batch_size=7)
+    record = evaluate(pipeline, QUICK, records, tools=tools)
+    label = tiny_network().label
+    expected = [f"FD[{label}]", f"KD[{label}]", f"IS[{label}]", f"precision[{label}]", f"recall[{label}]"]
+    assert list(values(record))[:5] == expected and list(values(record))[5].startswith("R-precision%[damsm:")
+    assert "too small for LPIPS" in record["not_computed"]["diversity"]  # 16 px
+    assert set(record["protocol"]) == {field.name for field in fields(Protocol)}
+    assert record["network"]["weights_hash"] == tiny_network().weights_hash and record["num_images"] == 24
+    assert record["overrides"] == {} and record["real"]["num_images"] == 12
+    assert any("encoders that the generator was trained with" in warning for warning in record["warnings"])
+    assert all(np.isfinite(value) for value in values(record).values())
+    again = evaluate(pipeline, QUICK, records, tools=replace(tools, batch_size=24))
+    assert values(again) == pytest.approx(values(record), rel=1e-6, abs=1e-9)
+    other = evaluate(pipeline, replace(QUICK, seed=1), records, tools=tools)
+    assert values(other)[expected[0]] != pytest.approx(values(record)[expected[0]], rel=1e-4)
+
+
+def test_the_distance_is_that_of_the_same_files(checkpoint, records):
+    """By hand: the drawn images' features against the real ones'."""
+    pipeline, network = TextToImage.load(checkpoint, "cpu"), tiny_network()
+    protocol = replace(QUICK, metrics=("FID",))
+    requests = requests_of(protocol, records)
+    drawn = pipeline.generate([r.caption for r in requests], seed=protocol.seed).images
+    real = np.stack([RealImages(records, 16).read(index) for index in range(12)])
+    by_hand = distance(*(statistics_of_features(network.look(list(images))[0]) for images in (real, drawn)))
+    (value,) = values(evaluate(pipeline, protocol, records)).values()
+    assert value == pytest.approx(by_hand, rel=1e-4, abs=1e-9)
+
+
+def test_what_is_missing_is_listed_and_costs_the_rest_nothing(checkpoint, records, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "nothing"))
+    pipeline = TextToImage.load(checkpoint, "cpu")
+    protocol = replace(QUICK, metrics=("FID", "IS", "R_precision"), network="inception-tf", resize="tf1")
+    with pytest.raises(UserError, match="nothing can be computed: FID: inception-tf.*R_precision: no encoders"):
+        evaluate(pipeline, protocol, records)
+    record = evaluate(pipeline, replace(QUICK, metrics=("FID", "R_precision", "attributes", "mask_iou")), records)
+    assert len(record["scores"]) == 1 and "--encoders" in record["not_computed"]["R_precision"]
+    assert "too small to be judged" in record["not_computed"]["attributes"]
+    assert "too small to be judged" in record["not_computed"]["mask_iou"]
+    few = evaluate(pipeline, replace(QUICK, metrics=("FID", "IS")), records, num_images=3)
+    assert "cannot be dealt to 4 splits" in few["not_computed"]["IS"]
+    assert few["overrides"] == {"num_images": 3} and few["protocol"]["num_images"] == 24 and few["num_images"] == 3
+
+
+def test_diversity_among_images_of_one_caption(checkpoint, records):
+    shapes = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3), 10: (256, 256, 3, 3)}
+    alexnet = {f"features.{layer}": shape for layer, shape in shapes.items()}
+    weights = checkpoint.with_name("alexnet.pth")
+    torch.manual_seed(0)
+    state = {f"{name}.weight": torch.randn(shape) * 0.05 for name, shape in alexnet.items()}
+    torch.save(state | {f"{name}.bias": torch.zeros(shape[0]) for name, shape in alexnet.items()}, weights)
+
+    def judged(different):
+        random = np.random.default_rng(0)
+        images = random.integers(0, 256, (4, 40, 40, 3), dtype=np.uint8)
+        if not different:
+            images[1], images[3] = images[0], images[2]
+        requests = requests_of(QUICK, records, 4)
+        diverse = lambda: (["a", "a", "b", "b"], iter([Generated(images, [])]))  # noqa: E731
+        batches = lambda rows: iter([Generated(images[rows.start : rows.stop], [])])  # noqa: E731
+        return Judged("generated", requests, batches, 40, records.vocabulary, None, diverse)
+
+    protocol, tools = replace(QUICK, metrics=("FID", "diversity")), Tools(lpips_weights=weights)
+    found = [judge(judged(d), protocol, records, torch.device("cpu"), tools) for d in (False, True)]
+    same, other = ([v for name, v in values(record).items() if "diversity" in name] for record in found)
+    assert same == [pytest.approx(0.0, abs=1e-6)] and other[0] > 0.01
+
+
+def test_self_check(drawn_folder, records, tmp_path):
+    train_records = load_records("folder", drawn_folder, "train")[0]
+    protocol, tools = replace(QUICK, metrics=("FID", "KID")), Tools(cache=tmp_path)
+    other, same = self_check(protocol, train_records, records, 16, torch.device("cpu"), tools=tools)
+    names = list(values(same))
+    assert values(same)[names[0]] == pytest.approx(0.0, abs=1e-6) and values(other)[names[0]] > 1e-4
+    assert other["num_images"] == 24 and same["num_images"] == 12
+    assert other["judged"] == "real train" and same["generator"] is None
+
+
+# -- the command --------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_adds_a_record_beside_the_checkpoint(checkpoint, capsys, tmp_path, drawn_folder):
+    words = ["--checkpoint", str(checkpoint), "--protocol", "quick", "--device", "cpu", "--cache", str(tmp_path / "c")]
+    main(words)
+    main([*words, "--num-images", "10", "--data-dir", str(drawn_folder)])
+    main([*words, "--selfcheck"])
+    found = read_records(checkpoint.with_name("evaluation.json"))
+    assert [record["judged"] for record in found] == ["generated", "generated", "real train", "the same real images"]
+    first, second = found[:2]
+    assert first["protocol"] == json.loads(json.dumps(QUICK.__dict__)) and first["overrides"] == {}
+    assert second["overrides"] == {"num_images": 10} and second["real"]["from_cache"]
+    assert len(first["checkpoint"]["sha256"]) == 64 and first["checkpoint"]["step"] == 1
+    assert first["generator"]["averaged"] is True and first["generator"]["image_size"] == 16
+    assert {"torch", "torchvision"} <= set(first["versions"]) and first["date"] and "cpu" in first["device"]
+    assert "git_commit" in first and first["real"]["data_dir"] == str(drawn_folder)
+    printed = capsys.readouterr().out
+    assert "by protocol quick\n" in printed and "NOT its own numbers: num_images 10" in printed
+    assert "not computed: diversity" in printed and "FD[tiny" in printed and "written to" in printed
+
+
+def test_a_file_that_is_no_list_of_results_is_left_alone(checkpoint):
+    results = checkpoint.with_name("evaluation.json")
+    for content in ("{}", "half a fi"):
+        results.write_text(content)
+        with pytest.raises(DataError, match="move it away"):
+            main(["--checkpoint", str(checkpoint), "--protocol", "quick", "--device", "cpu", "--no-cache"])
+        assert results.read_text() == content
+
+
+def test_a_protocol_for_other_data_warns(checkpoint, records):
+    pipeline = TextToImage.load(checkpoint, "cpu", averaged=False)
+    record = evaluate(pipeline, replace(QUICK, dataset="birds", metrics=("FID",)), records)
+    assert "meant for birds, this generator was trained on folder" in record["warnings"][0]
+    assert "no moving average" in record["warnings"][1]
+
+
+SHARED = """
+import sys, json, dataclasses
+sys.path[:0] = ["tests"]
+from eval import networks, protocols, evaluate
+from metrics_help import tiny_network
+networks.NETWORKS["tiny"] = lambda weights, resize, seed: tiny_network(resize, seed)
+protocols.PROTOCOLS["quick"] = protocols.Protocol(**json.loads(sys.argv.pop(1)))
+evaluate.main()
+"""
+
+
+def test_two_processes_give_the_numbers_of_one(checkpoint, tmp_path):
+    (tmp_path / "shared.py").write_text(SHARED)
+    words = ["--checkpoint", checkpoint, "--protocol", "quick", "--device", "cpu", "--no-cache"]
+    torchrun(tmp_path / "shared.py", json.dumps(QUICK.__dict__), *words)
+    main([str(word) for word in words])
+    two, one = read_records(checkpoint.with_name("evaluation.json"))
+    assert (two["num_processes"], one["num_processes"]) == (2, 1)
+    assert len(values(one)) == 6 and values(two) == pytest.approx(values(one), rel=1e-5, abs=1e-9)
