@@ -74,17 +74,15 @@ def evaluate(
     tools = tools or Tools()
     prompts = real if prompts is None else prompts
     requests = requests_of(protocol, prompts, num_images)
-    after = len(requests)  # noise of the images for diversity is that of later requests
-    chosen = split_requests(prompts, num_images=protocol.diversity_captions, seed=protocol.seed + 1)
-    several = [request for request in chosen for _ in range(protocol.diversity_images)]
-    several = [request._replace(index=after + place) for place, request in enumerate(several)]
+    several = _several(protocol, prompts, first=len(requests))
 
     def draw(wanted: Sequence[Request]) -> Iterator[Generated]:
         for start in range(0, len(wanted), tools.batch_size):
             part = wanted[start : start + tools.batch_size]
             captions, indices = [r.caption for r in part], [r.index for r in part]
             with _quiet_pipeline():
-                yield pipeline.generate(captions, protocol.seed, protocol.truncation, tools.batch_size, indices)
+                drawn = pipeline.generate(captions, protocol.seed, protocol.truncation, tools.batch_size, indices)
+            yield drawn
 
     judged = Judged(
         what="generated",
@@ -106,6 +104,15 @@ def evaluate(
     return record
 
 
+def _several(protocol: Protocol, records: Records, first: int) -> list[Request]:
+    """What is drawn for diversity: several images each of other captions, with noise of requests from `first` on."""
+    if "diversity" not in protocol.metrics or not protocol.diversity_captions:
+        return []
+    chosen = split_requests(records, num_images=protocol.diversity_captions, seed=protocol.seed + 1)
+    repeated = [request for request in chosen for _ in range(protocol.diversity_images)]
+    return [request._replace(index=first + place) for place, request in enumerate(repeated)]
+
+
 @contextmanager
 def _quiet_pipeline() -> Iterator[None]:
     """A split's captions hold words that the model does not know; `_unsuitable` counts them once."""
@@ -123,7 +130,7 @@ def _unsuitable(pipeline: TextToImage, protocol: Protocol, requests: Sequence[Re
     trained_on = (pipeline.origin.get("config") or {}).get("DATASET_NAME")
     if protocol.dataset and trained_on and trained_on != protocol.dataset:
         yield f"protocol {protocol.name} is meant for {protocol.dataset}, this generator was trained on {trained_on}"
-    if protocol.averaged and not pipeline.origin.get("averaged"):
+    if protocol.averaged and pipeline.origin.get("averaged") is False:
         yield "the generator's own weights were used: there is no moving average (EMA) beside them"
     captions = {request.caption for request in requests}
     partly = sum(1 for caption in captions if pipeline.vocabulary.encode(caption)[1])
