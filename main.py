@@ -32,11 +32,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     draw.add_argument("--out", metavar="DIR", help="folder for the images (default: beside the checkpoint)")
     draw.add_argument("--overwrite", action="store_true", help="replace samples that are in the folder")
-    draw.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise")
-    draw.add_argument("--truncation", type=float, metavar="T", help="cut the noise at +-2 and scale it by T, e.g. 0.8")
+    draw.add_argument("--seed", type=_not_negative, default=0, metavar="N", help="of the noise")
+    draw.add_argument(
+        "--truncation", type=_truncation, metavar="T", help="cut the noise at +-2 and scale it by T, e.g. 0.8"
+    )
     draw.add_argument("--split", default="test", help="whose captions B_VALIDATION draws")
     draw.add_argument("--per-caption", type=_positive, default=1, metavar="N", help="images for each caption")
-    draw.add_argument("--captions-per-image", type=int, default=1, metavar="N", help="captions of each image; 0: all")
+    draw.add_argument(
+        "--captions-per-image", type=_not_negative, default=1, metavar="N", help="captions of each image; 0: all"
+    )
     draw.add_argument("--num-images", type=_positive, metavar="N", help="so many captions instead, drawn from all")
     draw.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images drawn at once")
     draw.add_argument("--masks", action="store_true", help="write the masks of every stage, too")
@@ -47,12 +51,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    from miscc.config import load_config, without_effect  # torch comes with the rest: --help should not wait for it
+    from miscc.config import load_config, without_effect
+    from miscc.distributed import refuse_several_processes  # torch comes with the rest: --help should not wait for it
     from models import SYSTEMS
     from training.build import system_keys
 
-    cfg = load_config(options.cfg, settings_from(options), command="gan", systems=SYSTEMS)
-    for key in without_effect(options.cfg, "gan", system_keys(cfg.GAN.NAME)):
+    changes = settings_from(options)
+    cfg = load_config(options.cfg, changes, command="gan", systems=SYSTEMS)
+    for key in without_effect(options.cfg, "gan", system_keys(cfg.GAN.NAME), changes):
         logger.warning("%s: %s has no effect for %s", options.cfg, key, cfg.GAN.NAME)
     if options.dry_run:
         from training.dry_run import describe
@@ -60,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(describe(cfg))
         return 0
     if options.caption or options.captions or options.interpolate or cfg.B_VALIDATION or not cfg.TRAIN.FLAG:
+        refuse_several_processes("drawing")
         return draw(cfg, options)
     from miscc import distributed
     from training.trainer import train
@@ -145,6 +152,20 @@ def free_path(path: Path, overwrite: bool) -> Path:
         number += 1
         free = path.with_name(f"{path.stem}-{number}{path.suffix}")
     return free
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, but is {value}")
+    return value
+
+
+def _truncation(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 100:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, such as 0.8, not {text}")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -28,13 +28,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     from miscc.config import load_config, without_effect  # torch comes with the rest: --help should not wait for it
-    from miscc.distributed import choose_device
+    from miscc.distributed import refuse_several_processes, start
     from training.damsm import pretrain
 
-    cfg = load_config(options.cfg, settings_from(options), command="damsm")
-    for key in without_effect(options.cfg, "damsm", ()):
+    refuse_several_processes("pretraining the encoders")
+    changes = settings_from(options)
+    cfg = load_config(options.cfg, changes, command="damsm")
+    for key in without_effect(options.cfg, "damsm", (), changes):
         logger.warning("%s: %s has no effect for the encoders", options.cfg, key)
-    device = choose_device(cfg.GPU_ID, cfg.CUDA)
+    device = start(cfg.GPU_ID, cfg.CUDA).device
     folder = Path(options.out or Path("DAMSMencoders") / cfg.DATASET_NAME)
     resume = cfg.RESTORE or (options.go_on and (folder / "last.pth").is_file())
     return pretrain(cfg, device, folder, resume=resume, overwrite=options.overwrite)

@@ -44,14 +44,17 @@ class Batch(NamedTuple):
     caption_numbers: torch.Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same with all tensors on `device`."""
+        """The same with images, captions and class ids on `device`.
+
+        Lengths and numbers stay on the CPU, where packing and random streams read them without waiting for a GPU.
+        """
 
         def move(value):
             if isinstance(value, torch.Tensor):
                 return value.to(device, non_blocking=non_blocking)
-            return [move(item) for item in value] if value and isinstance(value[0], torch.Tensor) else value
+            return [move(item) for item in value]
 
-        return Batch(*(move(value) for value in self))
+        return self._replace(images=move(self.images), captions=move(self.captions), class_ids=move(self.class_ids))
 
 
 class Sample(NamedTuple):

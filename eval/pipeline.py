@@ -55,7 +55,9 @@ def load_encoders(path: str | Path, device: str | torch.device = "cpu", max_word
         )
     content = load_file(path)
     if isinstance(content, dict) and "networks" in content:
-        networks = _rebuild_all(load_checkpoint(path), ("text_encoder", "image_encoder"), path)
+        networks = _rebuild_all(content, ("text_encoder", "image_encoder"), path)
+        if "text_encoder" not in networks:
+            raise CheckpointError(f"{path}: holds no text encoder but {', '.join(content['networks'])}")
         text_encoder, image_encoder = networks["text_encoder"], networks.get("image_encoder")
         vocabulary, max_words = Vocabulary(content["vocabulary"]), text_encoder.max_words
     else:
@@ -81,7 +83,8 @@ class Generated(NamedTuple):
 class TextToImage:
     """A generator with all that it needs to draw: text encoder and vocabulary.
 
-    The same seed gives the same images, whatever the batch size and whatever was drawn before.
+    The same seed gives the same images, whatever the batch size and whatever was drawn before: the noise is the same, and
+    rounding may move single values by one level of 255.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class TextToImage:
         self.text_encoder = text_encoder
         self.vocabulary = vocabulary
         self.origin = origin or {}
+        self._named: set[str] = set()  # unknown words that were warned of already
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device | None = None, averaged: bool = True) -> "TextToImage":
@@ -111,6 +115,8 @@ class TextToImage:
         """
         device = choose_device() if device is None else torch.device(device)
         checkpoint = load_checkpoint(path)
+        if "text_encoder" not in checkpoint["networks"]:
+            raise CheckpointError(f"{path}: holds no text encoder but {', '.join(checkpoint['networks'])}")
         wanted = "generator_ema" if averaged and "generator_ema" in checkpoint["networks"] else "generator"
         networks = _rebuild_all(checkpoint, (wanted, "text_encoder"), path)
         if wanted not in networks:
@@ -155,18 +161,23 @@ class TextToImage:
         return self.generator.image_size
 
     def tokens(self, captions: Sequence[str]) -> EncodedCaptions:
-        """Captions as indices; names unknown words in a warning. Raises DataError where no word is left."""
+        """Captions as indices; names unknown words in a warning, each once. Raises DataError where no word is left."""
         encoded = encode_batch(captions, self.vocabulary, self.text_encoder.max_words)
-        unknown = sorted({word for words in encoded.unknown for word in words})
+        unknown = sorted({word for words in encoded.unknown for word in words} - self._named)
         if unknown:
+            self._named.update(unknown)
             logger.warning("words that the model does not know are left out: %s", ", ".join(unknown))
         return encoded
+
+    def check(self, captions: Sequence[str]) -> None:
+        """Say once for all captions which words are unknown. Raises DataError where no word is left."""
+        self.tokens(captions)
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         """Captions -> text features on the generator's device. Raises DataError as `tokens`."""
         encoded = self.tokens(captions)
-        return self.text_encoder(encoded.tokens.to(self.device), encoded.lengths.to(self.device))
+        return self.text_encoder(encoded.tokens.to(self.device), encoded.lengths)
 
     @torch.inference_mode()
     def synthesize(self, text: TextFeatures, noise: Tensor) -> GeneratorOutput:
@@ -201,7 +212,7 @@ class TextToImage:
         for start in range(0, len(captions), batch_size):
             rows = slice(start, start + batch_size)
             with torch.inference_mode():
-                text = self.text_encoder(encoded.tokens[rows].to(self.device), encoded.lengths[rows].to(self.device))
+                text = self.text_encoder(encoded.tokens[rows].to(self.device), encoded.lengths[rows])
                 output = self.synthesize(text, self.noise(seed, indices[rows], truncation))
             images.append(to_uint8(output.images[-1]))
             masks.append([mask[:, 0].float().cpu().numpy() for mask in output.masks])

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,14 +20,3 @@ def retrieval_at(code: Tensor, sentence: Tensor, ks: Iterable[int] = (1, 5)) -> 
         tied = (rows == own).sum(dim=1)  # itself included
         scores |= {f"{name}_r{k}": ((k - better) / tied).clamp(0, 1).mean().item() for k in ks}
     return scores | {f"chance_r{k}": min(1.0, k / len(similarity)) for k in ks}
-
-
-def gather_codes(image_encoder, text_encoder, batches: Iterable, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Codes (N, D) and sentences (N, D) of all pairs in the batches, on the CPU."""
-    codes, sentences = [], []
-    with torch.inference_mode():
-        for batch in batches:
-            batch = batch.to(device)
-            codes.append(image_encoder(batch.images)[1].float().cpu())
-            sentences.append(text_encoder(batch.captions, batch.lengths).sentence.float().cpu())
-    return torch.cat(codes), torch.cat(sentences)

@@ -3,9 +3,11 @@
 Drawing itself is eval/pipeline.py's; scores read the folders that are written here.
 """
 
+import glob
 import json
 import logging
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,10 +19,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets.text_image import Records, load_resized
+from eval.networks import hash_tensors
 from eval.pipeline import Generated, TextToImage
 from miscc.checkpoint import write_atomically, write_json, write_text
 from miscc.errors import DataError
-from miscc.images import caption_grid, grid, save_image, to_uint8
+from miscc.images import caption_grid, grid, save_image, to_uint8, unit_to_uint8
 from miscc.randomness import stream
 from models.types import TextFeatures
 
@@ -98,8 +101,10 @@ def prepare_folder(folder: str | Path, overwrite: bool) -> Path:
         if not overwrite:
             raise DataError(f"{folder}: holds samples already; give --overwrite, or another folder with --out")
         for name in sampled_files(folder):  # only what an earlier sampling wrote
-            (folder / name).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
+            stem = name.removesuffix(".png")
+            masks = (folder / "masks").glob(f"{glob.escape(stem)}_*px.png")
+            for path in (folder / name, *masks, folder / "real" / f"{re.sub(r'_c[0-9]+_s[0-9]+$', '', stem)}.png"):
+                path.unlink(missing_ok=True)
     return folder
 
 
@@ -115,8 +120,14 @@ def sampled_files(folder: Path) -> Iterator[str]:
 
 def file_stem(request: Request) -> str:
     """Where a request's image goes, without suffix: image key, caption number and sample number."""
-    key = "/".join(re.sub(r"[^\w.\-]+", "_", part) for part in request.key.split("/") if part not in ("", ".", ".."))
-    return f"{key}_c{request.caption_number}_s{request.sample}"
+    return f"{key_stem(request.key)}_c{request.caption_number}_s{request.sample}"
+
+
+def key_stem(key: str) -> str:
+    """An image key as a path inside a folder; where that changes it, with a checksum, so that no two keys meet."""
+    parts = [re.sub(r"[^\w.\-]+", "_", part) for part in key.split("/") if part not in ("", ".", "..")]
+    stem = "/".join(parts) or "image"
+    return stem if stem == key else f"{stem}-{zlib.crc32(key.encode()):08x}"
 
 
 def sample(
@@ -138,8 +149,15 @@ def sample(
     scaled as in training. Returns the picture's path. Raises DataError for captions without a known word, and when
     samples are there and overwrite is False.
     """
+    pipeline.check([request.caption for request in requests])  # before anything that is there is touched
     folder = prepare_folder(folder, overwrite)
-    lines, futures, pictured, first = [], [], [], None
+    origin = {name: value for name, value in pipeline.origin.items() if name != "config"}
+    settings = {"seed": seed, "truncation": truncation, "num_images": len(requests), "image_size": pipeline.image_size}
+    settings |= origin | {"encoder_hash": hash_tensors(pipeline.text_encoder.state_dict())} | (about or {})
+    lines = [_describe(request, f"{file_stem(request)}.png", seed) for request in requests]
+    write_text(folder / CAPTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_json(folder / ABOUT, settings | {"finished": False})
+    futures, pictured, first = [], [], None
     with ThreadPoolExecutor(max_workers=4) as writers, tqdm(total=len(requests), desc="sampling", unit="image") as bar:
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
@@ -151,7 +169,6 @@ def sample(
                 futures.append(writers.submit(_write_png, drawn.images[row], folder / f"{stem}.png"))
                 if with_masks:
                     futures += _write_masks(writers, drawn, row, folder / "masks" / stem)
-                lines.append(_describe(request, f"{stem}.png", seed))
             first = drawn if first is None else first
             if len(pictured) < MOST_PICTURED and start == 0:
                 pictured = [request.caption for request in batch[:MOST_PICTURED]]
@@ -162,10 +179,7 @@ def sample(
             future.result()
     if real is not None:
         _write_real(real, requests, folder / "real", pipeline.image_size)
-    write_text(folder / CAPTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    settings = {"seed": seed, "truncation": truncation, "num_images": len(requests), "image_size": pipeline.image_size}
-    origin = {name: value for name, value in pipeline.origin.items() if name != "config"}
-    write_json(folder / ABOUT, settings | origin | (about or {}))
+    write_json(folder / ABOUT, settings | {"finished": True})
     save_image(generated_picture(pictured, first), folder / PICTURE)
     return folder / PICTURE
 
@@ -174,7 +188,7 @@ def generated_picture(captions: Sequence[str], drawn: Generated) -> np.ndarray:
     """Captions with their images and, where there are any, the masks of the last stage: (.., .., 3) uint8."""
     cells = []
     for row in range(len(captions)):
-        mask = [np.round(drawn.masks[-1][row] * 255).astype(np.uint8)] if drawn.masks else []
+        mask = [unit_to_uint8(drawn.masks[-1][row])] if drawn.masks else []
         cells.append([drawn.images[row], *mask])
     return caption_grid(captions, cells, headings=("image", "mask")[: len(cells[0])])
 
@@ -206,6 +220,8 @@ def _mix(text: TextFeatures, weights: torch.Tensor) -> TextFeatures:
 
 def _along_arc(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Spherical interpolation: a mean of two normal noises would be too short to look like one."""
+    if torch.allclose(a, b):
+        return a.expand(len(weights), -1)
     angle = torch.acos((a @ b / (a.norm() * b.norm())).clamp(-1, 1))
     parts = torch.sin(torch.stack([(1 - weights) * angle, weights * angle], dim=1)) / torch.sin(angle)
     return parts @ torch.stack([a, b])
@@ -225,7 +241,7 @@ def _write_png(pixels: np.ndarray, path: Path) -> None:
 def _write_masks(writers: ThreadPoolExecutor, drawn: Generated, row: int, stem: Path) -> list[Future]:
     futures = []
     for stage in drawn.masks:
-        mask = np.round(stage[row] * 255).astype(np.uint8)
+        mask = unit_to_uint8(stage[row])
         futures.append(writers.submit(_write_png, mask, stem.with_name(f"{stem.name}_{mask.shape[0]}px.png")))
     return futures
 
@@ -238,5 +254,4 @@ def _write_real(records: Records, requests: Sequence[Request], folder: Path, ima
         box = None if records.boxes is None else records.boxes[places[key]]
         pixels = load_resized(records.image_paths[places[key]], box, image_size)
         top, left = (pixels.shape[0] - image_size) // 2, (pixels.shape[1] - image_size) // 2
-        stem = file_stem(Request(0, "", key, 0, 0)).removesuffix("_c0_s0")
-        _write_png(pixels[top : top + image_size, left : left + image_size], folder / f"{stem}.png")
+        _write_png(pixels[top : top + image_size, left : left + image_size], folder / f"{key_stem(key)}.png")

@@ -1,8 +1,10 @@
 """Files written whole or not at all, and weight files loaded without running their code."""
 
+import errno
 import json
 import os
 import pickle
+import struct
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -11,9 +13,12 @@ from typing import IO, Any
 
 import torch
 
-from miscc.errors import CheckpointError
+from miscc.errors import CheckpointError, UserError
 
 FORMAT = 1  # of our checkpoints; raised when an older reader would misread a newer file
+
+_UMASK = os.umask(0)  # it can only be read by setting it, which other threads must not see
+os.umask(_UMASK)
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], flush: bool = True) -> None:
@@ -23,21 +28,30 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], flu
     after a kill, but perhaps not after a power cut; for thousands of small files that can be made again.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
     try:
         with os.fdopen(handle, "wb") as stream:
             write(stream)
             if flush:
                 stream.flush()
                 os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would lock colleagues out
+        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp's 0600 would lock colleagues out
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(f"{path}: cannot be written ({error.strerror}); what was there before is kept") from None
         raise
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Delete what writes into this folder left unfinished when their process was killed."""
+    for path in Path(folder).glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -77,7 +91,7 @@ def load_file(path: str | Path, device: str | torch.device = "cpu") -> Any:
             f"{path}: holds more than tensors (a whole pickled module or foreign objects) or is damaged, and is not "
             f"loaded, because that could run code from it; save its state_dict() instead. {named.strip()[:160]}"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AssertionError, TypeError, struct.error) as error:
         reason = (str(error).splitlines() or ["end of file"])[0][:160]
         raise CheckpointError(f"{path}: cannot be read as a weight file ({reason}); copy it again") from None
 

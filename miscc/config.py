@@ -32,7 +32,7 @@ SCHEMA = {
     "DATA_DIR": Key("", str, "where the data lies; empty: data/<DATASET_NAME>", "all"),
     "DATA_CACHE": Key(False, bool, "keep decoded, resized images in one file under DATA_DIR/cache", "all"),
     "SKIP_BROKEN": Key(False, bool, "leave out images that cannot be read instead of stopping", "all"),
-    "OUTPUT_DIR": Key("output", str, "where the numbered run directories go", "all"),
+    "OUTPUT_DIR": Key("output", str, "where the numbered run directories go", "gan"),
     "GPU_ID": Key(None, int, "number of the GPU; -1: CPU; empty: a GPU if there is one", "all"),
     "CUDA": Key(True, bool, "False: use the CPU even if there is a GPU", "all"),
     "WORKERS": Key(4, int, "processes that read images; 0: none beside the main one", "all"),
@@ -174,7 +174,7 @@ def load_config(
     """
     given = read_yaml(path)
     for name, text in overrides:
-        given[name] = _parse_override(name, text)
+        given[name] = text if name in SCHEMA and SCHEMA[name].type is str else _parse_override(name, text)
     given = {name: _convert(name, value) for name, value in given.items()}
     system = "damsm" if command == "damsm" else find_system(given, systems)
     values = {name: key.default for name, key in SCHEMA.items()}
@@ -259,15 +259,18 @@ def find_system(given: Mapping[str, Any], systems: Iterable[str]) -> str:
     return name
 
 
-def without_effect(path: str | Path, command: str, system_keys: Iterable[str]) -> list[str]:
-    """Keys that the file sets although nothing reads them: of another command, or of another system.
+def without_effect(
+    path: str | Path, command: str, system_keys: Iterable[str], overrides: Iterable[tuple[str, str]] = ()
+) -> list[str]:
+    """Keys that the file, or `--set`, sets although nothing reads them: of another command, or of another system.
 
     system_keys: the keys that the chosen system (or the encoders) names.
     """
     read_by_all = {"gan": ("all", "gan", "sampling"), "damsm": ("all", "damsm")}[command]
     used = {name for name, key in SCHEMA.items() if key.used_by in read_by_all} | set(system_keys)
     # What the original files carry along with its default value does no harm and is not worth a warning.
-    return [name for name, value in read_yaml(path).items() if name not in used and value != SCHEMA[name].default]
+    given = read_yaml(path) | dict(overrides)
+    return [name for name, value in given.items() if name not in used and value not in (SCHEMA[name].default, None)]
 
 
 def _fill_derived(values: dict[str, Any], command: str, stem: str) -> None:
@@ -296,6 +299,8 @@ def _check(values: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name}: must not be negative, but is {values[name]}")
     if len(values["TRAIN.BETAS"]) != 2 or not all(0 <= beta < 1 for beta in values["TRAIN.BETAS"]):
         raise ConfigError(f"TRAIN.BETAS: must be two numbers from 0 to below 1, not {values['TRAIN.BETAS']}")
+    if values["GAN.TRUNCATION"] == 0:
+        raise ConfigError("GAN.TRUNCATION: must be above 0, or empty for plain normal noise")
     for name in ("TRAIN.EMA_DECAY", "TRAIN.HELD_OUT"):
         if values[name] >= 1:
             raise ConfigError(f"{name}: must be below 1, not {values[name]}")

@@ -41,6 +41,12 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def refuse_several_processes(what: str) -> None:
+    """Raises ConfigError under torchrun: each process would write the same files."""
+    if launched():
+        raise ConfigError(f"{what} runs in one process; start it without torchrun")
+
+
 def start(gpu: int | None = None, cuda: bool = True) -> World:
     """Join the processes that torchrun started (one a GPU, or on CPUs with `--gpu -1`); alone otherwise."""
     size = int(os.environ.get("WORLD_SIZE", "1"))

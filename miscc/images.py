@@ -55,9 +55,9 @@ def from_uint8(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.to(torch.float32) / 127.5 - 1.0
 
 
-def mask_to_uint8(masks: torch.Tensor) -> np.ndarray:
-    """(N, 1, h, w) float in [0, 1] -> (N, h, w) uint8."""
-    return (masks.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)[:, 0].cpu().numpy()
+def unit_to_uint8(values: np.ndarray) -> np.ndarray:
+    """Floats in [0, 1], of masks for instance, -> uint8 of the same shape, rounded and clamped."""
+    return np.clip(np.round(values * 255), 0, 255).astype(np.uint8)
 
 
 def resize_pixels(pixels: np.ndarray, size: int) -> np.ndarray:

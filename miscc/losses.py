@@ -36,7 +36,7 @@ def word_attention(regions: Tensor, words: Tensor, lengths: Tensor, gamma1: floa
 
     regions (N, D, h, w), words (N, D, T), lengths (N,) -> (N, T, h, w): sums to 1 over the regions; 0 past the length.
     """
-    padding = _padding(lengths, words.shape[2])
+    padding = _padding(lengths, words)
     scores = torch.einsum("ndt,ndr->ntr", words, regions.flatten(2))
     scores = scores.masked_fill(padding[:, :, None], -torch.inf).softmax(dim=1)
     attention = (gamma1 * scores).softmax(dim=2).masked_fill(padding[:, :, None], 0.0)
@@ -59,7 +59,7 @@ def word_loss(
     """
     num_images, num_words = len(regions), words.shape[2]
     regions = regions.flatten(2)
-    padding = _padding(lengths, num_words)
+    padding = _padding(lengths, words)
     rows = max(1, ATTENTION_VALUES // (len(words) * num_words * regions.shape[2]))
     if rows >= num_images:
         matching = _word_matching(regions, words, padding, gamma1, gamma2)
@@ -111,6 +111,7 @@ def _matching_loss(similarity: Tensor, class_ids: Tensor | None) -> tuple[Tensor
     return F.cross_entropy(similarity, own), F.cross_entropy(similarity.T, own)
 
 
-def _padding(lengths: Tensor, num_words: int) -> Tensor:
-    """lengths (N,) -> (N, num_words), True past the length."""
-    return torch.arange(num_words, device=lengths.device) >= lengths[:, None]
+def _padding(lengths: Tensor, words: Tensor) -> Tensor:
+    """lengths (N,) and words (N, D, T) -> (N, T) where the words are, True past the length."""
+    lengths = lengths.to(words.device, non_blocking=True)
+    return torch.arange(words.shape[2], device=words.device) >= lengths[:, None]

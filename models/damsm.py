@@ -42,13 +42,14 @@ class TextEncoder(nn.Module):
         return self
 
     def forward(self, captions: Tensor, lengths: Tensor) -> TextFeatures:
-        """captions (N, T) int64 padded with 0, lengths (N,) from 1 to T -> TextFeatures; padded words are zero."""
+        """captions (N, T) int64 padded with 0, lengths (N,) from 1 to T, best on the CPU -> TextFeatures; padded words are 0."""
         embedded = self.dropout(self.embedding(captions))
         packed = nn.utils.rnn.pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
         outputs, state = self.rnn(packed)
         hidden = state[0] if isinstance(state, tuple) else state  # LSTM gives (h, c), GRU h alone
         words, _ = nn.utils.rnn.pad_packed_sequence(outputs, batch_first=True, total_length=captions.shape[1])
-        mask = torch.arange(captions.shape[1], device=captions.device) >= lengths[:, None]
+        positions = torch.arange(captions.shape[1], device=captions.device)
+        mask = positions >= lengths.to(captions.device, non_blocking=True)[:, None]
         return TextFeatures(sentence=torch.cat([hidden[0], hidden[1]], dim=1), words=words.transpose(1, 2), mask=mask)
 
 

@@ -12,7 +12,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from eval.pipeline import load_encoders
 from eval.retrieval import retrieval_at
 from miscc.checkpoint import load_checkpoint, save_checkpoint
-from miscc.errors import CheckpointError, TrainingError
+from miscc.errors import CheckpointError, ConfigError, TrainingError
 from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder
 from training.damsm import EncoderTrainer, load_imagenet_weights, pretrain
 
@@ -151,10 +151,47 @@ def test_encoders_that_are_there_are_not_lost(damsm_settings, tmp_path):
         pretrain(damsm_settings(1), CPU, tmp_path / "nowhere", resume=True)
 
 
-def test_patience_ends_the_training(damsm_settings, tmp_path):
-    cfg = damsm_settings(50, ("TRAIN.PATIENCE", "1"), ("TRAIN.ENCODER_LR", "1e-12"))
-    assert pretrain(cfg, CPU, tmp_path / "out") == 0
-    assert load_checkpoint(tmp_path / "out" / "last.pth")["epoch"] < 50
+def test_patience_ends_the_training(damsm_settings, tmp_path, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.4, 1.0])
+    monkeypatch.setattr(
+        EncoderTrainer,
+        "validate",
+        lambda self: {"loss": next(losses)} | retrieval_at(torch.eye(3), torch.eye(3), (1, 5)),
+    )
+    assert pretrain(damsm_settings(50, ("TRAIN.PATIENCE", "2")), CPU, tmp_path / "out") == 0
+    last, best = (load_checkpoint(tmp_path / "out" / name) for name in ("last.pth", "best.pth"))
+    assert last["epoch"] == 4 and best["epoch"] == 2  # two epochs without a better loss
+
+
+def test_a_signal_in_the_last_step_of_an_epoch_still_ends_the_epoch(damsm_settings, tmp_path, monkeypatch):
+    import signal
+
+    train_step = EncoderTrainer.train_step
+
+    def interrupted(self, batch, epoch):
+        losses = train_step(self, batch, epoch)
+        if self.step == self.steps_per_epoch:
+            signal.raise_signal(signal.SIGTERM)
+        return losses
+
+    monkeypatch.setattr(EncoderTrainer, "train_step", interrupted)
+    assert pretrain(damsm_settings(1), CPU, tmp_path / "out") == 128 + signal.SIGTERM
+    assert load_checkpoint(tmp_path / "out" / "best.pth")["best"]["epoch"] == 1
+
+
+def test_settings_that_shape_the_encoders_cannot_change_on_resuming(damsm_settings, tmp_path):
+    pretrain(damsm_settings(1), CPU, tmp_path / "out")
+    with pytest.raises(ConfigError, match="TRAIN.HELD_OUT: the run was started with 0.2, not 0.3"):
+        pretrain(damsm_settings(2, ("TRAIN.HELD_OUT", "0.3")), CPU, tmp_path / "out", resume=True)
+
+
+def test_encoders_that_were_copied_here_are_not_lost(damsm_settings, encoders, tmp_path):
+    import shutil
+
+    (tmp_path / "out").mkdir()
+    shutil.copy(encoders, tmp_path / "out" / "best.pth")
+    with pytest.raises(CheckpointError, match="holds encoders already"):
+        pretrain(damsm_settings(1), CPU, tmp_path / "out")
 
 
 def test_a_loss_that_is_not_finite_is_named(damsm_settings):

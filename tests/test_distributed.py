@@ -1,13 +1,17 @@
 """Two processes on one machine (gloo): one batch between them, one set of weights after it."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from miscc.checkpoint import load_checkpoint
+from miscc.distributed import World
+from training.trainer import train
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,6 +37,15 @@ distributed.stop()
 """
 
 
+@pytest.mark.parametrize("script", ["main.py", "pretrain_DAMSM.py"])
+def test_what_runs_in_one_process_says_so(tiny_yaml, script):
+    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "0"}
+    arguments = [sys.executable, script, "--gpu", "-1"]
+    arguments += ["--cfg", str(tiny_yaml), "--caption", "a bird"] if script == "main.py" else []
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "runs in one process; start it without torchrun" in done.stderr
+
+
 def torchrun(*arguments):
     command = [
         sys.executable,
@@ -53,10 +66,17 @@ def test_averaging(tmp_path):
     assert sorted(torchrun(tmp_path / "averaging.py").splitlines()) == ["fine 0", "fine 1"]
 
 
-def test_two_processes_train_one_model_and_resume(tiny_yaml, tmp_path):
+def test_two_processes_train_one_model_and_resume(tiny_yaml, tiny, tmp_path):
     output = torchrun("main.py", "--cfg", tiny_yaml, "--gpu", "-1", "--set", "TRAIN.MAX_EPOCH", "1")
     assert "2 process(es)" in output and output.count("finished") == 1
     run = tmp_path / "output" / "00000-tiny-ssa_gan"
+    # D has no batch norm, so its logits of the first real batch do not depend on how the batch is shared out.
+    train(tiny(("TRAIN.MAX_STEPS", "1"), ("OUTPUT_DIR", str(tmp_path / "alone"))), World(0, 1, torch.device("cpu")))
+    first, alone = (
+        json.loads((folder / "00000-tiny-ssa_gan" / "stats.jsonl").read_text().splitlines()[0])
+        for folder in (tmp_path / "output", tmp_path / "alone")
+    )
+    assert first["logits/real"] == pytest.approx(alone["logits/real"], abs=1e-6)
     assert load_checkpoint(run / "checkpoints" / "last.pth")["step"] == 5
     torchrun("main.py", "--cfg", tiny_yaml, "--gpu", "-1", "--resume")
     checkpoint = load_checkpoint(run / "checkpoints" / "last.pth")

@@ -16,10 +16,10 @@ from miscc.images import (
     caption_grid,
     from_uint8,
     grid,
-    mask_to_uint8,
     open_rgb,
     save_image,
     to_uint8,
+    unit_to_uint8,
 )
 from miscc.randomness import noise_for, stream
 
@@ -66,7 +66,7 @@ def test_ranges_by_hand():
     assert from_uint8(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
     every = torch.arange(256, dtype=torch.uint8)
     assert to_uint8(from_uint8(every).view(1, 1, 16, 16)).flatten().tolist() == every.tolist()
-    assert mask_to_uint8(torch.tensor([[[[0.0, 0.5, 1.0]]]])).tolist() == [[[0, 128, 255]]]
+    assert unit_to_uint8(np.array([-0.1, 0.0, 0.5, 1.0, 1.1])).tolist() == [0, 0, 128, 255, 255]
 
 
 def test_image_modes(tmp_path):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from datasets.captions import Vocabulary
 from datasets.toybirds import ToyBirds
+from eval.networks import hash_tensors
 from eval.pipeline import TextToImage, load_encoders
 from eval.sampling import (
     caption_requests,
@@ -57,6 +58,14 @@ def test_the_same_seed_gives_the_same_images_whatever_the_batch(pipeline):
     assert np.array_equal(whole[4:6], pipeline.generate(captions[4:6], seed=5, indices=[4, 5]).images)
     assert not np.array_equal(whole, pipeline.generate(captions, seed=6).images)
     assert not np.array_equal(whole[0], whole[3])  # the same caption again has other noise
+
+
+def test_the_same_seed_at_64_px_differs_by_rounding_at_most(pipeline):
+    torch.manual_seed(1)
+    larger = TextToImage(SSAGenerator(nf=8, image_size=64).eval(), pipeline.text_encoder, pipeline.vocabulary)
+    whole = larger.generate(CAPTIONS * 5, seed=1).images.astype(int)
+    for batch_size in (1, 2, 7):
+        assert np.abs(whole - larger.generate(CAPTIONS * 5, seed=1, batch_size=batch_size).images).max() <= 1
 
 
 def test_captions_matter(pipeline):
@@ -130,14 +139,20 @@ def test_sampling_a_split(trained, tiny, tmp_path):
     assert len(list((folder / "real").iterdir())) == 12
     assert picture == folder / "samples.png" and Image.open(picture).width > 100
     about = json.loads((folder / "samples.json").read_text())
+    assert about["finished"] is True and about["encoder_hash"] == hash_tensors(pipeline.text_encoder.state_dict())
     assert about["seed"] == 4 and about["num_images"] == 72 and about["step"] == 2
     with pytest.raises(DataError, match="holds samples already; give --overwrite"):
         sample(pipeline, requests, folder)
+    bad = [requests[0]._replace(caption="zyzzyva")]
+    with pytest.raises(DataError, match="zyzzyva"):
+        sample(pipeline, bad, folder, overwrite=True)
+    assert (folder / lines[4]["file"]).is_file()  # nothing is lost to a caption that cannot be drawn
     (folder / "mine.png").write_bytes(b"keep me")
     sample(pipeline, requests[:2], folder, overwrite=True)
     assert sorted(path.name for path in folder.glob("*.png")) == [
         "mine.png", "samples.png", "test000_c0_s0.png", "test000_c0_s1.png",
     ]  # fmt: skip
+    assert not list((folder / "masks").iterdir()) and not list((folder / "real").iterdir())
 
 
 def test_many_images_are_a_seeded_choice_of_captions(drawn_folder, tiny):
@@ -153,9 +168,11 @@ def test_many_images_are_a_seeded_choice_of_captions(drawn_folder, tiny):
     assert len(everything) == 36
 
 
-def test_names_stay_inside_the_folder():
-    request = caption_requests(["a bird"])[0]._replace(key="../../etc/pass wd")
-    assert file_stem(request) == "etc/pass_wd_c0_s0"
+def test_names_stay_inside_the_folder_and_apart():
+    request = caption_requests(["a bird"])[0]
+    stems = [file_stem(request._replace(key=key)) for key in ("../../etc/pass wd", "../../etc/pass_wd", "a/b.c-1")]
+    assert all(stem.startswith("etc/pass_wd-") for stem in stems[:2]) and stems[0] != stems[1]
+    assert stems[2] == "a/b.c-1_c0_s0"
 
 
 def test_files_of_captions(tmp_path):

@@ -201,9 +201,68 @@ def test_an_impossible_image_size_is_refused(tiny):
 def test_other_data_cannot_be_resumed(tiny, tmp_path):
     train(tiny(("TRAIN.MAX_STEPS", "2")), CPU)
     last = tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints" / "last.pth"
-    save_checkpoint(last, load_checkpoint(last) | {"num_images": 39})
-    with pytest.raises(DataError, match="started with 39 training images"):
+    checkpoint = load_checkpoint(last)
+    save_checkpoint(last, checkpoint | {"data": {"num_images": 39, "keys": 0}})
+    with pytest.raises(DataError, match="started with 39 training images.* now has 40;"):
         train(tiny(), CPU, resume=True)
+    save_checkpoint(last, checkpoint | {"data": {"num_images": 40, "keys": 0}})
+    with pytest.raises(DataError, match="now has 40 others"):
+        train(tiny(), CPU, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("TRAIN.NF", "2"), ("TREE.BASE_SIZE", "32"), ("GAN.Z_DIM", "50"), ("SEED", "1"), ("TRAIN.BATCH_SIZE", "4")],
+)
+def test_settings_that_shape_a_run_cannot_change_on_resuming(tiny, key, value):
+    train(tiny(("TRAIN.MAX_STEPS", "1")), CPU)
+    with pytest.raises(ConfigError, match=f"{key}: the run was started with .*, not {value}; set it back"):
+        train(tiny((key, value)), CPU, resume=True)
+
+
+def test_a_batch_without_mismatched_pairs_is_refused_before_anything_is_written(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="each needs at least 2 images"):
+        train(tiny(("TRAIN.BATCH_SIZE", "1")), CPU)
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_run_without_image_encoder_cannot_turn_damsm_on(tiny, tmp_path):
+    train(tiny(("TRAIN.MAX_STEPS", "1")), CPU)
+    last = tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints" / "last.pth"
+    checkpoint = load_checkpoint(last)
+    del checkpoint["networks"]["image_encoder"]
+    save_checkpoint(last, checkpoint)
+    with pytest.raises(CheckpointError, match="started without an image encoder"):
+        train(tiny(), CPU, resume=True)
+
+
+def test_given_weights_must_fit(tiny, encoders, tmp_path):
+    with pytest.raises(CheckpointError, match="TRAIN.NET_G: .* holds no generator but text_encoder, image_encoder"):
+        Trainer(tiny(("TRAIN.NET_G", str(encoders))), CPU)
+    train(tiny(("TRAIN.MAX_STEPS", "1")), CPU)
+    last = tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints" / "last.pth"
+    with pytest.raises(CheckpointError, match="TRAIN.NET_G: the generator's z_dim is 100, the settings want 50"):
+        Trainer(tiny(("TRAIN.NET_G", str(last)), ("GAN.Z_DIM", "50")), CPU)
+
+
+def test_what_a_killed_process_left_unfinished_goes_away(tiny, tmp_path):
+    train(tiny(("TRAIN.MAX_STEPS", "1")), CPU)
+    folder = tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints"
+    (folder / ".last.pth.abc.tmp").write_bytes(b"half a file")
+    train(tiny(), CPU, resume=True)
+    assert not list(folder.glob(".*"))
+
+
+def test_broken_images_are_skipped_with_the_cache_too(tiny, drawn_folder, tmp_path):
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(drawn_folder, data)
+    (data / "images" / "train007.png").write_bytes(b"no image")
+    keys = (("DATA_DIR", str(data)), ("DATA_CACHE", "True"), ("TRAIN.MAX_EPOCH", "1"))
+    with pytest.raises(DataError, match="train007.png"):
+        train(tiny(*keys), CPU)
+    assert train(tiny(*keys, ("SKIP_BROKEN", "True")), CPU) == 0
 
 
 def test_training_goes_on_from_given_weights(tiny, tmp_path):

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from datasets.cache import ImageCache
 from datasets.captions import Vocabulary
 from datasets.text_image import Records, TextImageDataset
 from eval.pipeline import Encoders, load_encoders, released_vocabulary
+from miscc.checkpoint import load_file
 from miscc.config import lookup
 from miscc.errors import CheckpointError, ConfigError, DataError, UserError
-from models import DISCRIMINATORS, GENERATORS, SYSTEMS
+from models import DISCRIMINATORS, GENERATORS, NETWORKS, SYSTEMS
+from models.released import load_discriminator, load_generator
+from models.types import rebuild
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,34 @@ def build_networks(cfg: Mapping) -> dict[str, nn.Module]:
         raise ConfigError(f"TREE.BASE_SIZE: {error}") from None
 
 
+def given_networks(cfg: Mapping, fresh: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """G and D of the weight files that NET_G and NET_D name. Raises CheckpointError where they do not fit the settings."""
+    train, networks = cfg.TRAIN, {}
+    if train.NET_G:
+        content = load_file(train.NET_G)
+        if isinstance(content, dict) and "networks" in content:
+            stored = content["networks"]
+            if "generator" not in stored:
+                raise CheckpointError(f"TRAIN.NET_G: {train.NET_G} holds no generator but {', '.join(stored)}")
+            parts = ("generator", "discriminator") if train.B_NET_D else ("generator",)
+            networks = {part: rebuild(stored[part], NETWORKS[part]) for part in parts if part in stored}
+        else:
+            networks["generator"] = load_generator(content)
+    if train.NET_D:
+        networks["discriminator"] = load_discriminator(load_file(train.NET_D))
+    if networks and "discriminator" not in networks:
+        logger.warning("the discriminator starts anew; TRAIN.NET_D names the one that goes with TRAIN.NET_G")
+    for part, network in networks.items():
+        key = "TRAIN.NET_D" if part == "discriminator" and train.NET_D else "TRAIN.NET_G"
+        for argument in ("image_size", "z_dim", "sentence_dim"):
+            theirs, ours = network.arguments.get(argument), fresh[part].arguments.get(argument)
+            if theirs != ours:
+                raise CheckpointError(
+                    f"{key}: the {part}'s {argument} is {theirs}, the settings want {ours}; change them"
+                )
+    return networks
+
+
 def build_system(cfg: Mapping, networks: dict[str, nn.Module]) -> Any:
     """The objective around its networks."""
     return SYSTEMS[cfg.GAN.NAME](networks, **pick(cfg, SYSTEMS[cfg.GAN.NAME].OBJECTIVE_SETTINGS))
@@ -60,12 +92,59 @@ def encoders_for(cfg: Mapping) -> tuple[Encoders, Vocabulary]:
             f"TEXT.DAMSM_NAME: {cfg.TEXT.DAMSM_NAME} knows {known} words, the captions.pickle in {cfg.DATA_DIR} has "
             f"{len(vocabulary)}; take the metadata that these encoders were trained with"
         )
+    if encoders.image_encoder is None and needs_image_encoder(cfg):
+        raise CheckpointError(
+            f"TEXT.DAMSM_NAME: there is no image encoder beside {cfg.TEXT.DAMSM_NAME}; put the released "
+            f"image_encoder*.pth there, or train without the DAMSM loss: --set TRAIN.DAMSM_WEIGHT 0"
+        )
+    # The caption length is this training's; the checkpoint must draw with the same.
+    encoders.text_encoder.max_words = encoders.text_encoder.arguments["max_words"] = cfg.TEXT.WORDS_NUM
     text_dim = encoders.text_encoder.arguments["text_dim"]
     if text_dim != cfg.TEXT.EMBEDDING_DIM:
         raise ConfigError(
             f"TEXT.EMBEDDING_DIM: is {cfg.TEXT.EMBEDDING_DIM}, but the encoders give {text_dim}; set it so"
         )
     return encoders, vocabulary
+
+
+def needs_image_encoder(cfg: Mapping) -> bool:
+    """Whether the settings ask for a loss that looks at images with DAMSM's encoder."""
+    return cfg.TRAIN.DAMSM_WEIGHT * cfg.TRAIN.SMOOTH.LAMBDA > 0 or cfg.TRAIN.FINETUNE_ENCODERS
+
+
+def check_batch_size(batch_size: int, num_processes: int = 1) -> None:
+    """Raises ConfigError where a process would get no mismatched pair, which the losses need."""
+    if batch_size < 2 * num_processes:
+        raise ConfigError(
+            f"TRAIN.BATCH_SIZE: is {batch_size} for {num_processes} process(es), but each needs at least 2 images to have "
+            f"mismatched pairs"
+        )
+
+
+def check_fixed_settings(stored: Mapping, cfg: Mapping, keys: Iterable[str], instead: str) -> None:
+    """Raises ConfigError where a key that a run cannot change on the way differs from the run's stored settings."""
+    for key in keys:
+        before, now = lookup(stored, key), lookup(cfg, key)
+        if before != now:
+            raise ConfigError(
+                f"{key}: the run was started with {before}, not {now}; set it back, or start anew ({instead})"
+            )
+
+
+def fingerprint(records: Records) -> dict[str, int]:
+    """What tells one training set from another: the number of its images and a checksum of their keys."""
+    return {"num_images": len(records), "keys": zlib.crc32("\n".join(records.keys).encode())}
+
+
+def check_same_data(checkpoint: Mapping, records: Records, data_dir: str) -> None:
+    """Raises DataError when a run was started with other images: its steps would no longer mean the same."""
+    before, now = checkpoint.get("data", {}), fingerprint(records)
+    if before != now:
+        raise DataError(
+            f"the run was started with {before.get('num_images')} training images, {data_dir} now has "
+            f"{now['num_images']}{'' if before.get('num_images') != now['num_images'] else ' others'}; restore the data, or "
+            f"start a new run from these weights (TRAIN.NET_G, TRAIN.NET_E)"
+        )
 
 
 def read_records(cfg: Mapping, split: str, vocabulary: Vocabulary | None = None) -> Records:
@@ -80,7 +159,8 @@ def read_records(cfg: Mapping, split: str, vocabulary: Vocabulary | None = None)
 
 def make_dataset(cfg: Mapping, records: Records, image_sizes: list[int], augment: bool) -> TextImageDataset:
     """The records as a torch data set, from the cache where DATA_CACHE asks for it."""
-    cache = ImageCache.open(records, max(image_sizes), Path(cfg.DATA_DIR) / "cache") if cfg.DATA_CACHE else None
+    folder = Path(cfg.DATA_DIR) / "cache"
+    cache = ImageCache.open(records, max(image_sizes), folder, cfg.SKIP_BROKEN) if cfg.DATA_CACHE else None
     return TextImageDataset(
         records,
         image_sizes,

@@ -10,19 +10,28 @@ from torch import Tensor, nn
 from torchvision.models import Inception_V3_Weights
 
 from datasets.captions import Vocabulary
+from datasets.layout import splits_present
 from datasets.text_image import Batch, Records, ordered_loader, training_loader
 from eval.pipeline import load_encoders, released_vocabulary
-from eval.retrieval import gather_codes, retrieval_at
-from miscc.checkpoint import load_checkpoint, load_file, save_checkpoint, write_text
+from eval.retrieval import retrieval_at
+from miscc.checkpoint import load_checkpoint, load_file, remove_unfinished, save_checkpoint, write_text
 from miscc.config import to_plain, to_yaml
-from miscc.errors import CheckpointError, ConfigError, DataError, TrainingError
+from miscc.errors import CheckpointError, ConfigError, TrainingError
 from miscc.images import attention_picture, save_image, to_uint8
 from miscc.losses import sentence_loss, word_attention, word_loss
 from miscc.randomness import seed_everything, stream
 from models import IMAGE_ENCODERS, NETWORKS, TEXT_ENCODERS
 from models.released import network_name
-from models.types import evaluating, rebuild, record
-from training.build import make_dataset, read_records, usable_workers
+from models.types import TextFeatures, evaluating, rebuild, record
+from training.build import (
+    check_batch_size,
+    check_fixed_settings,
+    check_same_data,
+    fingerprint,
+    make_dataset,
+    read_records,
+    usable_workers,
+)
 from training.progress import Progress, StopSignal
 from training.run_dir import EncoderDir
 
@@ -44,13 +53,13 @@ def pretrain(
     run = EncoderDir(folder)
     if resume and not run.last.is_file():
         raise CheckpointError(f"nothing to resume: {run.last} does not exist; start without --resume")
-    if run.last.is_file() and not resume and not overwrite:
+    if (run.last.is_file() or run.best.is_file()) and not resume and not overwrite:
         raise CheckpointError(
             f"{run.path}: holds encoders already; give --resume, --overwrite, or another folder with --out"
         )
     trainer = EncoderTrainer(cfg, device, load_checkpoint(run.last) if resume else None)
-    run.path.mkdir(parents=True, exist_ok=True)
     write_text(run.config, to_yaml(cfg))
+    remove_unfinished(run.path)
     progress = Progress(run, trainer.step)
     try:
         return trainer.run_to_the_end(run, progress)
@@ -63,6 +72,7 @@ class EncoderTrainer:
 
     def __init__(self, cfg: Mapping, device: torch.device, checkpoint: dict | None = None):
         self.cfg, self.device = cfg, device
+        check_batch_size(cfg.TRAIN.BATCH_SIZE)
         seed_everything(cfg.SEED)  # the initial weights
         given, vocabulary = self._given_encoders(checkpoint)
         self.records, self.validation = split_records(cfg, vocabulary)
@@ -107,7 +117,7 @@ class EncoderTrainer:
                     if self.step % LOG_EVERY == 0:
                         values = {f"loss/{name}": loss.item() for name, loss in losses.items()}
                         progress.log(self.step, self.step / self.steps_per_epoch, values, tuple(values))
-                    if stop.received:
+                    if stop.received and self.step % self.steps_per_epoch:  # else the epoch is ended first
                         return self._stopped(run, progress, stop.received)
                 progress.end_epoch()
                 self.end_epoch(epoch + 1, run, progress)
@@ -125,7 +135,7 @@ class EncoderTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = train.ENCODER_LR * max(0.1, train.ENCODER_LR_DECAY**epoch)
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self.losses(batch)
+        losses = self.losses(batch, *self.encode(batch))
         torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(self.text_encoder.parameters(), train.RNN_GRAD_CLIP)
         self.optimizer.step()
@@ -138,11 +148,14 @@ class EncoderTrainer:
                 )
         return losses
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
+    def encode(self, batch: Batch) -> tuple[TextFeatures, tuple[Tensor, Tensor]]:
+        """The captions' features, and the images' regions and codes."""
+        return self.text_encoder(batch.captions, batch.lengths), self.image_encoder(batch.images)
+
+    def losses(self, batch: Batch, text: TextFeatures, image: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """Word and sentence losses, each the sum of both directions."""
         smooth = self.cfg.TRAIN.SMOOTH
-        text = self.text_encoder(batch.captions, batch.lengths)
-        regions, code = self.image_encoder(batch.images)
+        regions, code = image
         gammas = (smooth.GAMMA1, smooth.GAMMA2, smooth.GAMMA3)
         words = word_loss(regions, text.words, batch.lengths, batch.class_ids, *gammas)
         sentences = sentence_loss(code, text.sentence, batch.class_ids, smooth.GAMMA3)
@@ -173,19 +186,21 @@ class EncoderTrainer:
         """Mean loss over held-out pairs in full batches, and retrieval among all of them. Nothing random in it."""
         dataset = make_dataset(self.cfg, self.validation, [self.cfg.TREE.BASE_SIZE], augment=False)
         batch_size = min(self.cfg.TRAIN.BATCH_SIZE, len(dataset))
-        totals, parts = [], []
+        totals, codes, sentences = [], [], []
         with evaluating(self.text_encoder, self.image_encoder), torch.inference_mode():
             for batch in ordered_loader(dataset, batch_size, workers=0):
-                parts.append(batch)
+                batch = batch.to(self.device)
+                text, image = self.encode(batch)
                 if len(batch.lengths) == batch_size:  # a shorter batch would be easier
-                    totals.append(sum(self.losses(batch.to(self.device)).values()).item())
-            code, sentence = gather_codes(self.image_encoder, self.text_encoder, parts, self.device)
+                    totals.append(sum(self.losses(batch, text, image).values()).item())
+                codes.append(image[1].float().cpu())
+                sentences.append(text.sentence.float().cpu())
         loss = sum(totals) / len(totals)
         if loss != loss:
             raise TrainingError(
                 f"the validation loss is not a number after step {self.step}; the last good encoders are kept"
             )
-        return {"loss": loss} | retrieval_at(code, sentence)
+        return {"loss": loss} | retrieval_at(torch.cat(codes), torch.cat(sentences))
 
     @torch.no_grad()
     def draw_attention(self, run: EncoderDir, epoch: int, progress: Progress) -> None:
@@ -218,17 +233,16 @@ class EncoderTrainer:
             "optimizers": {"encoders": self.optimizer.state_dict()},
             "step": self.step,
             "epoch": self.step // self.steps_per_epoch,
-            "num_images": len(self.records),
+            "data": fingerprint(self.records),
             "best": {"loss": self.best_loss, "epoch": self.best_epoch},
             "validation": dict(scores or {}),
         }
 
     def _restore(self, checkpoint: dict) -> None:
-        if checkpoint.get("num_images") != len(self.records):
-            raise DataError(
-                f"the encoders were trained on {checkpoint.get('num_images')} images, {self.cfg.DATA_DIR} now has "
-                f"{len(self.records)}; restore the data, or start anew with --overwrite"
-            )
+        fixed = ("SEED", "RNN_TYPE", "DAMSM.IMAGE_ENCODER", "TREE.BASE_SIZE", "TEXT.EMBEDDING_DIM", "TEXT.WORDS_NUM",
+                 "TRAIN.HELD_OUT", "TRAIN.BATCH_SIZE")  # fmt: skip
+        check_fixed_settings(checkpoint["config"], self.cfg, fixed, "--overwrite")
+        check_same_data(checkpoint, self.records, self.cfg.DATA_DIR)
         self.optimizer.load_state_dict(checkpoint["optimizers"]["encoders"])
         self.step = checkpoint["step"]
         self.best_loss, self.best_epoch = checkpoint["best"]["loss"], checkpoint["best"]["epoch"]
@@ -278,16 +292,15 @@ def split_records(cfg: Mapping, vocabulary: Vocabulary | None) -> tuple[Records,
     HELD_OUT 0 without a val split: the test split, as AttnGAN does; what is chosen by it then knows the test set.
     """
     records = read_records(cfg, "train", vocabulary)
-    try:
+    if "val" in splits_present(Path(cfg.DATA_DIR)):
         validation = read_records(cfg, "val", vocabulary)
-    except DataError:
-        if cfg.TRAIN.HELD_OUT == 0:
-            logger.warning("TRAIN.HELD_OUT is 0: the best encoders are chosen by the test split, as AttnGAN's were")
-            validation = read_records(cfg, "test", vocabulary)
-        else:
-            number = min(MOST_VALIDATED, max(2, round(cfg.TRAIN.HELD_OUT * len(records))))
-            order = stream(cfg.SEED, "held out").permutation(len(records))
-            records, validation = records.select(sorted(order[number:])), records.select(sorted(order[:number]))
+    elif cfg.TRAIN.HELD_OUT == 0:
+        logger.warning("TRAIN.HELD_OUT is 0: the best encoders are chosen by the test split, as AttnGAN's were")
+        validation = read_records(cfg, "test", vocabulary)
+    else:
+        number = min(MOST_VALIDATED, max(2, round(cfg.TRAIN.HELD_OUT * len(records))))
+        order = stream(cfg.SEED, "held out").permutation(len(records))
+        records, validation = records.select(sorted(order[number:])), records.select(sorted(order[:number]))
     if len(validation) > MOST_VALIDATED:
         places = stream(cfg.SEED, "validated").permutation(len(validation))[:MOST_VALIDATED]
         validation = validation.select(sorted(places))

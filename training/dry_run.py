@@ -29,7 +29,10 @@ def describe(cfg: Mapping) -> str:
     try:
         num_images = len(read_records(cfg, "train"))
         steps = num_images // cfg.TRAIN.BATCH_SIZE
-        lines.append(f"steps per epoch: {steps} ({num_images} images), {steps * cfg.TRAIN.MAX_EPOCH} in all")
+        total = min(steps * cfg.TRAIN.MAX_EPOCH, cfg.TRAIN.MAX_STEPS or steps * cfg.TRAIN.MAX_EPOCH)
+        lines.append(f"steps per epoch: {steps} ({num_images} images), {total} in all")
+        if not steps:
+            lines.append(f"not there yet: {num_images} images are fewer than one batch; lower TRAIN.BATCH_SIZE")
     except UserError:
         lines.append("steps per epoch: unknown until the data is there")
     missing = problems(cfg)

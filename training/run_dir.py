@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from miscc.checkpoint import write_text
-from miscc.errors import CheckpointError
+from miscc.errors import CheckpointError, UserError
 
 
 class RunDir:
@@ -30,7 +30,12 @@ class RunDir:
     def create(cls, output_dir: str | Path, name: str, config_yaml: str) -> "RunDir":
         """Make the next free number's directory with the settings in it; safe against others doing the same."""
         output_dir = Path(output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"OUTPUT_DIR: {output_dir} cannot be made ({error.strerror}); choose another place"
+            ) from None
         number = max((n for n, _ in _numbered_directories(output_dir)), default=-1) + 1
         while True:
             run = cls(output_dir / f"{number:05d}-{name}")

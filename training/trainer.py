@@ -10,25 +10,31 @@ import torch
 from torch import Tensor, nn
 
 from datasets.captions import Vocabulary
-from datasets.text_image import Batch, training_loader
+from datasets.text_image import Batch, EpochBatches, training_loader
 from eval.pipeline import TextToImage
 from eval.sampling import generated_picture
 from miscc import distributed
-from miscc.checkpoint import load_checkpoint, load_file, save_checkpoint
+from miscc.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint
 from miscc.config import flatten, to_plain, to_yaml
 from miscc.distributed import World
-from miscc.errors import CheckpointError, DataError, TrainingError
+from miscc.errors import CheckpointError, TrainingError
 from miscc.images import save_image
 from miscc.randomness import noise_for, seed_everything
-from models import NETWORKS
-from models.released import load_discriminator, load_generator, network_name
+from models import NETWORKS, SYSTEMS
+from models.released import network_name
 from models.types import evaluating, rebuild, record
 from training.build import (
     build_networks,
     build_system,
+    check_batch_size,
+    check_fixed_settings,
+    check_same_data,
     encoders_for,
+    fingerprint,
     fixed_captions,
+    given_networks,
     make_dataset,
+    needs_image_encoder,
     read_records,
     usable_workers,
 )
@@ -51,11 +57,13 @@ def train(cfg: Mapping, world: World, resume: bool = False, go_on: bool = False)
     """
     name = f"{cfg.CONFIG_NAME}-{cfg.GAN.NAME}"
     run = RunDir.newest(cfg.OUTPUT_DIR, name, must_exist=resume) if resume or go_on else None
-    checkpoint = load_checkpoint(run.last) if run else None
-    trainer = Trainer(cfg, world, checkpoint)
+    trainer = Trainer(cfg, world, load_checkpoint(run.last) if run else None)
     if run is None and world.is_main:
         run = RunDir.create(cfg.OUTPUT_DIR, name, to_yaml(cfg))
+        print(to_yaml(cfg))
     run = run if world.is_main else None  # the other processes show and write nothing
+    if run is not None:
+        remove_unfinished(run.last.parent)
     progress = Progress(run, trainer.step)
     try:
         return trainer.run_to_the_end(run, progress)
@@ -69,6 +77,9 @@ class Trainer:
 
     def __init__(self, cfg: Mapping, world: World, checkpoint: dict | None = None):
         self.cfg, self.world, self.device = cfg, world, world.device
+        check_batch_size(cfg.TRAIN.BATCH_SIZE, world.size)
+        if checkpoint is not None:
+            check_resumable(checkpoint, cfg)
         seed_everything(cfg.SEED)  # the initial weights
         networks, self.vocabulary = self._networks(checkpoint)
         self.networks = {part: distributed.synchronise(net.to(self.device), world) for part, net in networks.items()}
@@ -83,7 +94,10 @@ class Trainer:
         }
         self.records = read_records(cfg, "train", self.vocabulary)
         self.dataset = make_dataset(cfg, self.records, self.system.image_sizes, augment=True)
-        self.steps_per_epoch = len(self.dataset) // cfg.TRAIN.BATCH_SIZE
+        # Built once here for its checks: of the batch against the data and the processes.
+        self.steps_per_epoch = EpochBatches(
+            len(self.dataset), cfg.TRAIN.BATCH_SIZE, cfg.SEED, world_size=world.size
+        ).batches_per_epoch
         self.step = 0
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -164,7 +178,9 @@ class Trainer:
         """One training step: every update of the system, then the average. Returns the values to log."""
         values: dict[str, Tensor] = {}
         seed_everything(self.cfg.SEED, self.step, self.world.rank)  # dropout, where encoders are fine-tuned with it
-        noise = noise_for(self.cfg.SEED, epoch, batch.indices.tolist(), self.cfg.GAN.Z_DIM).to(self.device)
+        noise = noise_for(self.cfg.SEED, epoch, batch.indices.tolist(), self.cfg.GAN.Z_DIM).to(
+            self.device, non_blocking=True
+        )
         for update in self.system.updates(batch, noise):
             optimizer, parameters = self.optimizers[update.optimizer], self.parameters[update.optimizer]
             optimizer.zero_grad(set_to_none=True)
@@ -250,7 +266,7 @@ class Trainer:
             "networks": {part: record(network_name(net), net) for part, net in networks.items()},
             "step": self.step,
             "epoch": self.step // self.steps_per_epoch,
-            "num_images": len(self.records),
+            "data": fingerprint(self.records),
         }
         if contents == "full":
             content["optimizers"] = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
@@ -270,56 +286,31 @@ class Trainer:
     def _networks(self, checkpoint: dict | None) -> tuple[dict[str, nn.Module], Vocabulary]:
         """The networks to train: of the checkpoint, of NET_G, or fresh ones; with the encoders that the settings name."""
         if checkpoint is not None:
-            stored = {part: rebuild(entry, NETWORKS[part]) for part, entry in checkpoint["networks"].items()}
-            stored.pop("generator_ema", None)
+            stored = {
+                part: rebuild(entry, NETWORKS[part])
+                for part, entry in checkpoint["networks"].items()
+                if part != "generator_ema"
+            }
+            if "image_encoder" not in stored and needs_image_encoder(self.cfg):
+                raise CheckpointError("the run was started without an image encoder; keep TRAIN.DAMSM_WEIGHT at 0")
             return stored, Vocabulary(checkpoint["vocabulary"])
         encoders, vocabulary = encoders_for(self.cfg)
-        networks = build_networks(self.cfg) | self._given_networks()
+        networks = build_networks(self.cfg)
+        networks |= given_networks(self.cfg, networks)
         networks["text_encoder"] = encoders.text_encoder
         if encoders.image_encoder is not None:
             networks["image_encoder"] = encoders.image_encoder
-        elif self.cfg.TRAIN.DAMSM_WEIGHT > 0:
-            raise CheckpointError(
-                f"TEXT.DAMSM_NAME: there is no image encoder beside {self.cfg.TEXT.DAMSM_NAME}; put the released "
-                f"image_encoder*.pth there, or train without the DAMSM loss: --set TRAIN.DAMSM_WEIGHT 0"
-            )
         return networks, vocabulary
 
-    def _given_networks(self) -> dict[str, nn.Module]:
-        """G, and D where there is one, of the weight files that NET_G and NET_D name."""
-        train, networks = self.cfg.TRAIN, {}
-        if train.NET_G:
-            content = load_file(train.NET_G)
-            if isinstance(content, dict) and "networks" in content:
-                parts = ("generator", "discriminator") if train.B_NET_D else ("generator",)
-                stored = content["networks"]
-                networks = {part: rebuild(stored[part], NETWORKS[part]) for part in parts if part in stored}
-            else:
-                networks["generator"] = load_generator(content)
-        if train.NET_D:
-            networks["discriminator"] = load_discriminator(load_file(train.NET_D))
-        sizes = [networks[part].arguments["image_size"] for part in networks]
-        if any(size != self.cfg.TREE.BASE_SIZE for size in sizes):
-            raise CheckpointError(
-                f"TRAIN.NET_G: the weights are for {sizes[0]} px images, TREE.BASE_SIZE is {self.cfg.TREE.BASE_SIZE}"
-            )
-        return networks
-
     def _restore(self, checkpoint: dict) -> None:
-        for part, words in (("optimizers", "--resume needs a full checkpoint"), ("step", "it names no step")):
-            if part not in checkpoint:
-                raise CheckpointError(f"the checkpoint holds no {part}: {words}")
-        if checkpoint.get("num_images") != len(self.records):
-            raise DataError(
-                f"the run was started with {checkpoint.get('num_images')} training images, {self.cfg.DATA_DIR} now has "
-                f"{len(self.records)}; restore the data, or start a new run with TRAIN.NET_G set to this checkpoint"
-            )
+        check_same_data(checkpoint, self.records, self.cfg.DATA_DIR)
         for name, optimizer in self.optimizers.items():
             if name in checkpoint["optimizers"]:
-                rates = [group["lr"] for group in optimizer.param_groups]
+                # The settings' own, should they have been changed since.
+                kept = [{key: group[key] for key in ("lr", "betas", "fused")} for group in optimizer.param_groups]
                 optimizer.load_state_dict(checkpoint["optimizers"][name])
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate  # the settings' rate, should it have been changed since
+                for group, values in zip(optimizer.param_groups, kept, strict=True):
+                    group.update(values)
         if self.average is not None and "generator_ema" in checkpoint["networks"]:
             self.average.module.load_state_dict(checkpoint["networks"]["generator_ema"]["state"])
             self.average.num_updates = checkpoint["num_averaged"]
@@ -327,6 +318,16 @@ class Trainer:
         if self.world.is_main:
             for line in changed_settings(checkpoint["config"], to_plain(self.cfg)):
                 logger.warning("setting changed since the run was started: %s", line)
+
+
+def check_resumable(checkpoint: Mapping, cfg: Mapping) -> None:
+    """Raises where the checkpoint is not of a whole run, or where settings that shape networks or order have changed."""
+    for part in ("optimizers", "step", "config"):
+        if part not in checkpoint:
+            raise CheckpointError(f"the checkpoint holds no {part}: resuming needs a last.pth of main.py")
+    system = SYSTEMS[cfg.GAN.NAME]
+    shaping = {*system.GENERATOR_SETTINGS.values(), *system.DISCRIMINATOR_SETTINGS.values()}
+    check_fixed_settings(checkpoint["config"], cfg, sorted(shaping | {"SEED", "TRAIN.BATCH_SIZE"}), "without --resume")
 
 
 def changed_settings(before: Mapping, now: Mapping) -> list[str]:
