@@ -1,0 +1,294 @@
+"""Do a generator's masks find the bird? `python eval/mask_iou.py --checkpoint CKPT`.
+
+A small segmenter, trained on drawings with their outlines, outlines the bird in generated images; each stage's mask is
+compared with that by intersection over union (IoU), and so is a shape that knows nothing of the image. Here are the
+segmenter, the comparison and the script. Training and keeping it is toybirds_judges.py's, getting images
+toybirds_samples.py's.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+if __package__ in (None, ""):  # run as a script: this folder hides the standard library's and others' names
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eval.features import default_cache
+from eval.toybirds_judges import (
+    Drawings,
+    Examples,
+    Recipe,
+    convolution,
+    crops,
+    held_out_examples,
+    judged_size,
+    prepared,
+    train,
+    trained,
+)
+from eval.toybirds_samples import add_arguments, birds_of, print_report
+from miscc.errors import DataError, UserError, run_command
+from miscc.randomness import stream
+
+CLOSE_ENOUGH = 0.95  # mean IoU on held-out drawings; a segmenter below it does not judge
+THRESHOLD = 0.5  # what is at least this is inside
+SMALLEST_BIRD = 0.02  # share of the image; an outline smaller than that is no bird (drawn ones fill 0.15 to 0.4)
+
+
+class Segmenter(nn.Module):
+    """A small U-Net (Ronneberger et al. 2015): images (N, 3, S, S) in [-1, 1] -> logits (N, 1, S, S)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fine = convolution(3, width // 2)
+        self.down = nn.ModuleList(
+            [
+                convolution(width // 2, width, stride=2),
+                convolution(width, 2 * width, stride=2),
+                convolution(2 * width, 4 * width, stride=2),
+            ]
+        )
+        self.deep = convolution(4 * width, 4 * width)
+        self.up = nn.ModuleList(
+            [convolution(6 * width, 2 * width), convolution(3 * width, width), convolution(width * 3 // 2, width // 2)]
+        )
+        self.outline = nn.Conv2d(width // 2, 1, kernel_size=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        skipped = [self.fine(images)]
+        for down in self.down:
+            skipped.append(down(skipped[-1]))
+        x = self.deep(skipped.pop())
+        for up in self.up:
+            skip = skipped.pop()
+            x = up(torch.cat([F.interpolate(x, size=skip.shape[2:], mode="nearest"), skip], dim=1))
+        return self.outline(x)
+
+
+class Judge(Protocol):
+    """Whoever outlines birds. mean_shape: (S, S) bool, the mean outline of drawings thresholded at half; ceiling,
+    mean_shape_ceiling: mean IoU of the judge and of the mean shape with the true outlines of held-out drawings."""
+
+    mean_shape: np.ndarray
+    ceiling: float
+    mean_shape_ceiling: float
+
+    def outline(self, images: np.ndarray) -> np.ndarray:
+        """(N, H, W, 3) uint8 -> (N, S, S) bool, True inside the bird; S the size of `mean_shape`."""
+
+
+@dataclass(frozen=True)
+class OutlineJudge:
+    """A trained segmenter that has passed its test; made by `load_judge`."""
+
+    network: nn.Module
+    recipe: Recipe
+    mean_shape: np.ndarray
+    ceiling: float
+    mean_shape_ceiling: float
+    seconds: float  # that drawing, training and testing took
+
+    @torch.inference_mode()
+    def outline(self, images: np.ndarray) -> np.ndarray:
+        """See Judge; images of any size from 32 px."""
+        device = next(self.network.parameters()).device
+        outlines = []
+        for start in range(0, len(images), 100):
+            logits = self.network(prepared(images[start : start + 100], self.recipe.image_size, device))
+            outlines.append((logits[:, 0] >= 0).cpu().numpy())
+        return np.concatenate(outlines)
+
+
+def recipe_for(image_size: int) -> Recipe:
+    """How the judge of images of this size is trained. Raises DataError below 32 px."""
+    return Recipe("outline-judge", judged_size(image_size), epochs=4, width=16)
+
+
+def load_judge(
+    image_size: int,
+    device: str | torch.device = "cpu",
+    cache: str | Path | None = None,
+    recipe: Recipe | None = None,
+) -> OutlineJudge:
+    """The judge for images of this size, from the cache or trained now, which takes minutes.
+
+    cache: a folder, None: ~/.cache/text-to-image-gans; recipe: another way of training it. Raises UserError, saying the
+    IoU, when its outlines of held-out drawings reach a mean IoU below 0.95.
+    """
+    recipe = recipe or recipe_for(image_size)
+    cache = default_cache() if cache is None else Path(cache)
+    network, measured = trained(recipe, lambda r: Segmenter(r.width), _teach, device, cache)
+    if measured["iou"] < CLOSE_ENOUGH:
+        raise UserError(
+            f"the outline judge for {recipe.image_size} px reaches a mean IoU of {measured['iou']:.3f} on "
+            f"{recipe.num_held_out} held-out drawings ({CLOSE_ENOUGH} is needed), so it does not judge; generate "
+            f"larger images, or train it otherwise (Recipe in eval/toybirds_judges.py)"
+        )
+    shape = measured["mean_shape"].numpy()
+    return OutlineJudge(network, recipe, shape, measured["iou"], measured["mean_shape_iou"], float(measured["seconds"]))
+
+
+def _teach(network: nn.Module, drawings: Drawings, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """Train and measure: {"iou", "mean_shape_iou": on held-out drawings; "mean_shape": (S, S) bool tensor}."""
+
+    def loss(logits: Tensor, examples: Examples) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits, examples.masks)
+
+    train(network, loss, drawings, recipe, device)
+    shape = mean_shape(drawings, recipe)
+    ious, shape_ious = [], []
+    with torch.inference_mode():
+        for examples in held_out_examples(recipe):
+            true = (examples.masks[:, 0] >= THRESHOLD).numpy()
+            ious.append(iou((network(examples.images.to(device))[:, 0] >= 0).cpu().numpy(), true))
+            shape_ious.append(iou(shape, true))
+    measured = {"iou": float(np.concatenate(ious).mean()), "mean_shape_iou": float(np.concatenate(shape_ious).mean())}
+    return measured | {"mean_shape": torch.from_numpy(shape)}
+
+
+def mean_shape(drawings: Drawings, recipe: Recipe) -> np.ndarray:
+    """(S, S) bool: where at least half of the drawings, cropped and flipped as in training, have their bird."""
+    rng = stream(recipe.seed, "mean shape")
+    total = np.zeros((recipe.image_size, recipe.image_size))
+    for start in range(0, len(drawings.pixels), 500):
+        rows = range(start, min(start + 500, len(drawings.pixels)))
+        total += crops(drawings, rows, recipe.image_size, rng).masks.double().sum(dim=(0, 1)).numpy()
+    return total / len(drawings.pixels) >= THRESHOLD
+
+
+def iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Area of the intersection over that of the union, of two sets of outlines (N, S, S) bool, or of one (S, S)
+    with each: (N,) float64, 1 where both are empty."""
+    both, either = (first & second).sum(axis=(-2, -1)), (first | second).sum(axis=(-2, -1))
+    return np.where(either > 0, both / np.maximum(either, 1), 1.0)
+
+
+@dataclass(frozen=True)
+class StageIoU:
+    """One stage's masks (size px a side) against the outlines: mean IoU over images with a bird.
+
+    iou: of the better polarity, the same for all images, inverted if that is the one where the mask is low;
+    other_iou: of the other polarity; shuffled_iou: of the better one with another image's outline, so what a mask
+    gets that does not know its image.
+    """
+
+    size: int
+    iou: float
+    inverted: bool
+    other_iou: float
+    shuffled_iou: float | None
+
+
+@dataclass(frozen=True)
+class MaskReport:
+    """IoU with the judge's outlines, means over num_images - without_bird images.
+
+    mean_shape_iou, whole_frame_iou: of the mean outline of drawings, and of the whole image: baselines that know
+    nothing of the image; ceiling, mean_shape_ceiling: of the judge and of the mean shape on held-out drawings, against
+    their true outlines; without_bird: images in which the judge finds less bird than 2 % of the area.
+    """
+
+    num_images: int
+    without_bird: int
+    stages: list[StageIoU]
+    mean_shape_iou: float
+    whole_frame_iou: float
+    ceiling: float
+    mean_shape_ceiling: float
+
+    def record(self) -> dict[str, Any]:
+        """The report as JSON can hold it."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The report as a table for people."""
+        lines = [f"{'IoU with the outlined bird':<34}{'IoU':>7}{'other polarity':>16}{'other image':>13}"]
+        for stage in self.stages:
+            name = f"mask of {stage.size} px" + (" (inverted)" if stage.inverted else "")
+            shuffled = "-" if stage.shuffled_iou is None else f"{stage.shuffled_iou:.3f}"
+            lines.append(f"{name:<34}{stage.iou:>7.3f}{stage.other_iou:>16.3f}{shuffled:>13}")
+        for name, value in (
+            ("mean shape of drawings", self.mean_shape_iou),
+            ("the whole image", self.whole_frame_iou),
+            ("on real drawings: the judge", self.ceiling),
+            ("on real drawings: mean shape", self.mean_shape_ceiling),
+        ):
+            lines.append(f"{name:<34}{value:>7.3f}")
+        if self.without_bird:
+            lines.append(f"left out: {self.without_bird} of {self.num_images} images, in which no bird is to be found")
+        return lines
+
+
+def mask_iou(images: np.ndarray, masks: Sequence[np.ndarray], judge: Judge | None = None) -> MaskReport:
+    """Compare a generator's masks with the birds in its images.
+
+    images (N, H, W, 3) uint8; masks: of each stage (N, h, w) in [0, 1]; judge None: `load_judge` for their size. Raises
+    DataError without masks or when no image shows a bird, UserError when the judge is not good enough.
+    """
+    if not len(masks):
+        raise DataError("these images come without masks; SSA-GAN predicts them, AttnGAN and DF-GAN do not")
+    if any(len(stage) != len(images) for stage in masks):
+        raise DataError(
+            f"{len(images)} images, {[len(stage) for stage in masks]} masks; give one a stage for each image"
+        )
+    judge = judge or load_judge(images.shape[1])
+    outlines = judge.outline(images)
+    with_bird = outlines.mean(axis=(1, 2)) >= SMALLEST_BIRD
+    if not with_bird.any():
+        raise DataError(f"in none of the {len(images)} images is a bird to be found; train the generator longer")
+    birds = outlines[with_bird]
+    return MaskReport(
+        num_images=len(images),
+        without_bird=int((~with_bird).sum()),
+        stages=[_stage(stage[with_bird], birds) for stage in masks],
+        mean_shape_iou=float(iou(judge.mean_shape, birds).mean()),
+        whole_frame_iou=float(iou(np.ones_like(judge.mean_shape), birds).mean()),
+        ceiling=judge.ceiling,
+        mean_shape_ceiling=judge.mean_shape_ceiling,
+    )
+
+
+def _stage(masks: np.ndarray, birds: np.ndarray) -> StageIoU:
+    """masks (N, h, w) in [0, 1]; birds (N, S, S) bool."""
+    inside = resized(masks, birds.shape[1]) >= THRESHOLD
+    upright, inverted = float(iou(inside, birds).mean()), float(iou(~inside, birds).mean())
+    better = ~inside if inverted > upright else inside
+    return StageIoU(
+        size=masks.shape[1],
+        iou=max(upright, inverted),
+        inverted=inverted > upright,
+        other_iou=min(upright, inverted),
+        shuffled_iou=float(iou(better, np.roll(birds, 1, axis=0)).mean()) if len(birds) > 1 else None,
+    )
+
+
+def resized(masks: np.ndarray, size: int) -> np.ndarray:
+    """(N, h, w) float -> (N, size, size) float32, bilinear between pixel centres, smoothly where it shrinks them."""
+    stage = torch.from_numpy(np.ascontiguousarray(masks, dtype=np.float32))[:, None]
+    shrinks = masks.shape[1] > size
+    return F.interpolate(stage, (size, size), mode="bilinear", align_corners=False, antialias=shrinks)[:, 0].numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="IoU of a generator's masks with the birds in its ToyBirds images")
+    add_arguments(parser)
+    args = parser.parse_args()
+    birds = birds_of(args, with_masks=True)
+    if not birds.masks:
+        hint = "sample it again with --masks" if args.samples else "SSA-GAN predicts them, AttnGAN and DF-GAN do not"
+        raise DataError(f"{args.samples or args.checkpoint}: there are no masks to be judged; {hint}")
+    judge = load_judge(birds.image_size, birds.device, args.cache)
+    report = mask_iou(birds.images, birds.masks, judge)
+    print_report("masks", report.lines(), report.record(), birds, judge.recipe, args.json)
+
+
+if __name__ == "__main__":
+    run_command(main)
