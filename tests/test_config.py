@@ -115,6 +115,66 @@ def test_attn_gan_file_reads_completely(tmp_path):
     assert "TRAIN.BATCH_SIZE" not in without_effect(path, "gan", system_keys("ssa_gan"))
 
 
+EVAL_BIRD = """
+CONFIG_NAME: 'attn2'
+DATASET_NAME: 'birds'
+DATA_DIR: '../data/birds'
+GPU_ID: 3
+WORKERS: 1
+B_VALIDATION: False
+TREE: {BRANCH_NUM: 3}
+TRAIN: {FLAG: False, NET_G: '../models/bird_AttnGAN2.pth', B_NET_D: False, BATCH_SIZE: 100,
+        NET_E: '../DAMSMencoders/bird/text_encoder200.pth'}
+GAN: {DF_DIM: 64, GF_DIM: 32, Z_DIM: 100, R_NUM: 2}
+TEXT: {EMBEDDING_DIM: 256, CAPTIONS_PER_IMAGE: 10, WORDS_NUM: 25}
+"""
+COCO_DCGAN = """
+CONFIG_NAME: 'attnDCGAN2'
+DATASET_NAME: 'coco'
+DATA_DIR: '../data/coco'
+GPU_ID: 1
+WORKERS: 4
+TREE: {BRANCH_NUM: 3}
+TRAIN: {FLAG: True, NET_G: '', B_NET_D: True, BATCH_SIZE: 14, MAX_EPOCH: 120, SNAPSHOT_INTERVAL: 5,
+        DISCRIMINATOR_LR: 2e-4, GENERATOR_LR: 2e-4, NET_E: '../DAMSMencoders/coco/text_encoder100.pth',
+        SMOOTH: {GAMMA1: 4.0, GAMMA2: 5.0, GAMMA3: 10.0, LAMBDA: 50.0}}
+GAN: {DF_DIM: 96, GF_DIM: 48, Z_DIM: 100, R_NUM: 3, B_DCGAN: True, B_ATTENTION: True, CONDITION_DIM: 100}
+TEXT: {EMBEDDING_DIM: 256, CAPTIONS_PER_IMAGE: 5, WORDS_NUM: 12}
+"""
+EVERY_KEY_OF_SEMA = """
+CONFIG_NAME: 'coco'
+DATASET_NAME: 'coco'
+DATA_DIR: '../data/coco'
+GPU_ID: 0
+CUDA: True
+WORKERS: 4
+RNN_TYPE: 'LSTM'
+B_VALIDATION: True
+RESTORE: False
+USE_SN: False
+loss: 'hinge'
+TREE: {BRANCH_NUM: 1, BASE_SIZE: 256}
+TRAIN: {FLAG: True, NET_G: 'netG_120.pth', B_NET_D: True, BATCH_SIZE: 48, MAX_EPOCH: 121, NF: 32, SNAPSHOT_INTERVAL: 1}
+GAN: {Z_DIM: 100}
+TEXT: {EMBEDDING_DIM: 256, CAPTIONS_PER_IMAGE: 5, WORDS_NUM: 18, DAMSM_NAME: '../DAMSMencoders/coco/text_encoder100.pth'}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "system", "values"),
+    [
+        (ATTN_BIRD, "attn_gan", {"TRAIN.SMOOTH.LAMBDA": 5.0, "GAN.R_NUM": 2, "TREE.BRANCH_NUM": 3}),
+        (EVAL_BIRD, "attn_gan", {"TRAIN.FLAG": False, "TEXT.WORDS_NUM": 25, "TRAIN.BATCH_SIZE": 100}),
+        (COCO_DCGAN, "attn_dcgan", {"TRAIN.GENERATOR_LR": 2e-4, "GAN.B_DCGAN": True, "TRAIN.SMOOTH.LAMBDA": 50.0}),
+        (EVERY_KEY_OF_SEMA, "ssa_gan", {"TRAIN.NF": 32, "USE_SN": False, "TRAIN.NET_G": "netG_120.pth"}),
+    ],
+)
+def test_files_of_the_other_systems_read_completely(tmp_path, text, system, values):
+    cfg = load_config(write(tmp_path, text))
+    assert cfg.GAN.NAME == system
+    assert {name: lookup(cfg, name) for name in values} == values
+
+
 def test_a_system_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match="no system 'attn_gan'.*ssa_gan"):
         load_config(write(tmp_path, ATTN_BIRD), systems=["ssa_gan"])

@@ -44,6 +44,7 @@ from training.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
+STOP_ASKED_EVERY = 10  # steps, where several processes train
 NUM_PICTURED = 12  # fixed test captions in the picture of a run's state
 SHOWN = ("loss/hinge", "loss/adversarial", "loss/words", "logits/real", "logits/fake", "images_per_second")
 
@@ -147,7 +148,9 @@ class Trainer:
                     progress.log(self.step, self.step / self.steps_per_epoch, values, SHOWN)
                 if run is not None and cfg.TRAIN.SAMPLE_EVERY and self.step % cfg.TRAIN.SAMPLE_EVERY == 0:
                     self.draw(run, progress)
-                stopped = distributed.any_process(bool(stop.received), world)
+                # Processes stop together; asking each other makes a GPU wait, so not at every step.
+                asks = world.size == 1 or self.step % STOP_ASKED_EVERY == 0
+                stopped = asks and distributed.any_process(bool(stop.received), world)
                 self.save_when_due(run, stopped)
                 if stopped:
                     progress.end_epoch()
@@ -306,11 +309,13 @@ class Trainer:
         check_same_data(checkpoint, self.records, self.cfg.DATA_DIR)
         for name, optimizer in self.optimizers.items():
             if name in checkpoint["optimizers"]:
-                # The settings' own, should they have been changed since.
-                kept = [{key: group[key] for key in ("lr", "betas", "fused")} for group in optimizer.param_groups]
-                optimizer.load_state_dict(checkpoint["optimizers"][name])
-                for group, values in zip(optimizer.param_groups, kept, strict=True):
-                    group.update(values)
+                saved = checkpoint["optimizers"][name]
+                # Rates and betas are the settings', should they have changed; `fused` is the present device's.
+                groups = [
+                    old | {key: new[key] for key in ("lr", "betas", "fused")}
+                    for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+                ]
+                optimizer.load_state_dict(saved | {"param_groups": groups})
         if self.average is not None and "generator_ema" in checkpoint["networks"]:
             self.average.module.load_state_dict(checkpoint["networks"]["generator_ema"]["state"])
             self.average.num_updates = checkpoint["num_averaged"]
