@@ -20,6 +20,7 @@ from eval.sampling import (
     sample,
     split_requests,
 )
+from main import main
 from miscc.distributed import World
 from miscc.errors import CheckpointError, DataError
 from models.damsm import TextEncoder
@@ -237,6 +238,22 @@ def test_loose_files_draw_the_same_images(released):
     pipeline = TextToImage.from_released(folder / "netG_550.pth", folder / "text_encoder200.pth", folder, "cpu")
     ours = TextToImage(generator.eval(), encoder.eval(), pipeline.vocabulary)
     assert np.array_equal(pipeline.generate(["a red bird"]).images, ours.generate(["a red bird"]).images)
+
+
+def test_the_command_draws_with_loose_files(released, capsys):
+    folder, generator, encoder = released
+    (folder / "bird.yml").write_text(
+        f"DATASET_NAME: birds\nDATA_DIR: {folder}\nGPU_ID: -1\nTRAIN: {{NET_G: {folder / 'netG_550.pth'}}}\n"
+        f"TEXT: {{DAMSM_NAME: {folder / 'text_encoder200.pth'}}}\n"
+    )
+    assert main(["--cfg", str(folder / "bird.yml"), "--caption", "a red bird", "--out", str(folder / "out")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(folder / "out" / "samples.png")
+    line = json.loads((folder / "out" / "captions.jsonl").read_text())
+    drawn = np.asarray(Image.open(folder / "out" / line["file"]))
+    words = Vocabulary(["<end>", "a", "small", "red", "bird"])
+    assert np.array_equal(
+        drawn, TextToImage(generator.eval(), encoder.eval(), words).generate(["a red bird"]).images[0]
+    )
 
 
 def test_the_wrong_vocabulary_is_refused(released):
