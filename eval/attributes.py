@@ -42,6 +42,10 @@ NAMES = tuple(ATTRIBUTES)
 NUM_VALUES = tuple(len(values) for values in ATTRIBUTES.values())
 COLOURS = ("crown_color", "wing_color", "belly_color")
 SURE_ENOUGH = 0.98  # share of held-out drawings that a judge reads rightly, of each attribute; below it does not judge
+RECIPES = {  # by judged size; at 32 px the spots of a wing are a pixel wide, and a blur would take them away
+    64: Recipe("attribute-judge", 64, epochs=9, width=24, most_noise=0.08, most_blur=0.6),
+    32: Recipe("attribute-judge", 32, epochs=10, width=24, most_noise=0.04, most_blur=0.3),
+}
 UNNAMED, UNKNOWN = -1, -2  # in place of a value's number: the caption says nothing, or what no toy bird can be
 
 
@@ -50,7 +54,7 @@ class AttributeNetwork(nn.Module):
 
     def __init__(self, image_size: int, width: int):
         super().__init__()
-        stem = convolution(6, width, kernel=5, stride=2) if image_size > 48 else convolution(6, width)
+        stem = convolution(6, width, kernel=5, stride=2) if image_size == 64 else convolution(6, width)
         self.fine = nn.Sequential(
             stem,
             convolution(width, width),
@@ -102,11 +106,6 @@ class AttributeJudge:
         return torch.cat(chosen).numpy()
 
 
-def recipe_for(image_size: int) -> Recipe:
-    """How the judge of images of this size is trained. Raises DataError below 32 px."""
-    return Recipe("attribute-judge", judged_size(image_size))
-
-
 def load_judge(
     image_size: int,
     device: str | torch.device = "cpu",
@@ -118,7 +117,7 @@ def load_judge(
     cache: a folder, None: ~/.cache/text-to-image-gans; recipe: another way of training it. Raises UserError, saying the
     accuracy, when the judge reads an attribute off fewer than 98 % of the held-out drawings.
     """
-    recipe = recipe or recipe_for(image_size)
+    recipe = recipe or RECIPES[judged_size(image_size)]
     cache = default_cache() if cache is None else Path(cache)
     network, measured = trained(recipe, lambda r: AttributeNetwork(r.image_size, r.width), _teach, device, cache)
     ceiling = {name: float(measured["accuracy"][name]) for name in NAMES}

@@ -41,6 +41,10 @@ from miscc.randomness import stream
 CLOSE_ENOUGH = 0.95  # mean IoU on held-out drawings; a segmenter below it does not judge
 THRESHOLD = 0.5  # what is at least this is inside
 SMALLEST_BIRD = 0.02  # share of the image; an outline smaller than that is no bird (drawn ones fill 0.15 to 0.4)
+RECIPES = {  # by judged size
+    64: Recipe("outline-judge", 64, epochs=5, width=16, most_noise=0.08, most_blur=0.6),
+    32: Recipe("outline-judge", 32, epochs=8, width=24, most_noise=0.04, most_blur=0.3),
+}
 
 
 class Segmenter(nn.Module):
@@ -107,11 +111,6 @@ class OutlineJudge:
         return np.concatenate(outlines)
 
 
-def recipe_for(image_size: int) -> Recipe:
-    """How the judge of images of this size is trained. Raises DataError below 32 px."""
-    return Recipe("outline-judge", judged_size(image_size), epochs=4, width=16)
-
-
 def load_judge(
     image_size: int,
     device: str | torch.device = "cpu",
@@ -123,7 +122,7 @@ def load_judge(
     cache: a folder, None: ~/.cache/text-to-image-gans; recipe: another way of training it. Raises UserError, saying the
     IoU, when its outlines of held-out drawings reach a mean IoU below 0.95.
     """
-    recipe = recipe or recipe_for(image_size)
+    recipe = recipe or RECIPES[judged_size(image_size)]
     cache = default_cache() if cache is None else Path(cache)
     network, measured = trained(recipe, lambda r: Segmenter(r.width), _teach, device, cache)
     if measured["iou"] < CLOSE_ENOUGH:

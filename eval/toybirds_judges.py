@@ -3,7 +3,7 @@
 The judges themselves are in attributes.py and mask_iou.py, the generated birds that they judge in toybirds_samples.py.
 
 A judge is a small network that is trained on real drawings only, as a generator's trainer sees them: the box is cut
-out, scaled and randomly cropped. It works at the images' size up to 64 px; larger images are scaled down to that.
+out, scaled and randomly cropped. There is one for 64 px and one for 32; images of other sizes are scaled down.
 """
 
 import hashlib
@@ -30,11 +30,11 @@ from datasets.text_image import load_resized
 from datasets.toybirds import ATTRIBUTES, VERSION, ToyBird, ToyBirds, bounding_box
 from datasets.toybirds_drawing import draw
 from miscc.checkpoint import load_checkpoint, save_checkpoint
-from miscc.errors import CheckpointError, DataError
+from miscc.errors import CheckpointError, DataError, UserError
 from miscc.images import from_uint8
 from miscc.randomness import seed_everything, stream
 
-SMALLEST, LARGEST = 32, 64  # pixels a side that a judge looks at
+SIZES = (64, 32)  # pixels a side that judges look at
 DRAWN_AT = 128  # pixels a side of the drawings before the crop, as `prepare toybirds` writes them
 FACING = list(ATTRIBUTES).index("facing")
 
@@ -45,15 +45,15 @@ class Recipe:
 
     kind: str
     image_size: int
+    epochs: int
+    width: int
+    most_noise: float  # standard deviation, of images in [-1, 1]
+    most_blur: float  # share of a blurred copy
     num_drawings: int = 6000
     num_held_out: int = 2000
-    epochs: int = 10
     batch_size: int = 64
     learning_rate: float = 4e-3
     weight_decay: float = 0.02
-    width: int = 24
-    most_noise: float = 0.08  # standard deviation, of images in [-1, 1]
-    most_blur: float = 0.6  # share of a blurred copy
     most_tint: float = 0.06  # shift of each colour channel, and relative change of contrast
     seed: int = 0
     version: int = 1  # raised when the same values give another judge
@@ -86,9 +86,9 @@ class Examples(NamedTuple):
 
 def judged_size(image_size: int) -> int:
     """The size at which images of `image_size` are looked at. Raises DataError for images that are too small."""
-    if image_size < SMALLEST:
-        raise DataError(f"images of {image_size} px are too small to be judged; the smallest are {SMALLEST} px")
-    return min(image_size, LARGEST)
+    if image_size < min(SIZES):
+        raise DataError(f"images of {image_size} px are too small to be judged; the smallest are {min(SIZES)} px")
+    return next(size for size in SIZES if size <= image_size)
 
 
 class _Drawer(Dataset):
@@ -136,7 +136,9 @@ def draw_birds(split: str, number: int, image_size: int, seed: int = 0, workers:
     workers: processes, None: one a core where that pays.
     """
     drawer = _Drawer(split, number, image_size, seed)
-    loader = DataLoader(drawer, batch_size=50, num_workers=_workers(number, workers), collate_fn=list)
+    generator = torch.Generator()  # or the seeds drawn for workers, unused here, would move the global one on
+    workers = _workers(number, workers)
+    loader = DataLoader(drawer, batch_size=50, num_workers=workers, collate_fn=list, generator=generator)
     items = []
     with tqdm(total=number, desc=f"drawing {split} birds", unit="bird", leave=False) as bar:
         for chunk in loader:
@@ -261,7 +263,7 @@ def trained(
         state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
         try:
             save_checkpoint(path, {"networks": {recipe.kind: state}, "recipe": asdict(recipe), "measured": measured})
-        except OSError as error:  # a full or read-only disk must not cost the score
+        except (OSError, UserError) as error:  # a full or read-only disk must not cost the score
             print(f"warning: the {recipe.kind} is not kept ({error})", file=sys.stderr)
     return network, measured
 

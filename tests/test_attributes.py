@@ -12,6 +12,7 @@ from toybirds_help import write_checkpoint
 import eval.attributes as attributes
 from datasets.toybirds import ATTRIBUTES, ToyBirds, named_attributes
 from eval.attributes import NAMES, UNKNOWN, UNNAMED, judge_attributes, named_values, other_captions
+from eval.toybirds_judges import Recipe
 from eval.toybirds_samples import captions_of_test_birds
 from miscc.errors import DataError, run_command
 
@@ -191,7 +192,7 @@ def test_the_script_on_a_checkpoint(tmp_path, monkeypatch, capsys):
     """A generator of noise, judged by one who reads 0 everywhere: red, short, small ..."""
     checkpoint = write_checkpoint(tmp_path / "last.pth")
     judge = KnownJudge(np.zeros((256 * 256, 9), dtype=np.int64), CEILING)
-    judge.recipe = attributes.recipe_for(32)
+    judge.recipe = Recipe("attribute-judge", 32, epochs=1, width=4, most_noise=0.0, most_blur=0.0)
     asked = []
     monkeypatch.setattr(attributes, "load_judge", lambda *arguments: asked.append(arguments) or judge)
     out = tmp_path / "out.json"

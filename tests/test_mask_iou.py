@@ -9,10 +9,10 @@ from PIL import Image
 from toybirds_help import write_checkpoint
 
 import eval.mask_iou as mask_iou_module
-from eval.mask_iou import iou, mask_iou, mean_shape, recipe_for, resized
+from eval.mask_iou import iou, mask_iou, mean_shape, resized
 from eval.pipeline import TextToImage
 from eval.sampling import Request, sample
-from eval.toybirds_judges import Drawings
+from eval.toybirds_judges import Drawings, Recipe
 from eval.toybirds_samples import captions_of_test_birds, generate_birds, read_birds
 from miscc.errors import DataError, run_command
 from miscc.images import unit_to_uint8
@@ -38,6 +38,7 @@ def half(side: str, size: int = 8) -> np.ndarray:
     return shape
 
 
+RECIPE = Recipe("outline-judge", 32, epochs=1, width=4, most_noise=0.0, most_blur=0.0)
 IMAGES = np.zeros((2, 8, 8, 3), dtype=np.uint8)
 
 
@@ -131,7 +132,7 @@ def test_the_mean_shape_is_where_half_of_the_birds_are():
     drawings = Drawings(pixels, [rows, wider, narrow], np.zeros((3, 9), dtype=np.int64))
     expected = np.zeros((32, 32), dtype=bool)
     expected[:10] = True
-    assert np.array_equal(mean_shape(drawings, recipe_for(32)), expected)
+    assert np.array_equal(mean_shape(drawings, RECIPE), expected)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,7 @@ def run(monkeypatch, *arguments) -> int:
 
 def test_the_script_on_a_checkpoint_and_on_one_without_masks(checkpoint, tmp_path, monkeypatch, capsys):
     judge = KnownJudge(np.stack([half("left", 32)] * 12), half("left", 32))
-    judge.recipe = recipe_for(32)
+    judge.recipe = RECIPE
     monkeypatch.setattr(mask_iou_module, "load_judge", lambda *_: judge)
     out = tmp_path / "out.json"
     assert run(monkeypatch, "--checkpoint", checkpoint, "--num-images", 12, "--json", out) == 0

@@ -16,7 +16,10 @@ from eval import toybirds_judges as judges
 from eval.toybirds_judges import Drawings, Examples, Recipe
 from miscc.errors import DataError, UserError
 
-POOR = Recipe("attribute-judge", 32, num_drawings=64, num_held_out=50, epochs=1, batch_size=16, width=4)
+POOR = Recipe(
+    "attribute-judge", 32, epochs=1, width=4, most_noise=0.05, most_blur=0.5, num_drawings=64, num_held_out=50,
+    batch_size=16,
+)  # fmt: skip
 
 
 def test_drawings_are_what_a_trainer_reads_from_the_written_data_set(tmp_path):
@@ -43,7 +46,11 @@ def test_birds_to_learn_from_show_every_pair_of_colours_also_those_kept_for_test
     for name, values in ATTRIBUTES.items():
         shares = [sum(bird[name] == value for bird in birds) / 1500 for value in values]
         assert max(abs(share - 1 / len(values)) for share in shares) < 0.05
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
     drawn = judges.draw_birds("train", 2, 32)
+    assert torch.equal(torch.rand(1), expected)  # nobody's random numbers are used up
     told = [list(ATTRIBUTES.values())[i][drawn.labels[1, i]] for i in range(len(ATTRIBUTES))]
     assert told == list(judges.any_attributes(0, 1).values())
 
@@ -84,8 +91,10 @@ def test_disturbing_nothing_changes_nothing_and_anything_keeps_the_range():
     assert 0.08 < float(shades.abs().max()) <= 0.1 and float(shades.min()) < -0.05
 
 
-def test_judges_look_at_up_to_64_pixels():
-    assert [judges.judged_size(size) for size in (32, 48, 64, 65, 256)] == [32, 48, 64, 64, 64]
+def test_judges_look_at_64_or_32_pixels():
+    assert [judges.judged_size(size) for size in (32, 48, 64, 65, 256)] == [32, 32, 64, 64, 64]
+    for recipes in (eval.attributes.RECIPES, eval.mask_iou.RECIPES):
+        assert [recipes[size].image_size for size in judges.SIZES] == list(judges.SIZES)
     with pytest.raises(DataError, match="31 px are too small"):
         judges.judged_size(31)
     big = np.zeros((2, 128, 128, 3), dtype=np.uint8)
