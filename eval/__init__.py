@@ -7,4 +7,6 @@ METRICS = {  # module of this package: what its number says
     "precision_recall": "share of generated images that could be real, and of real ones that could be generated",
     "LPIPS": "perceptual distance: diversity for one caption, or generated against real image by image",
     "R_precision": "how often an image's own caption is found among 99 others",
+    "attributes": "ToyBirds only: how many of the attributes that captions name the images show",
+    "mask_iou": "ToyBirds only: how well the generator's masks cover the birds",
 }

@@ -50,7 +50,10 @@ UNNAMED, UNKNOWN = -1, -2  # in place of a value's number: the caption says noth
 
 
 class AttributeNetwork(nn.Module):
-    """One convolutional trunk, one linear head for each of ATTRIBUTES: (N, 3, S, S) -> a list of logits (N, values)."""
+    """One convolutional trunk, one linear head for each of ATTRIBUTES: (N, 3, S, S) -> a list of logits (N, values).
+
+    S is 64 or 32; image_size says which.
+    """
 
     def __init__(self, image_size: int, width: int):
         super().__init__()
@@ -69,10 +72,10 @@ class AttributeNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         around = F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
-        details = 3 * (images - around)  # without these it takes three times as long to learn spots and bars
+        details = 3 * (images - around)  # without these, spots and bars take twice as many epochs
         fine = self.fine(torch.cat([images, details], dim=1))
         coarse = self.coarse(fine)
-        where = F.adaptive_avg_pool2d(self.narrow(coarse), 8).flatten(1)  # tells a crown from a belly
+        where = self.narrow(coarse).flatten(1)  # tells a crown from a belly
         what = [pooled for grid in (fine, coarse) for pooled in (grid.amax(dim=(2, 3)), grid.mean(dim=(2, 3)))]
         return list(self.heads(self.mix(torch.cat([where, *what], dim=1))).split(NUM_VALUES, dim=1))
 
