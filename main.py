@@ -65,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(describe(cfg))
         return 0
+    if options.interpolate and (options.caption or options.captions):
+        raise ConfigError("--interpolate draws a strip of its own; give --caption and --captions in another call")
     if options.caption or options.captions or options.interpolate or cfg.B_VALIDATION or not cfg.TRAIN.FLAG:
         refuse_several_processes("drawing")
         return draw(cfg, options)
@@ -132,8 +134,8 @@ def find_pipeline(cfg: Mapping, options: argparse.Namespace, device) -> tuple:
             path = RunDir.newest(cfg.OUTPUT_DIR, name).last
         except UserError:
             raise ConfigError(
-                f"nothing to draw with: no run of {name!r} in {cfg.OUTPUT_DIR}; train one, or name a weight file with "
-                f"--checkpoint or TRAIN.NET_G"
+                f"nothing to draw with: no run of {name!r} in {Path(cfg.OUTPUT_DIR).resolve()}; train one, or name a "
+                f"weight file with --checkpoint or TRAIN.NET_G"
             ) from None
     path = Path(path)
     content = load_file(path)

@@ -186,7 +186,10 @@ class TextImageDataset(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(index)
         if not self.skip_broken:
-            return self._sample(epoch, index, number)
+            try:
+                return self._sample(epoch, index, number)
+            except DataError as error:
+                raise DataError(f"{error}, or leave such files out: --set SKIP_BROKEN True") from None
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
             try:

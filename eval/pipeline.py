@@ -105,6 +105,7 @@ class TextToImage:
         self.text_encoder = text_encoder
         self.vocabulary = vocabulary
         self.origin = origin or {}
+        self._named_length = False
         self._named: set[str] = set()  # unknown words that were warned of already
 
     @classmethod
@@ -161,8 +162,16 @@ class TextToImage:
         return self.generator.image_size
 
     def tokens(self, captions: Sequence[str]) -> EncodedCaptions:
-        """Captions as indices; names unknown words in a warning, each once. Raises DataError where no word is left."""
+        """Captions as indices; unknown words and cut captions are named in a warning, once each.
+
+        Raises DataError where no word is left.
+        """
         encoded = encode_batch(captions, self.vocabulary, self.text_encoder.max_words)
+        most = self.text_encoder.max_words
+        longest = max((len(self.vocabulary.encode(caption)[0]) for caption in captions), default=0)
+        if longest > most and not self._named_length:
+            self._named_length = True
+            logger.warning("captions of up to %d words: the model reads the first %d that it knows", longest, most)
         unknown = sorted({word for words in encoded.unknown for word in words} - self._named)
         if unknown:
             self._named.update(unknown)

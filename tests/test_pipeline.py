@@ -92,10 +92,11 @@ def test_unknown_words_are_named_and_left_out(pipeline, caplog):
         pipeline.generate([])
 
 
-def test_long_captions_are_shortened_the_same_way_each_time(pipeline):
+def test_long_captions_are_shortened_the_same_way_each_time_and_that_is_said(pipeline, caplog):
     long = "a bird with a red crown and " + "a yellow belly and " * 10
     assert np.array_equal(pipeline.generate([long]).images, pipeline.generate([long]).images)
     assert pipeline.tokens([long]).lengths.tolist() == [18]
+    assert "the first 18 that it knows" in caplog.text
 
 
 def test_a_vocabulary_of_another_size_is_refused(pipeline):

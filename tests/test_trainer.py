@@ -206,7 +206,7 @@ def test_other_data_cannot_be_resumed(tiny, tmp_path):
     with pytest.raises(DataError, match="started with 39 training images.* now has 40;"):
         train(tiny(), CPU, resume=True)
     save_checkpoint(last, checkpoint | {"data": {"num_images": 40, "keys": 0}})
-    with pytest.raises(DataError, match="now has 40 others"):
+    with pytest.raises(DataError, match="now has 40 others, or other captions"):
         train(tiny(), CPU, resume=True)
 
 
@@ -280,12 +280,17 @@ def test_training_goes_on_from_given_weights(tiny, tmp_path):
     assert both.step == 0
 
 
-def test_learning_rates_and_changed_settings_on_resuming(tiny, tmp_path, caplog):
+def test_learning_rates_and_changed_settings_on_resuming(tiny, tmp_path):
     train(tiny(("TRAIN.MAX_STEPS", "2")), CPU)
     last = tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints" / "last.pth"
     trainer = Trainer(tiny(("TRAIN.GENERATOR_LR", "0.5")), CPU, load_checkpoint(last))
     assert trainer.optimizers["generator"].param_groups[0]["lr"] == 0.5
-    assert "TRAIN.GENERATOR_LR: 0.0001 -> 0.5" in caplog.text
+    assert trainer.changes == ["TRAIN.GENERATOR_LR: 0.0001 -> 0.5"]
+    train(tiny(("TRAIN.GENERATOR_LR", "0.001"), ("TRAIN.MAX_STEPS", "3")), CPU, resume=True)
+    assert (
+        "changed since the run was started: TRAIN.GENERATOR_LR: 0.0001 -> 0.001"
+        in (last.parents[1] / "log.txt").read_text()
+    )
     assert changed_settings({"A": {"B": 1}, "WORKERS": 1}, {"A": {"B": 2}, "WORKERS": 4}) == ["A.B: 1 -> 2"]
 
 

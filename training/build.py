@@ -132,18 +132,20 @@ def check_fixed_settings(stored: Mapping, cfg: Mapping, keys: Iterable[str], ins
 
 
 def fingerprint(records: Records) -> dict[str, int]:
-    """What tells one training set from another: the number of its images and a checksum of their keys."""
-    return {"num_images": len(records), "keys": zlib.crc32("\n".join(records.keys).encode())}
+    """What tells one training set from another: the number of its images, checksums of their keys and captions."""
+    captions = zlib.crc32(b"".join(tokens.tobytes() for captions in records.captions for tokens in captions))
+    return {"num_images": len(records), "keys": zlib.crc32("\n".join(records.keys).encode()), "captions": captions}
 
 
 def check_same_data(checkpoint: Mapping, records: Records, data_dir: str) -> None:
     """Raises DataError when a run was started with other images: its steps would no longer mean the same."""
     before, now = checkpoint.get("data", {}), fingerprint(records)
     if before != now:
+        same_number = before.get("num_images") == now["num_images"]
         raise DataError(
-            f"the run was started with {before.get('num_images')} training images, {data_dir} now has "
-            f"{now['num_images']}{'' if before.get('num_images') != now['num_images'] else ' others'}; restore the data, or "
-            f"start a new run from these weights (TRAIN.NET_G, TRAIN.NET_E)"
+            f"the run was started with {before.get('num_images')} training images, {data_dir} now has {now['num_images']}"
+            f"{' others, or other captions' if same_number else ''}; restore the data, or start a new run from these weights "
+            f"(TRAIN.NET_G, TRAIN.NET_E)"
         )
 
 

@@ -1,6 +1,5 @@
 """The GAN loop, top to bottom. One trainer for every system: what a step consists of is the system's own business."""
 
-import logging
 import resource
 import time
 from collections.abc import Mapping
@@ -41,8 +40,6 @@ from training.build import (
 from training.ema import EMA
 from training.progress import Progress, StopSignal
 from training.run_dir import RunDir
-
-logger = logging.getLogger(__name__)
 
 STOP_ASKED_EVERY = 10  # steps, where several processes train
 NUM_PICTURED = 12  # fixed test captions in the picture of a run's state
@@ -99,7 +96,7 @@ class Trainer:
         self.steps_per_epoch = EpochBatches(
             len(self.dataset), cfg.TRAIN.BATCH_SIZE, cfg.SEED, world_size=world.size
         ).batches_per_epoch
-        self.step = 0
+        self.step, self.changes = 0, []
         if checkpoint is not None:
             self._restore(checkpoint)
         self.last_step = cfg.TRAIN.MAX_EPOCH * self.steps_per_epoch
@@ -125,8 +122,10 @@ class Trainer:
         progress.say(f"run: {run.path if run else '-'}")
         progress.say(
             f"{cfg.GAN.NAME} on {self.device}, {world.size} process(es): {len(self.records)} images, "
-            f"{self.steps_per_epoch} steps an epoch, step {self.step} of {self.last_step}"
+            f"{self.steps_per_epoch} steps an epoch, step {self.step} of {max(self.step, self.last_step)}"
         )
+        for change in self.changes:
+            progress.say(f"setting changed since the run was started: {change}")
         batches, epoch = iter(loader), None
         seconds, timed_from = 0.0, self.step
         with StopSignal() as stop:
@@ -320,9 +319,7 @@ class Trainer:
             self.average.module.load_state_dict(checkpoint["networks"]["generator_ema"]["state"])
             self.average.num_updates = checkpoint["num_averaged"]
         self.step = checkpoint["step"]
-        if self.world.is_main:
-            for line in changed_settings(checkpoint["config"], to_plain(self.cfg)):
-                logger.warning("setting changed since the run was started: %s", line)
+        self.changes = changed_settings(checkpoint["config"], to_plain(self.cfg))
 
 
 def check_resumable(checkpoint: Mapping, cfg: Mapping) -> None:
