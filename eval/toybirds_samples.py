@@ -19,7 +19,7 @@ from eval.features import default_cache, load_source
 from eval.pipeline import TextToImage
 from eval.scores import add_arguments as add_score_arguments
 from eval.scores import named_device, seed_number, versions
-from eval.sources import read_samples
+from eval.sources import batches, read_samples
 from eval.toybirds_judges import Recipe
 from miscc.checkpoint import write_json
 from miscc.errors import DataError
@@ -96,22 +96,28 @@ def _foreign(config: dict[str, Any]) -> Iterator[str]:
         yield f"this generator was trained on {name}, not on toybirds; what is read off its images means little"
 
 
-def read_birds(folder: str | Path, skip_broken: bool = False, with_masks: bool = True) -> GeneratedBirds:
+def read_birds(
+    folder: str | Path, skip_broken: bool = False, with_masks: bool = True, workers: int | None = None
+) -> GeneratedBirds:
     """The images that main.py sampled into a folder, by name, with their masks if they all have them.
 
-    Raises DataError when captions or images are missing or broken, or images differ in size or are not square.
+    workers: threads that decode, None: one a core. Raises DataError when captions or images are missing or broken, or
+    images differ in size or are not square.
     """
     folder = Path(folder)
     by_file = {sample.file: sample for sample in read_samples(folder)}
     source, skipped = load_source(folder, skip_broken)
     samples = [by_file[name] for name in source.names]
-    images = []
-    for index in tqdm(range(len(source)), desc="reading", unit="image", leave=False):
-        images.append(source.read(index))
-        if images[-1].shape != images[0].shape or images[-1].shape[0] != images[-1].shape[1]:
+    images: list[np.ndarray] = []
+    with tqdm(total=len(source), desc="reading", unit="image", leave=False) as bar:
+        for some in batches(source, 256, workers):
+            images += some
+            bar.update(len(some))
+    for sample, image in zip(samples, images, strict=True):
+        if image.shape != images[0].shape or image.shape[0] != image.shape[1]:
             raise DataError(
-                f"{folder / samples[index].file}: is {images[-1].shape[1]} x {images[-1].shape[0]}; they must "
-                f"all be square and of one size: sample them again"
+                f"{folder / sample.file}: is {image.shape[1]} x {image.shape[0]}; the images must all be square and of "
+                f"one size: sample them again"
             )
     masks = _read_masks(folder, [sample.file for sample in samples]) if with_masks else []
     captions, keys = [sample.caption for sample in samples], [sample.key for sample in samples]
@@ -166,7 +172,7 @@ def birds_of(args: argparse.Namespace, with_masks: bool) -> GeneratedBirds:
     """The birds that the options ask for."""
     device = named_device(args.device)
     if args.samples:
-        birds = read_birds(args.samples, args.skip_broken, with_masks)._replace(device=device)
+        birds = read_birds(args.samples, args.skip_broken, with_masks, args.workers)._replace(device=device)
     else:
         pipeline = TextToImage.load(args.checkpoint, device)
         choices = (args.num_images, args.seed, args.truncation, args.per_caption, args.batch_size, with_masks)

@@ -93,6 +93,8 @@ def test_mismatched_accuracy_by_hand():
     read = answers({"crown_color": YELLOW}, {"crown_color": RED})
     crown = judge_attributes(numbered(2), captions, KnownJudge(read, CEILING)).attributes["crown_color"]
     assert (crown.accuracy, crown.mismatched_accuracy) == (0.0, 1.0)
+    crown = judge_attributes(numbered(2), captions, KnownJudge(read, CEILING), ["a", "a"]).attributes["crown_color"]
+    assert (crown.named, crown.mismatched, crown.mismatched_accuracy) == (2, 0, None)  # both are of one bird
 
 
 def test_the_other_caption_is_another_birds_and_names_the_same_where_there_is_one():
@@ -107,6 +109,9 @@ def test_the_other_caption_is_another_birds_and_names_the_same_where_there_is_on
             seen[row].add(int(others[row]))
         assert others[4] == others[5] == 3  # names the most of what they name
     assert seen[1] == {0, 2} and seen[3] == {4, 5}  # by lot
+    names_three = ["a bird with a red crown, red wings and a red belly", "a bird with a blue crown"]
+    names_three.append("a small bird with a blue crown and blue wings and a long black beak in the snow")
+    assert other_captions(named_values(names_three), names_three, ["a", "b", "c"])[0] == 2  # two in common, not one
     same_bird = other_captions(truth[:2], captions[:2], ["a", "a"])
     assert same_bird.tolist() == [-1, -1]
     assert other_captions(truth[:2], captions[:2], ["", ""]).tolist() == [1, 0]  # captions of nobody's bird

@@ -83,6 +83,11 @@ def test_a_mask_that_knows_its_image_beats_the_same_masks_shuffled():
     birds = np.stack([half("left"), half("right")])
     (stage,) = mask_iou(IMAGES, [birds.astype(np.float32)], KnownJudge(birds, half("upper"))).stages
     assert (stage.iou, stage.shuffled_iou) == (1.0, 0.0)
+    narrow = np.stack([half("left"), np.zeros((8, 8), dtype=bool)])
+    narrow[1, :, 6:] = True
+    (stage,) = mask_iou(IMAGES, [(~narrow).astype(np.float32)], KnownJudge(narrow, half("upper"))).stages
+    assert (stage.inverted, stage.iou, stage.shuffled_iou) == (True, 1.0, 0.0)
+    assert stage.other_iou == 0
     (single,) = mask_iou(IMAGES[:1], [birds[:1].astype(np.float32)], KnownJudge(birds, half("upper"))).stages
     assert single.shuffled_iou is None
 
@@ -103,8 +108,8 @@ def test_images_without_a_bird_are_left_out_and_counted():
     nothing = np.zeros((8, 8), dtype=bool)
     speck = nothing.copy()
     speck[0, 0] = True  # one pixel of 64 is 1.6 %
-    outlines = np.stack([half("left"), nothing, speck])
-    masks = np.stack([half("left")] * 3).astype(np.float32)
+    outlines = np.stack([nothing, speck, half("left")])
+    masks = np.stack([half("upper"), half("right"), half("left")]).astype(np.float32)
     images = np.zeros((3, 8, 8, 3), dtype=np.uint8)
     report = mask_iou(images, [masks], KnownJudge(outlines, half("left")))
     assert (report.num_images, report.without_bird, report.stages[0].iou) == (3, 2, 1.0)
