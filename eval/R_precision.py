@@ -28,7 +28,7 @@ from eval.pipeline import Encoders, load_encoders, released_vocabulary
 from eval.scores import Score, add_arguments, named_device, report, seed_number
 from eval.sources import ImageSource, Sample, batches, read_samples
 from miscc.checkpoint import write_text
-from miscc.errors import CheckpointError, DataError, run_command
+from miscc.errors import CheckpointError, DataError, UserError, run_command
 from miscc.images import from_uint8
 from miscc.randomness import stream
 
@@ -248,7 +248,7 @@ def _candidate_lists(
     lists = draw_candidates(captions, [sample.key for sample in samples], num_candidates, seed)
     try:
         lists.save(path, files)
-    except OSError as error:
+    except (OSError, UserError) as error:
         raise DataError(
             f"{path}: the candidate lists cannot be written ({error}); give another place with --lists"
         ) from None

@@ -13,7 +13,7 @@ import torch
 
 from eval.scores import COUNTS, versions
 from miscc.checkpoint import write_json
-from miscc.errors import DataError
+from miscc.errors import DataError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,7 +74,7 @@ def add_record(path: str | Path, record: dict[str, Any]) -> None:
     """Add a record to the list in a file, whole or not at all; earlier ones are kept. Raises DataError."""
     try:
         write_json(path, [*read_records(path), record])
-    except OSError as error:
+    except (OSError, UserError) as error:
         raise DataError(f"{path}: cannot be written ({error}); give another file with --out") from None
 
 

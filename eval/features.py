@@ -19,7 +19,7 @@ from tqdm import tqdm
 from eval.networks import FeatureNetwork
 from eval.sources import ImageSource, batches, drop_broken, open_source
 from miscc.checkpoint import write_atomically
-from miscc.errors import DataError
+from miscc.errors import DataError, UserError
 
 CACHE_FORMAT = 1  # part of every cache key; raised when features would come out differently from the same files
 
@@ -155,7 +155,7 @@ def image_statistics(
     if cache is not None:
         try:
             save_statistics(kept, statistics)
-        except OSError as error:  # a full or read-only disk must not cost the score
+        except (OSError, UserError) as error:  # a full or read-only disk must not cost the score
             print(f"warning: the statistics of {path} are not kept ({error})", file=sys.stderr)
     return statistics
 

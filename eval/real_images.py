@@ -27,7 +27,7 @@ from eval.features import (
 )
 from eval.networks import FeatureNetwork
 from miscc.checkpoint import write_atomically
-from miscc.errors import DataError
+from miscc.errors import DataError, UserError
 from miscc.images import to_uint8
 
 
@@ -132,7 +132,7 @@ def reference(
                 write_atomically(kept, lambda stream: np.save(stream, features.numpy()))
             else:
                 save_statistics(kept, statistics)
-        except OSError as error:  # a full or read-only disk must not cost the score
+        except (OSError, UserError) as error:  # a full or read-only disk must not cost the score
             print(f"warning: the real images' {kind} are not kept ({error})", file=sys.stderr)
     return Reference(statistics, features, fingerprint, from_cache=False)
 
