@@ -334,7 +334,7 @@ def check_resumable(checkpoint: Mapping, cfg: Mapping) -> None:
 
 def changed_settings(before: Mapping, now: Mapping) -> list[str]:
     """`KEY: old -> new` for every setting that differs, but for those that any run may have its own way."""
-    free = {"RESTORE", "GPU_ID", "WORKERS", "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS"}
+    free = {"RESTORE", "GPU_ID", "WORKERS", "DATA_CACHE", "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS"}
     before, now = flatten(before), flatten(now)
     names = [name for name in now if name not in free and before.get(name) != now[name]]
     return [f"{name}: {before.get(name)} -> {now[name]}" for name in names]
