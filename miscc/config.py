@@ -151,6 +151,13 @@ SCHEMA = {
 # What differs from the defaults above, by system. A file's own keys come after these.
 SYSTEM_DEFAULTS = {
     "ssa_gan": {},
+    "df_gan": {
+        "TRAIN.NF": 32,
+        "TRAIN.BATCH_SIZE": 32,
+        "TRAIN.MAX_EPOCH": 1300,
+        "TRAIN.DAMSM_WEIGHT": 0.0,
+        "GAN.TRUNCATION": 0.88,
+    },
     "damsm": {
         "TRAIN.BATCH_SIZE": 48,
         "TRAIN.BETAS": [0.5, 0.999],

@@ -3,12 +3,13 @@
 from torch import nn
 
 from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder
+from models.df_gan import DFGAN, DFDiscriminator, DFGenerator
 from models.layers import OneWayDiscriminator
 from models.ssa_gan import SSAGAN, SSAGenerator
 
-SYSTEMS: dict[str, type] = {"ssa_gan": SSAGAN}
-GENERATORS: dict[str, type[nn.Module]] = {"ssa_gan": SSAGenerator}
-DISCRIMINATORS: dict[str, type[nn.Module]] = {"ssa_gan": OneWayDiscriminator}
+SYSTEMS: dict[str, type] = {"ssa_gan": SSAGAN, "df_gan": DFGAN}
+GENERATORS: dict[str, type[nn.Module]] = {"ssa_gan": SSAGenerator, "df_gan": DFGenerator}
+DISCRIMINATORS: dict[str, type[nn.Module]] = {"ssa_gan": OneWayDiscriminator, "df_gan": DFDiscriminator}
 TEXT_ENCODERS: dict[str, type[nn.Module]] = {"rnn": TextEncoder}
 IMAGE_ENCODERS: dict[str, type[nn.Module]] = {"inception": InceptionEncoder, "small": SmallImageEncoder}
 

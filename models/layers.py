@@ -1,4 +1,4 @@
-"""Layers that at least two systems use: piecewise linear operations, SSA-GAN's and DF-GAN's one-way discriminator."""
+"""Layers that at least two systems use: piecewise linear operations, the one-way discriminator, affine fusion blocks."""
 
 import math
 from collections.abc import Sequence
@@ -149,6 +149,61 @@ class OneWayDiscriminator(nn.Module):
 
     def forward(self, images: Tensor, sentence: Tensor) -> Tensor:  # (N, 3, H, W), (N, D) -> (N,)
         return self.logits(self.features(images), sentence)
+
+
+class ConditionalAffine(nn.Module):
+    """γ(c)·x + β(c), each channel scaled and shifted by the condition; the identity at the start (DF-GAN, eq. 3-5)."""
+
+    def __init__(self, channels: int, condition_dim: int, hidden: int):
+        super().__init__()
+        self.gamma = self._head(channels, condition_dim, hidden, start=1.0)
+        self.beta = self._head(channels, condition_dim, hidden, start=0.0)
+
+    @staticmethod
+    def _head(channels: int, condition_dim: int, hidden: int, start: float) -> nn.Sequential:
+        head = nn.Sequential(nn.Linear(condition_dim, hidden), nn.ReLU(), nn.Linear(hidden, channels))
+        nn.init.zeros_(head[2].weight)
+        nn.init.constant_(head[2].bias, start)
+        return head
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # (N, C, H, W), (N, D) -> (N, C, H, W)
+        gamma, beta = self.gamma(condition)[:, :, None, None], self.beta(condition)[:, :, None, None]
+        return torch.addcmul(beta, x, gamma)
+
+
+class AffineFusion(nn.Module):
+    """Affine, LeakyReLU, affine, LeakyReLU: DF-GAN's fusion of features with a condition."""
+
+    def __init__(self, channels: int, condition_dim: int, hidden: int):
+        super().__init__()
+        self.affine0 = ConditionalAffine(channels, condition_dim, hidden)
+        self.affine1 = ConditionalAffine(channels, condition_dim, hidden)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # (N, C, H, W), (N, D) -> (N, C, H, W)
+        for affine in (self.affine0, self.affine1):
+            # In place: nobody needs the affine's own output, and what is kept for backward halves.
+            x = F.leaky_relu(affine(x, condition), 0.2, inplace=True)
+        return x
+
+
+class FusionBlock(nn.Module):
+    """out = shortcut(x) + residual(x), residual = fusion, Conv3×3, fusion, Conv3×3 (DF-GAN's UpBlock without its upsampling).
+
+    hidden: width of the layers that predict γ and β; None: as many as the features have channels.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, condition_dim: int, hidden: int | None = None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.fusion1 = AffineFusion(channels_in, condition_dim, hidden or channels_in)
+        self.fusion2 = AffineFusion(channels_out, condition_dim, hidden or channels_out)
+        self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # (N, C, H, W), (N, D) -> (N, C', H, W)
+        residual = self.conv1(self.fusion1(x, condition))
+        residual = self.conv2(self.fusion2(residual, condition))
+        return self.shortcut(x) + residual
 
 
 def doublings(image_size: int) -> int:

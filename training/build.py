@@ -2,7 +2,6 @@
 
 import logging
 import os
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from miscc.checkpoint import load_file
 from miscc.config import lookup
 from miscc.errors import CheckpointError, ConfigError, DataError, UserError
 from models import DISCRIMINATORS, GENERATORS, NETWORKS, SYSTEMS
-from models.released import load_discriminator, load_generator
+from models.released import holds, load_discriminator, load_generator
 from models.types import rebuild
 
 logger = logging.getLogger(__name__)
@@ -62,6 +61,8 @@ def given_networks(cfg: Mapping, fresh: Mapping[str, nn.Module]) -> dict[str, nn
             networks = {part: rebuild(stored[part], NETWORKS[part]) for part in parts if part in stored}
         else:
             networks["generator"] = load_generator(content)
+            if train.B_NET_D and not train.NET_D and holds(content, "discriminator"):
+                networks["discriminator"] = load_discriminator(content)
     if train.NET_D:
         networks["discriminator"] = load_discriminator(load_file(train.NET_D))
     if networks and "discriminator" not in networks:
@@ -109,7 +110,9 @@ def encoders_for(cfg: Mapping) -> tuple[Encoders, Vocabulary]:
 
 def needs_image_encoder(cfg: Mapping) -> bool:
     """Whether the settings ask for a loss that looks at images with DAMSM's encoder."""
-    return cfg.TRAIN.DAMSM_WEIGHT * cfg.TRAIN.SMOOTH.LAMBDA > 0 or cfg.TRAIN.FINETUNE_ENCODERS
+    keys = system_keys(cfg.GAN.NAME)
+    matching = "TRAIN.DAMSM_WEIGHT" in keys and cfg.TRAIN.DAMSM_WEIGHT * cfg.TRAIN.SMOOTH.LAMBDA > 0
+    return matching or ("TRAIN.FINETUNE_ENCODERS" in keys and cfg.TRAIN.FINETUNE_ENCODERS)
 
 
 def check_batch_size(batch_size: int, num_processes: int = 1) -> None:
@@ -132,9 +135,8 @@ def check_fixed_settings(stored: Mapping, cfg: Mapping, keys: Iterable[str], ins
 
 
 def fingerprint(records: Records) -> dict[str, int]:
-    """What tells one training set from another: the number of its images, checksums of their keys and captions."""
-    captions = zlib.crc32(b"".join(tokens.tobytes() for captions in records.captions for tokens in captions))
-    return {"num_images": len(records), "keys": zlib.crc32("\n".join(records.keys).encode()), "captions": captions}
+    """What a checkpoint keeps of its training set, see `Records.fingerprint`."""
+    return records.fingerprint()
 
 
 def check_same_data(checkpoint: Mapping, records: Records, data_dir: str) -> None:

@@ -1,0 +1,143 @@
+"""DF-GAN (Tao et al., CVPR 2022, arXiv 2008.05865): deep fusion of text and image by affine blocks, and its objective.
+
+Written from the paper and from what is known of the released code's behaviour; where the two differ the released code is
+followed: γ and β see the noise beside the sentence, and the mismatched pairs are the batch's rolled by one.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miscc.losses import hinge_discriminator_loss, matching_aware_gradient_penalty
+from models.layers import FusionBlock, OneWayDiscriminator, doublings
+from models.types import GeneratorOutput, TextFeatures, Update, frozen
+
+CHANNELS = (8, 8, 8, 8, 4, 2, 1)  # of nf: of the 4×4 features, then after each block at 256 px
+
+
+class DFGenerator(nn.Module):
+    """noise and sentence -> image. Each block doubles the size, then fuses [noise, sentence] in by affine layers.
+
+    nf: base number of channels; image_size: a power of two from 8 on.
+    """
+
+    def __init__(self, nf: int = 32, z_dim: int = 100, image_size: int = 256, sentence_dim: int = 256):
+        super().__init__()
+        self.arguments = {"nf": nf, "z_dim": z_dim, "image_size": image_size, "sentence_dim": sentence_dim}
+        self.z_dim, self.noise_dim, self.image_size = z_dim, z_dim, image_size
+        num_blocks = doublings(image_size)
+        multipliers = ([CHANNELS[0]] * num_blocks + list(CHANNELS))[-num_blocks - 1 :]
+        channels = [nf * multiplier for multiplier in multipliers]
+        self.fc = nn.Linear(z_dim, channels[0] * 4 * 4)
+        self.blocks = nn.ModuleList(
+            FusionBlock(a, b, z_dim + sentence_dim) for a, b in zip(channels, channels[1:], strict=False)
+        )
+        self.to_rgb = nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(channels[-1], 3, 3, padding=1), nn.Tanh())
+
+    def forward(self, noise: Tensor, text: TextFeatures) -> GeneratorOutput:  # (N, z_dim) -> images (N, 3, H, W)
+        condition = torch.cat([noise, text.sentence], dim=1)
+        x = self.fc(noise).view(len(noise), -1, 4, 4)
+        for block in self.blocks:
+            x = block(F.interpolate(x, scale_factor=2, mode="nearest"), condition)
+        return GeneratorOutput(images=[self.to_rgb(x)])
+
+
+class DFDiscriminator(OneWayDiscriminator):
+    """The one-way discriminator with DF-GAN's channels: nf·2, 4, 8, and 8 from there on."""
+
+    def __init__(
+        self,
+        nf: int = 32,
+        image_size: int = 256,
+        sentence_dim: int = 256,
+        multipliers: tuple[int, ...] = (2, 4, 8, 8, 8, 8),
+        spectral_normalisation: bool = False,
+    ):
+        super().__init__(nf, image_size, sentence_dim, multipliers, spectral_normalisation)
+
+
+class DFGAN:
+    """The objective: matching-aware hinge and MA-GP in one step of D, then the adversarial loss of G. No DAMSM loss.
+
+    networks: generator, discriminator, text_encoder (frozen; another encoder that is there is not looked at). Other
+    arguments: the settings named in OBJECTIVE_SETTINGS, see miscc/config.py.
+    """
+
+    GENERATOR_SETTINGS: ClassVar[Mapping[str, str]] = {
+        "nf": "TRAIN.NF", "z_dim": "GAN.Z_DIM", "image_size": "TREE.BASE_SIZE", "sentence_dim": "TEXT.EMBEDDING_DIM",
+    }  # fmt: skip
+    DISCRIMINATOR_SETTINGS: ClassVar[Mapping[str, str]] = {
+        "nf": "TRAIN.NF", "image_size": "TREE.BASE_SIZE", "sentence_dim": "TEXT.EMBEDDING_DIM",
+        "spectral_normalisation": "USE_SN",
+    }  # fmt: skip
+    SHOWN: ClassVar[tuple[str, ...]] = ("loss/hinge", "loss/penalty", "loss/adversarial", "logits/real", "logits/fake")
+    OBJECTIVE_SETTINGS: ClassVar[Mapping[str, str]] = {
+        "loss": "loss",
+        "generator_lr": "TRAIN.GENERATOR_LR", "discriminator_lr": "TRAIN.DISCRIMINATOR_LR", "betas": "TRAIN.BETAS",
+        "penalty_weight": "TRAIN.PENALTY_WEIGHT", "penalty_power": "TRAIN.PENALTY_POWER",
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        networks: dict[str, nn.Module],
+        *,
+        loss: str = "hinge",  # the only one there is; the key is in the released files
+        generator_lr: float = 1e-4,
+        discriminator_lr: float = 4e-4,
+        betas: tuple[float, float] = (0.0, 0.9),
+        penalty_weight: float = 2.0,
+        penalty_power: float = 6.0,
+    ):
+        self.networks = networks
+        self.image_sizes = [networks["generator"].image_size]
+        self.generator_lr, self.discriminator_lr, self.betas = generator_lr, discriminator_lr, tuple(betas)
+        self.penalty = {"weight": penalty_weight, "power": penalty_power}
+
+    def optimizers(self) -> dict[str, tuple[list[nn.Parameter], float, tuple[float, float]]]:
+        generator, discriminator = self.networks["generator"], self.networks["discriminator"]
+        return {
+            "discriminator": (list(discriminator.parameters()), self.discriminator_lr, self.betas),
+            "generator": (list(generator.parameters()), self.generator_lr, self.betas),
+        }
+
+    def train(self) -> None:
+        for part, network in self.networks.items():
+            trained = part not in ("text_encoder", "image_encoder")
+            network.train(trained)
+            network.requires_grad_(trained)
+
+    def updates(self, batch: Any, noise: Tensor) -> Iterator[Update]:
+        """Discriminator, then generator."""
+        generator, discriminator = self.networks["generator"], self.networks["discriminator"]
+        text = self.networks["text_encoder"](batch.captions, batch.lengths).detach()
+        fake_images = generator(noise, text).images[-1]
+        losses, stats = self.discriminator_losses(batch.images, fake_images.detach(), text.sentence)
+        yield Update("discriminator", losses, stats)
+        with frozen(discriminator):
+            yield Update("generator", {"adversarial": -discriminator(fake_images, text.sentence).mean()})
+
+    def discriminator_losses(
+        self, real_images: Tensor, fake_images: Tensor, sentence: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """({"hinge", "penalty"}, values for the log): images (N, 3, H, W), sentence (N, D), both without a graph.
+
+        The penalty differentiates the same logits of real pairs that the hinge uses: one forward serves both.
+        """
+        discriminator = self.networks["discriminator"]
+        images, own = real_images.detach().requires_grad_(), sentence.detach().requires_grad_()
+        features = discriminator.features(images)
+        real_logits = discriminator.logits(features, own)
+        # Mismatched pairs: each caption with the image of the next one, the last with the first's.
+        mismatched_logits = discriminator.logits(features.roll(-1, dims=0), sentence)
+        fake_logits = discriminator(fake_images, sentence)
+        losses = {
+            "hinge": hinge_discriminator_loss(real_logits, fake_logits, mismatched_logits),
+            "penalty": matching_aware_gradient_penalty(real_logits, images, own, **self.penalty),
+        }
+        logits = {"real": real_logits, "fake": fake_logits, "mismatched": mismatched_logits}
+        stats = {f"{name}_logits": value.detach().mean() for name, value in logits.items()}
+        stats |= {f"{name}_sign": value.detach().sign().mean() for name, value in logits.items()}
+        return losses, stats
