@@ -14,6 +14,7 @@ from miscc.errors import CheckpointError
 from models import DISCRIMINATORS, GENERATORS, IMAGE_ENCODERS, TEXT_ENCODERS
 from models.released_formats import FORMATS, Format, State
 
+
 def load_generator(state_dict: Mapping[str, Any]) -> nn.Module:
     """A generator of ours, in eval mode, with the released weights. Raises CheckpointError naming what does not fit."""
     return _load(state_dict, "generator", GENERATORS)
