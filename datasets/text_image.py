@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import traceback
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -96,6 +97,11 @@ class Records:
         if self.texts is not None:
             return self.texts[index][number]
         return self.vocabulary.decode(self.captions[index][number])
+
+    def fingerprint(self) -> dict[str, int]:
+        """What tells one set from another: the number of its images, checksums of their keys and captions."""
+        captions = zlib.crc32(b"".join(tokens.tobytes() for captions in self.captions for tokens in captions))
+        return {"num_images": len(self), "keys": zlib.crc32("\n".join(self.keys).encode()), "captions": captions}
 
     def select(self, indices: Iterable[int]) -> "Records":
         """The records at these positions, in this order."""

@@ -1,7 +1,8 @@
 """Inception score (Salimans et al. 2016) of a set of images: `python eval/IS.py IMAGES`.
 
 exp of the mean Kullback-Leibler distance between a network's class probabilities for an image and their mean, in 10
-splits as the papers have it. Which network judged is part of the score's name.
+splits as the papers have it. Which network judged is part of the score's name: IS[imagenet], or IS[cub] by a classifier of
+eval/train_classifier.py.
 """
 
 import argparse
@@ -14,10 +15,11 @@ if __package__ in (None, ""):  # run as a script: this folder hides the standard
 import numpy as np
 import torch
 
+from eval.classifier import load_classifier
 from eval.features import extract, load_source
 from eval.networks import FeatureNetwork
-from eval.scores import Score, add_arguments, extraction_of, network_of, report, score_name
-from miscc.errors import DataError, run_command
+from eval.scores import Score, add_arguments, extraction_of, named_device, network_of, report, score_name
+from miscc.errors import ConfigError, DataError, run_command
 
 USUAL_SPLIT = 3000  # images a split in the papers on CUB and COCO: 30,000 in 10
 
@@ -118,10 +120,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Inception score of a set of images")
     parser.add_argument("images", help="generated images: folder, list of files, .zip or .npz")
     parser.add_argument("--splits", type=int, default=10, help="default 10, as the papers")
+    parser.add_argument(
+        "--classifier", metavar="FILE", help="judge by the classifier of eval/train_classifier.py: IS[<data set>]"
+    )
     add_arguments(parser)
     args = parser.parse_args()
+    if args.classifier and (args.weights or args.resize or args.network != parser.get_default("network")):
+        raise ConfigError("--classifier is a network with weights and filter; leave --network, --weights, --resize out")
     choices = {"splits": args.splits, "seed": args.seed, "skip_broken": args.skip_broken}
-    report([image_score(args.images, network_of(args), **choices, **extraction_of(args))], args.json)
+    network = load_classifier(args.classifier, named_device(args.device)) if args.classifier else network_of(args)
+    report([image_score(args.images, network, **choices, **extraction_of(args))], args.json)
 
 
 if __name__ == "__main__":
