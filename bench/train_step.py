@@ -1,0 +1,247 @@
+"""How long a training step takes and where: `python -m bench.train_step --image-size 64 --nf 16 --batch 24 --reference`.
+
+Any system of models.SYSTEMS, by its updates, on random images and fresh weights. --reference: also the plain form of
+bench/reference.py, in the same process and taking turns; the ratio is the figure that counts.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bench import common
+from bench.common import Clock
+from bench.reference import REFERENCES
+from datasets.text_image import Batch
+from miscc.config import load_config
+from miscc.errors import ConfigError, run_command
+from models import IMAGE_ENCODERS, SYSTEMS, TEXT_ENCODERS
+from training.build import build_networks, build_system
+from training.ema import EMA
+
+NUM_WORDS, NUM_CLASSES = 5450, 200  # CUB's
+
+
+class Step:
+    """One training step of a system as the trainer does it: every update with its optimizer, then the average."""
+
+    def __init__(self, system, device: torch.device, batch: Batch, noise: Tensor):
+        self.system, self.device, self.batch, self.noise = system, device, batch, noise
+        groups = system.optimizers()
+        self.parameters = {name: parameters for name, (parameters, _, _) in groups.items()}
+        self.optimizers = {
+            name: torch.optim.Adam(parameters, lr=lr, betas=betas, fused=device.type == "cuda")
+            for name, (parameters, lr, betas) in groups.items()
+        }
+        self.average = EMA(system.networks["generator"], 0.999)
+
+    def __call__(self, clock: Callable[[str], None] = lambda phase: None) -> None:
+        """Run it; `clock(phase)` is called at the end of each phase."""
+        updates = iter(self.system.updates(self.batch, self.noise))
+        while (update := next(updates, None)) is not None:
+            part = phase_of(update)
+            clock(f"{part} forward")
+            optimizer, parameters = self.optimizers[update.optimizer], self.parameters[update.optimizer]
+            optimizer.zero_grad(set_to_none=True)
+            torch.stack(list(update.losses.values())).sum().backward()
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            clock("G backward" if update.optimizer == "generator" else f"{part} backward")
+            optimizer.step()
+            clock("optimizers, average")
+        self.average.update(self.system.networks["generator"])
+        clock("optimizers, average")
+
+    def phases(self) -> dict[str, float]:
+        """Seconds of each phase of one step."""
+        clock = Clock(self.device)
+        with watched(self.system, clock):
+            self(clock)
+        return clock.phases
+
+
+def phase_of(update) -> str:
+    """What an update's part of the step is called."""
+    if list(update.losses) == ["penalty"]:
+        return "penalty"
+    return {"discriminator": "D", "generator": "D for G"}.get(update.optimizer, update.optimizer)
+
+
+@contextmanager
+def watched(system, clock: Clock) -> Iterator[None]:
+    """The clock also tells the networks' own forward passes and G's backward pass apart, and DAMSM where it is one."""
+    names = {"text_encoder": "text encoder", "generator": "G forward", "image_encoder": "DAMSM forward"}
+    handles, drawn = [], []
+
+    def ends(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple, output: object = None) -> None:
+            clock(names[name])
+            if name == "generator":
+                drawn.append(True)
+                images = output.images[-1]
+                if images.requires_grad:
+                    # By now the gradient has come through D and DAMSM; what is left is G's own.
+                    images.register_hook(lambda gradient: clock("D and DAMSM backward for G"))
+
+        return hook
+
+    def begins(module: nn.Module, inputs: tuple) -> None:
+        clock("D for G forward" if drawn else "other")
+
+    for name, network in system.networks.items():
+        if name in names:
+            handles.append(network.register_forward_pre_hook(begins))
+            handles.append(network.register_forward_hook(ends(name)))
+    damsm = getattr(system, "_damsm", None)
+    if damsm is not None:
+
+        def timed(*arguments):
+            clock("D for G forward" if drawn else "other")
+            value = damsm(*arguments)
+            clock("DAMSM forward")
+            return value
+
+        system._damsm = timed
+    try:
+        yield
+    finally:
+        if damsm is not None:
+            del system._damsm
+        for handle in handles:
+            handle.remove()
+
+
+def build(options: argparse.Namespace, device: torch.device) -> Step:
+    """Fresh networks, random images and captions, the objective, as the options say."""
+    changes = [("GAN.NAME", options.system), ("TREE.BASE_SIZE", str(options.image_size)), ("TRAIN.NF", str(options.nf))]
+    with tempfile.TemporaryDirectory() as folder:
+        empty = Path(folder) / "bench.yml"
+        empty.write_text("")
+        cfg = load_config(empty, [*changes, *(options.set or [])], systems=SYSTEMS)
+    torch.manual_seed(0)
+    networks = build_networks(cfg)
+    text_dim = cfg.TEXT.EMBEDDING_DIM
+    networks["text_encoder"] = TEXT_ENCODERS["rnn"](NUM_WORDS, text_dim, max_words=cfg.TEXT.WORDS_NUM)
+    arguments = {"text_dim": text_dim} | ({"image_size": options.image_size} if options.encoder == "small" else {})
+    networks["image_encoder"] = IMAGE_ENCODERS[options.encoder](**arguments)
+    for part in ("generator", "discriminator"):
+        for name, parameter in networks[part].named_parameters():
+            if name.endswith("gate"):  # it starts at zero, where denormal gradients would make a CPU slow
+                nn.init.constant_(parameter, 0.1)
+    system = build_system(cfg, {name: network.to(device) for name, network in networks.items()})
+    system.train()
+    return Step(system, device, random_batch(options.batch, system.image_sizes, cfg.TEXT.WORDS_NUM, device),
+                torch.randn(options.batch, cfg.GAN.Z_DIM, device=device))  # fmt: skip
+
+
+def random_batch(number: int, image_sizes: list[int], num_words: int, device: torch.device) -> Batch:
+    """Random images and captions of random lengths, as the loader would hand them over."""
+    images = [torch.rand(number, 3, size, size) * 2 - 1 for size in image_sizes]
+    captions = torch.randint(1, NUM_WORDS, (number, num_words))
+    lengths = torch.randint(num_words // 2, num_words + 1, (number,))
+    indices = torch.arange(number)
+    one = images if len(images) > 1 else images[0]
+    batch = Batch(one, captions, lengths, indices % NUM_CLASSES, [str(n) for n in range(number)], indices, indices)
+    return batch.to(device)
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> dict:
+    """Seconds of whole steps and of their phases, operations and memory, of ours and of the reference in turn."""
+    steps = {"ours": build(options, device)}
+    if options.reference:
+        if options.system not in REFERENCES:
+            raise ConfigError(f"--reference: there is no plain form of {options.system} (of: {', '.join(REFERENCES)})")
+        ours = steps["ours"]
+        plain = REFERENCES[options.system](ours.system)
+        steps["reference"] = Step(plain, device, ours.batch, ours.noise)
+    wholes = common.take_turns(steps, options.rounds, options.warm_up, device)
+    phases: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
+    for _ in range(options.rounds):
+        for name, step in steps.items():
+            phases[name].append(step.phases())
+    results = {}
+    for name, step in steps.items():
+        names = list(phases[name][0])
+        flops = common.count_flops(step)
+        results[name] = {
+            "seconds": common.summary(wholes[name]),
+            "runs": wholes[name],
+            "images_per_second": options.batch / common.summary(wholes[name])["median"],
+            "phases": {phase: common.summary([run.get(phase, 0.0) for run in phases[name]]) for phase in names},
+            "flops": flops,
+            "flops_per_second": flops / common.summary(wholes[name])["median"],
+            "peak_bytes": common.peak_bytes(step, device),
+        }
+    return results
+
+
+def table(results: dict) -> str:
+    """The results as Markdown."""
+    ours, reference, settings = results["steps"]["ours"], results["steps"].get("reference"), results["settings"]
+    lines = [
+        f"# Training step: {settings['system']}, {settings['image_size']} px, nf {settings['nf']}, batch "
+        f"{settings['batch']}, image encoder {settings['encoder']}",
+        "",
+        f"{common.machine_line(results['machine'])}. {settings['rounds']} rounds, in each a step of every kind; medians, "
+        f"± half the distance between the quarters.",
+        "",
+    ]
+    rows = []
+    sides = [ours, reference] if reference else [ours]
+    for phase in dict.fromkeys(name for side in sides for name in side["phases"]):
+        rows.append([phase, *(_milliseconds(side["phases"].get(phase)) for side in sides), _times(sides, phase)])
+    rows.append(["**whole step**", *(_milliseconds(side["seconds"]) for side in sides), _whole(results)])
+    rows.append(["images/s", *(f"{side['images_per_second']:.2f}" for side in sides), ""])
+    rows.append(["GFLOP", *(f"{side['flops'] / 1e9:.1f}" for side in sides), ""])
+    for name, peak in results["peak_flops"].items():
+        rows.append([f"of the measured {name} peak, {peak / 1e12:.2f} TFLOP/s",
+                     *(f"{side['flops_per_second'] / peak:.0%}" for side in sides), ""])  # fmt: skip
+    if all(side["peak_bytes"] is not None for side in sides):
+        rows.append(["peak memory, MiB", *(f"{side['peak_bytes'] / 2**20:.0f}" for side in sides), ""])
+    header = ["phase", "ms", *(["reference, ms"] if reference else []), "ratio" if reference else ""]
+    return "\n".join(lines) + "\n" + common.markdown_table(header, rows)
+
+
+def _milliseconds(value: dict | None) -> str:
+    return "" if value is None else f"{value['median'] * 1e3:.1f} ± {value['spread'] * value['median'] * 500:.1f}"
+
+
+def _times(sides: list[dict], phase: str) -> str:
+    both = [side["phases"].get(phase) for side in sides]
+    return f"×{both[1]['median'] / both[0]['median']:.2f}" if len(both) == 2 and all(both) else ""
+
+
+def _whole(results: dict) -> str:
+    return f"**×{results['ratio']['of_medians']:.2f}**" if "ratio" in results else ""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = common.parser(__doc__.splitlines()[0])
+    parser.add_argument("--system", default="ssa_gan", choices=sorted(SYSTEMS))
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--nf", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--encoder", default="small", choices=sorted(IMAGE_ENCODERS))
+    parser.add_argument(
+        "--set", nargs=2, action="append", metavar=("KEY", "VALUE"), help="any setting; may be repeated"
+    )
+    parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="rounds before those that count")
+    parser.add_argument("--reference", action="store_true", help="also the plain form, taking turns")
+    options = parser.parse_args(arguments)
+    device = common.start(options)
+    settings = {name: value for name, value in vars(options).items() if name not in ("json", "name")}
+    results = {"machine": common.machine(device), "settings": settings, "steps": measure(options, device)}
+    dtypes = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if device.type == "cuda" else {})
+    results["peak_flops"] = {name: common.peak_flops(device, dtype) for name, dtype in dtypes.items()}
+    if options.reference:
+        results["ratio"] = common.ratio(*(results["steps"][name]["runs"] for name in ("reference", "ours")))
+    common.report(options, results, table(results))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,82 @@
+"""The plain step of bench/reference.py and ours: the same losses and gradients, update by update, in float64."""
+
+import pytest
+import torch
+
+from bench.reference import PlainSSAGAN, plain_copy, plain_system
+from datasets.text_image import Batch
+from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder
+from models.layers import OneWayDiscriminator
+from models.ssa_gan import SSAGAN, SSAGenerator
+
+
+def make_system(sscbn="code", **settings):
+    torch.manual_seed(0)
+    networks = {
+        "generator": SSAGenerator(nf=2, z_dim=8, image_size=16, sscbn=sscbn),
+        "discriminator": OneWayDiscriminator(nf=2, image_size=16),
+        "text_encoder": TextEncoder(20),
+        "image_encoder": SmallImageEncoder(image_size=16, nf=4),
+    }
+    for name in ("generator", "discriminator"):  # gates and heads start at zero, which would hide most of a step
+        for parameter in networks[name].parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    system = SSAGAN({name: network.double() for name, network in networks.items()}, **settings)
+    system.train()
+    return system
+
+
+def make_batch():
+    torch.manual_seed(1)
+    images = torch.randn(4, 3, 16, 16, dtype=torch.float64).clamp(-1, 1)
+    captions, lengths = torch.randint(1, 20, (4, 6)), torch.tensor([6, 4, 5, 3])
+    return Batch(images, captions, lengths, torch.tensor([0, 1, 0, 2]), list("abcd"), torch.arange(4), torch.arange(4))
+
+
+def history(system, batch, noise):
+    """Losses and gradients of every update, with a step of plain descent after each."""
+    found = []
+    for update in system.updates(batch, noise):
+        parameters = system.optimizers()[update.optimizer][0]
+        for parameter in parameters:
+            parameter.grad = None
+        torch.stack(list(update.losses.values())).sum().backward()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.data -= 0.01 * gradient.clamp(-1, 1)
+        losses = {name: loss.item() for name, loss in update.losses.items()}
+        found.append((update.optimizer, losses, [gradient.clone() for gradient in gradients]))
+    return found
+
+
+@pytest.mark.parametrize("sscbn", ["code", "paper"])
+def test_the_plain_step_is_the_same_step(sscbn):
+    ours = make_system(sscbn)
+    plain = plain_system(ours)
+    assert isinstance(plain, PlainSSAGAN) and type(ours) is SSAGAN
+    batch, noise = make_batch(), torch.randn(4, 8, dtype=torch.float64)
+    expected, found = history(plain, batch, noise), history(ours, batch, noise)
+    assert [list(losses) for _, losses, _ in found] == [["hinge"], ["penalty"], ["adversarial", "words", "sentence"]]
+    for (optimizer, losses, gradients), (same, others, their_gradients) in zip(found, expected, strict=True):
+        assert optimizer == same and losses == pytest.approx(others, rel=1e-9)
+        assert all(value != 0 for value in losses.values())
+        for a, b in zip(gradients, their_gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-11)
+
+
+def test_a_plain_copy_shares_nothing_with_the_original():
+    ours = OneWayDiscriminator(nf=2, image_size=8)
+    plain = plain_copy(ours)
+    assert plain.state_dict().keys() == ours.state_dict().keys()
+    plain.from_rgb.weight.data.zero_()
+    assert ours.from_rgb.weight.abs().max() > 0
+    assert {type(part).__name__ for part in plain.modules()} >= {"PlainDiscriminator", "PlainDownBlock"}
+
+
+def test_plain_inception_gives_the_same_features():
+    torch.manual_seed(2)
+    ours = InceptionEncoder().eval().requires_grad_(False)
+    plain = plain_copy(ours)
+    images = torch.randn(1, 3, 32, 32)
+    for a, b in zip(ours(images), plain(images), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
