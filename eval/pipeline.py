@@ -190,12 +190,12 @@ class TextToImage:
 
     @torch.inference_mode()
     def synthesize(self, text: TextFeatures, noise: Tensor) -> GeneratorOutput:
-        """Text features and noise (N, z_dim) -> images in [-1, 1], masks, attention."""
+        """Text features and noise (N, noise_dim) -> images in [-1, 1], masks, attention."""
         return self.generator(noise.to(self.device), text)
 
     def noise(self, seed: int, indices: Iterable[int], truncation: float | None = None) -> Tensor:
-        """Noise (N, z_dim); a row depends on (seed, its index) alone. truncation: see miscc.randomness.noise_for."""
-        return noise_for(seed, 0, indices, self.generator.z_dim, truncation)
+        """Noise (N, noise_dim); a row depends on (seed, its index) alone. truncation: see miscc.randomness.noise_for."""
+        return noise_for(seed, 0, indices, self.generator.noise_dim, truncation)
 
     def generate(
         self,

@@ -98,7 +98,8 @@ class SSAGenerator(nn.Module):
             "nf": nf, "z_dim": z_dim, "image_size": image_size, "sentence_dim": sentence_dim,
             "sscbn": sscbn, "upsample": upsample, "mask": mask,
         }  # fmt: skip
-        self.z_dim, self.image_size, self.upsample, self.mask = z_dim, image_size, upsample, mask
+        self.z_dim, self.noise_dim, self.image_size = z_dim, z_dim, image_size
+        self.upsample, self.mask = upsample, mask
         num_blocks = doublings(image_size) + 1
         multipliers = ([CHANNELS[0]] * num_blocks + list(CHANNELS))[-num_blocks:]
         channels = [nf * multiplier for multiplier in [multipliers[0], *multipliers]]
@@ -150,6 +151,7 @@ class SSAGAN:
         "nf": "TRAIN.NF", "image_size": "TREE.BASE_SIZE", "sentence_dim": "TEXT.EMBEDDING_DIM",
         "spectral_normalisation": "USE_SN",
     }  # fmt: skip
+    SHOWN: ClassVar[tuple[str, ...]] = ("loss/hinge", "loss/adversarial", "loss/words", "logits/real", "logits/fake")
     OBJECTIVE_SETTINGS: ClassVar[Mapping[str, str]] = {
         "loss": "loss",
         "generator_lr": "TRAIN.GENERATOR_LR", "discriminator_lr": "TRAIN.DISCRIMINATOR_LR", "betas": "TRAIN.BETAS",

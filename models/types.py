@@ -47,6 +47,18 @@ class Update(NamedTuple):
     stats: Mapping[str, Any] = {}
 
 
+class Generator(Protocol):
+    """What every generator says of itself, beside being a module with `arguments` to its constructor."""
+
+    image_size: int  # of the largest image it makes, pixels
+    z_dim: int  # length of the noise z
+    noise_dim: int  # random numbers that one image takes: z_dim, or more where the system draws others, too
+
+    def __call__(self, noise: Tensor, text: TextFeatures) -> GeneratorOutput:
+        """noise (N, noise_dim), standard normal -> images of every stage."""
+        ...
+
+
 class System(Protocol):
     """One paper: its networks and its objective. The trainer knows a system by this and nothing else.
 
@@ -56,6 +68,7 @@ class System(Protocol):
     GENERATOR_SETTINGS: ClassVar[Mapping[str, str]]
     DISCRIMINATOR_SETTINGS: ClassVar[Mapping[str, str]]
     OBJECTIVE_SETTINGS: ClassVar[Mapping[str, str]]
+    SHOWN: ClassVar[tuple[str, ...]]  # logged values that also stand behind the progress bar
 
     networks: dict[str, nn.Module]  # "generator", "discriminator", "text_encoder", "image_encoder": what is saved
     image_sizes: list[int]  # of the real images a step needs, coarse to fine

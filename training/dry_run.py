@@ -1,30 +1,34 @@
 """--dry-run: what a training would be, without starting it: settings, sizes, steps, memory, and what is missing."""
 
 from collections.abc import Mapping
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from datasets.text_image import Batch
 from miscc.config import to_yaml
 from miscc.errors import UserError
 from models.types import TextFeatures, count_parameters
-from training.build import build_networks, problems, read_records
+from training.build import build_networks, build_system, problems, read_records
 
-PENALTY_PASSES = 2  # MA-GP keeps about twice what one pass of D keeps, for its double backward
+META = torch.device("meta")  # tensors with a size and no values: nothing is computed
+NUM_WORDS, NUM_REGIONS = 18, 8  # of the stand-ins for the encoders
 
 
 def describe(cfg: Mapping) -> str:
     """The report as text. Raises ConfigError only for settings that no data could mend."""
-    with torch.device("meta"):
+    with META:
         networks = build_networks(cfg)
     lines = [to_yaml(cfg).rstrip(), ""]
     for part, network in networks.items():
         lines.append(f"{part}: {count_parameters(network) / 1e6:.1f} M parameters")
-    state, kept = memory_estimate(networks, cfg.GAN.Z_DIM, cfg.TREE.BASE_SIZE, cfg.TEXT.EMBEDDING_DIM)
+    state, kept = memory_estimate(cfg, networks)
     total = state + kept * cfg.TRAIN.BATCH_SIZE
     lines.append(
         f"memory: about {total / 2**30:.1f} GiB ({kept / 2**20:.0f} MiB an image kept for backward at batch "
-        f"{cfg.TRAIN.BATCH_SIZE}, {state / 2**30:.2f} GiB weights and optimizers), without the image encoder's"
+        f"{cfg.TRAIN.BATCH_SIZE}, {state / 2**30:.2f} GiB weights and optimizers), without the encoders'"
     )
     try:
         num_images = len(read_records(cfg, "train"))
@@ -40,37 +44,83 @@ def describe(cfg: Mapping) -> str:
     return "\n".join(lines)
 
 
-def memory_estimate(
-    networks: Mapping[str, nn.Module], z_dim: int, image_size: int, text_dim: int
-) -> tuple[float, float]:
+def memory_estimate(cfg: Mapping, networks: Mapping[str, nn.Module]) -> tuple[float, float]:
     """(bytes of weights, gradients, Adam's state and averaged G; bytes an image that autograd keeps), float32.
 
-    Networks on the meta device, so nothing is computed. What is kept is counted while G and D run on two images; a step
-    holds G's activations together with those of D on real and fake images, or D's for the gradient penalty.
+    networks: on the meta device. What is kept is the most that one step of the system holds for its backward passes,
+    counted while that step runs on two images without values.
     """
     weights = {part: 4 * count_parameters(network) for part, network in networks.items()}
     state = 4 * sum(weights.values()) + weights["generator"]
-    sentence = torch.zeros(2, text_dim, device="meta")
-    words, mask = torch.zeros(2, text_dim, 8, device="meta"), torch.zeros(2, 8, dtype=torch.bool, device="meta")
-    noise = torch.zeros(2, z_dim, device="meta")
-    images = torch.zeros(2, 3, image_size, image_size, device="meta")
-    text = TextFeatures(sentence, words, mask)
-    generator = _kept_bytes(lambda: networks["generator"](noise, text))
-    discriminator = _kept_bytes(lambda: networks["discriminator"](images, sentence))
-    return state, (generator + PENALTY_PASSES * discriminator) / 2
+    text_dim = cfg.TEXT.EMBEDDING_DIM
+    stand_ins = {"text_encoder": _TextEncoder(text_dim), "image_encoder": _ImageEncoder(text_dim)}
+    system = build_system(cfg, {**networks, **stand_ins})
+    system.train()
+    images = [torch.zeros(2, 3, size, size, device=META) for size in system.image_sizes]
+    batch = Batch(
+        images=images if len(images) > 1 else images[0],
+        captions=torch.zeros(2, NUM_WORDS, dtype=torch.int64, device=META),
+        lengths=torch.full((2,), NUM_WORDS),
+        class_ids=torch.zeros(2, dtype=torch.int64, device=META),
+        keys=["", ""],
+        indices=torch.arange(2),
+        caption_numbers=torch.zeros(2, dtype=torch.int64),
+    )
+    noise = torch.zeros(2, networks["generator"].noise_dim, device=META)
+    return state, _most_kept(system, batch, noise) / 2
 
 
-def _kept_bytes(run) -> float:
-    """Bytes of distinct tensors that autograd saves while `run` runs, weights not counted."""
-    seen: dict[int, torch.Tensor] = {}
+def _most_kept(system: Any, batch: Batch, noise: Tensor) -> float:
+    """Bytes of the distinct memory that autograd holds at most before one of a step's backward passes, weights not counted."""
+    kept: WeakValueDictionary[int, _Kept] = WeakValueDictionary()
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            seen[id(tensor)] = tensor  # held, so that no id is used twice
-        return tensor
+    def keep(tensor: Tensor) -> tuple[Tensor, _Kept | None]:
+        if isinstance(tensor, nn.Parameter):
+            return tensor, None
+        memory = tensor.untyped_storage()._cdata  # one for a tensor and all its views
+        holder = kept.get(memory) or _Kept(tensor)
+        kept[memory] = holder
+        return tensor, holder
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = run()
-    total = sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
-    del output
-    return float(total)
+    most = 0
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda pair: pair[0]):
+        for update in system.updates(batch, noise):
+            most = max(most, sum(holder.num_bytes for holder in kept.values()))
+            torch.stack(list(update.losses.values())).sum().backward()  # frees what only this update needed
+    return float(most)
+
+
+class _Kept:
+    """The memory behind a tensor that a graph holds; gone when the graph is."""
+
+    def __init__(self, tensor: Tensor):
+        self.num_bytes = tensor.untyped_storage().nbytes()
+
+
+class _TextEncoder(nn.Module):
+    """Text features without values, in place of the encoder that the data may still lack."""
+
+    def __init__(self, text_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(text_dim, NUM_WORDS, device=META))
+
+    def forward(self, captions: Tensor, lengths: Tensor) -> TextFeatures:
+        words = self.weight.expand(len(captions), -1, -1)
+        return TextFeatures(
+            words.mean(dim=2), words, torch.zeros(len(captions), NUM_WORDS, dtype=torch.bool, device=META)
+        )
+
+
+class _ImageEncoder(nn.Module):
+    """Regions and code of images, without values."""
+
+    def __init__(self, text_dim: int):
+        super().__init__()
+        self.head = nn.Conv2d(3, text_dim, 1, device=META)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return list(self.parameters())
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        regions = self.head(images[:, :, :NUM_REGIONS, :NUM_REGIONS])
+        return regions, regions.mean(dim=(2, 3))

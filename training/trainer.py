@@ -43,7 +43,6 @@ from training.run_dir import RunDir
 
 STOP_ASKED_EVERY = 10  # steps, where several processes train
 NUM_PICTURED = 12  # fixed test captions in the picture of a run's state
-SHOWN = ("loss/hinge", "loss/adversarial", "loss/words", "logits/real", "logits/fake", "images_per_second")
 
 
 def train(cfg: Mapping, world: World, resume: bool = False, go_on: bool = False) -> int:
@@ -144,7 +143,9 @@ class Trainer:
                 if wants_log:
                     values["images_per_second"] = cfg.TRAIN.BATCH_SIZE * (self.step - timed_from) / seconds
                     seconds, timed_from = 0.0, self.step
-                    progress.log(self.step, self.step / self.steps_per_epoch, values, SHOWN)
+                    progress.log(
+                        self.step, self.step / self.steps_per_epoch, values, (*self.system.SHOWN, "images_per_second")
+                    )
                 if run is not None and cfg.TRAIN.SAMPLE_EVERY and self.step % cfg.TRAIN.SAMPLE_EVERY == 0:
                     self.draw(run, progress)
                 # Processes stop together; asking each other makes a GPU wait, so not at every step.
@@ -180,9 +181,8 @@ class Trainer:
         """One training step: every update of the system, then the average. Returns the values to log."""
         values: dict[str, Tensor] = {}
         seed_everything(self.cfg.SEED, self.step, self.world.rank)  # dropout, where encoders are fine-tuned with it
-        noise = noise_for(self.cfg.SEED, epoch, batch.indices.tolist(), self.cfg.GAN.Z_DIM).to(
-            self.device, non_blocking=True
-        )
+        noise_dim = self.networks["generator"].noise_dim
+        noise = noise_for(self.cfg.SEED, epoch, batch.indices.tolist(), noise_dim).to(self.device, non_blocking=True)
         for update in self.system.updates(batch, noise):
             optimizer, parameters = self.optimizers[update.optimizer], self.parameters[update.optimizer]
             optimizer.zero_grad(set_to_none=True)
