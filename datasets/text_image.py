@@ -44,6 +44,11 @@ class Batch(NamedTuple):
     indices: torch.Tensor
     caption_numbers: torch.Tensor
 
+    def images_at(self, size: int) -> torch.Tensor:
+        """The images of this size in pixels, which must be one of those asked for: (N, 3, size, size)."""
+        scales = [self.images] if isinstance(self.images, torch.Tensor) else self.images
+        return next(images for images in scales if images.shape[-1] == size)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same with images, captions and class ids on `device`.
 

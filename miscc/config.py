@@ -149,6 +149,17 @@ SCHEMA = {
 }
 
 # What differs from the defaults above, by system. A file's own keys come after these.
+ATTN_DEFAULTS = {
+    "TREE.BRANCH_NUM": 3,
+    "TREE.BASE_SIZE": 64,
+    "TRAIN.BATCH_SIZE": 20,
+    "TRAIN.GENERATOR_LR": 2e-4,
+    "TRAIN.DISCRIMINATOR_LR": 2e-4,
+    "TRAIN.BETAS": [0.5, 0.999],
+    "TRAIN.DAMSM_WEIGHT": 1.0,
+    "TRAIN.SMOOTH.GAMMA1": 4.0,
+    "TRAIN.SMOOTH.LAMBDA": 5.0,
+}
 SYSTEM_DEFAULTS = {
     "ssa_gan": {},
     "df_gan": {
@@ -158,6 +169,8 @@ SYSTEM_DEFAULTS = {
         "TRAIN.DAMSM_WEIGHT": 0.0,
         "GAN.TRUNCATION": 0.88,
     },
+    "attn_gan": ATTN_DEFAULTS,
+    "attn_dcgan": ATTN_DEFAULTS | {"GAN.B_DCGAN": True},
     "damsm": {
         "TRAIN.BATCH_SIZE": 48,
         "TRAIN.BETAS": [0.5, 0.999],

@@ -17,6 +17,38 @@ def hinge_discriminator_loss(real: Tensor, fake: Tensor, mismatched: Tensor) -> 
     return F.relu(1 - real).mean() + (F.relu(1 + fake).mean() + F.relu(1 + mismatched).mean()) / 2
 
 
+def binary_discriminator_loss(
+    real: Tensor,
+    fake: Tensor,
+    mismatched: Tensor,
+    real_alone: Tensor | None = None,
+    fake_alone: Tensor | None = None,
+) -> Tensor:
+    """Binary cross-entropy of AttnGAN's discriminators (Xu et al. 2018, eq. 6), weighed as in the authors' code.
+
+    With R = real, F = fake, M = mismatched pairs: (R + R_alone)/2 + (F + F_alone + M)/3 where images are also judged
+    without a caption (`*_alone`), R + (F + M)/2 where they are not. Logits, before the sigmoid, of any shape -> scalar.
+    """
+    if real_alone is None or fake_alone is None:
+        return _binary(real, 1.0) + (_binary(fake, 0.0) + _binary(mismatched, 0.0)) / 2
+    up = _binary(real, 1.0) + _binary(real_alone, 1.0)
+    down = _binary(fake, 0.0) + _binary(fake_alone, 0.0) + _binary(mismatched, 0.0)
+    return up / 2 + down / 3
+
+
+def binary_generator_loss(*logits: Tensor) -> Tensor:
+    """−log sigmoid, averaged over each of the logits' tensors and summed over them: G wants all judged real."""
+    return torch.stack([_binary(values, 1.0) for values in logits]).sum()
+
+
+def kl_to_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
+    """Mean over all values of KL(N(μ, σ²) ‖ N(0, 1)) = (μ² + σ² − 1 − log σ²) / 2; mu, log σ² of one shape -> scalar.
+
+    The paper (Zhang et al. 2017, eq. 2) sums over the dimensions; the authors' codes average, as here.
+    """
+    return (mu.square() + logvar.exp() - 1 - logvar).mean() / 2
+
+
 def matching_aware_gradient_penalty(
     logits: Tensor, images: Tensor, sentence: Tensor, weight: float = 2.0, power: float = 6.0
 ) -> Tensor:
@@ -79,6 +111,11 @@ def sentence_loss(
     """
     similarity = F.normalize(code, dim=1, eps=1e-8) @ F.normalize(sentence, dim=1, eps=1e-8).T
     return _matching_loss(gamma3 * similarity, class_ids)
+
+
+def _binary(logits: Tensor, target: float) -> Tensor:
+    """Mean binary cross-entropy of sigmoid(logits) against one target for all."""
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
 
 
 def _word_matching(regions: Tensor, words: Tensor, padding: Tensor, gamma1: float, gamma2: float) -> Tensor:

@@ -2,14 +2,27 @@
 
 from torch import nn
 
+from models.attn_discriminator import AttnDCDiscriminator, AttnDiscriminator, StageDiscriminator
+from models.attn_gan import AttnDCGAN, AttnDCGenerator, AttnGAN, AttnGenerator
 from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder
 from models.df_gan import DFGAN, DFDiscriminator, DFGenerator
 from models.layers import OneWayDiscriminator
 from models.ssa_gan import SSAGAN, SSAGenerator
 
-SYSTEMS: dict[str, type] = {"ssa_gan": SSAGAN, "df_gan": DFGAN}
-GENERATORS: dict[str, type[nn.Module]] = {"ssa_gan": SSAGenerator, "df_gan": DFGenerator}
-DISCRIMINATORS: dict[str, type[nn.Module]] = {"ssa_gan": OneWayDiscriminator, "df_gan": DFDiscriminator}
+SYSTEMS: dict[str, type] = {"ssa_gan": SSAGAN, "df_gan": DFGAN, "attn_gan": AttnGAN, "attn_dcgan": AttnDCGAN}
+GENERATORS: dict[str, type[nn.Module]] = {
+    "ssa_gan": SSAGenerator,
+    "df_gan": DFGenerator,
+    "attn_gan": AttnGenerator,
+    "attn_dcgan": AttnDCGenerator,
+}
+DISCRIMINATORS: dict[str, type[nn.Module]] = {
+    "ssa_gan": OneWayDiscriminator,
+    "df_gan": DFDiscriminator,
+    "attn_gan": AttnDiscriminator,
+    "attn_dcgan": AttnDCDiscriminator,
+    "attn_stage": StageDiscriminator,  # one of AttnGAN's, as its authors' files have it
+}
 TEXT_ENCODERS: dict[str, type[nn.Module]] = {"rnn": TextEncoder}
 IMAGE_ENCODERS: dict[str, type[nn.Module]] = {"inception": InceptionEncoder, "small": SmallImageEncoder}
 

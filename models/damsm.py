@@ -1,10 +1,13 @@
 """DAMSM's encoders (Xu et al., CVPR 2018, arXiv 1711.10485): captions and images into one space."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import inception_v3
 
+from miscc.losses import sentence_loss, word_loss
 from models.types import TextFeatures
 
 
@@ -135,3 +138,15 @@ class SmallImageEncoder(nn.Module):
             images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
         x = self.trunk(images)
         return self.region_head(x), self.code_head(self.global_trunk(x).mean(dim=(2, 3)))
+
+
+def matching_losses(
+    image_encoder: nn.Module, images: Tensor, text: TextFeatures, batch: Any, gamma1: float, gamma2: float, gamma3: float
+) -> dict[str, Tensor]:
+    """How badly images (N, 3, H, W) in [-1, 1] fit their captions: {"words", "sentence"}, both directions each summed.
+
+    batch: its lengths (N,) of the captions and class_ids (N,), see miscc.losses.word_loss.
+    """
+    regions, code = image_encoder(images)
+    words = word_loss(regions, text.words, batch.lengths, batch.class_ids, gamma1, gamma2, gamma3)
+    return {"words": sum(words), "sentence": sum(sentence_loss(code, text.sentence, batch.class_ids, gamma3))}

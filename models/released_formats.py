@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from miscc.errors import CheckpointError
+from models.layers import doublings
 
 State = Mapping[str, Tensor]
 
@@ -26,7 +27,7 @@ class Format(NamedTuple):
     part: str
     network: str
     signature: tuple[str, ...]
-    renames: tuple[tuple[str, str], ...]
+    renames: tuple[tuple[str, str | Callable[[re.Match], str]], ...]
     arguments: Callable[[State], dict[str, Any]]
     ignored: str = r"$^"
 
@@ -84,6 +85,34 @@ def _df_discriminator_arguments(state: State) -> dict[str, Any]:
     }
 
 
+def _attn_generator_arguments(state: State) -> dict[str, Any]:
+    """Of AttnGAN and AttnDCGAN; image sizes follow from the up blocks of the first stage and the number of stages."""
+    condition_dim, sentence_dim = state["ca_net.fc.weight"].shape[0] // 4, state["ca_net.fc.weight"].shape[1]
+    to_rgb = next(name for name in ("img_net1.img.0.weight", "img_net.img.0.weight") if name in state)
+    num_stages = _count(state, r"h_net(\d+)\.")
+    sizes = {
+        "gf_dim": state[to_rgb].shape[1],
+        "z_dim": state["h_net1.fc.0.weight"].shape[1] - condition_dim,
+        "condition_dim": condition_dim,
+        "sentence_dim": sentence_dim,
+        "base_size": 4 * 2 ** _count(state, r"h_net1\.upsample(\d+)\."),
+        "num_stages": num_stages,
+    }
+    return sizes | ({"r_num": _count(state, r"h_net2\.residual\.(\d+)\.")} if num_stages > 1 else {})
+
+
+def _attn_discriminator_arguments(state: State) -> dict[str, Any]:
+    convolutions = [name for name, tensor in state.items() if name.startswith("img_code_s16.") and tensor.ndim == 4]
+    width = state["COND_DNET.outlogits.0.weight"].shape[1]
+    further = _count(state, r"img_code_s(\d+)\.") - 1  # s32, s64 beside the s16
+    return {
+        "df_dim": width // 8,
+        "image_size": 4 * 2 ** (len(convolutions) + further),
+        "sentence_dim": state["COND_DNET.jointConv.0.weight"].shape[1] - width,
+        "judges_alone": "UNCOND_DNET.outlogits.0.weight" in state,
+    }
+
+
 def _text_encoder_arguments(state: State) -> dict[str, Any]:
     vocabulary_size, embedding_dim = state["encoder.weight"].shape
     hidden = state["rnn.weight_hh_l0"].shape[1]
@@ -106,6 +135,18 @@ FUSION_RENAMES = (  # DF-GAN's and SEMA's blocks
     (r"\.fuse([12])\.", r".fusion\1."),
     (r"\.fc_(gamma|beta)\.linear1\.", r".\1.0."),
     (r"\.fc_(gamma|beta)\.linear2\.", r".\1.2."),
+)
+
+ATTN_RENAMES = (
+    (r"^ca_net\.fc\.", "augmentation.linear."),
+    (r"^h_net1\.fc\.", "first.fc."),
+    (r"^h_net1\.upsample(\d+)\.", lambda found: f"first.blocks.{int(found[1]) - 1}."),
+    (r"^h_net(\d+)\.", lambda found: f"refinements.{int(found[1]) - 2}."),
+    (r"\.att\.conv_context\.", ".attention.project."),
+    (r"\.block\.", ".layers."),
+    (r"\.upsample\.", ".up."),
+    (r"^img_net\.img\.", "to_rgb.0."),
+    (r"^img_net(\d+)\.img\.", lambda found: f"to_rgb.{int(found[1]) - 1}."),
 )
 
 FORMATS = (
@@ -159,6 +200,31 @@ FORMATS = (
             (r"\.conv_s\.", ".shortcut."),
         ),
         _df_discriminator_arguments,
+    ),
+    Format(
+        "AttnGAN generator", "generator", "attn_gan",
+        ("ca_net.fc.weight", "h_net1.fc.0.weight", "img_net1.img.0.weight"),
+        ATTN_RENAMES,
+        _attn_generator_arguments,
+    ),
+    Format(
+        "AttnDCGAN generator", "generator", "attn_dcgan",
+        ("ca_net.fc.weight", "h_net1.fc.0.weight", "img_net.img.0.weight"),
+        ATTN_RENAMES,
+        _attn_generator_arguments,
+    ),
+    Format(
+        "AttnGAN discriminator", "discriminator", "attn_stage",
+        ("img_code_s16.0.weight", "COND_DNET.jointConv.0.weight"),
+        (
+            (r"^img_code_s16\.", "encoder."),
+            (r"^img_code_s(\d+)\.", lambda found: f"down.{doublings(int(found[1])) - 3}."),
+            (r"^img_code_s\d+_(\d+)\.", lambda found: f"back.{int(found[1]) - 1}."),
+            (r"^UNCOND_DNET\.outlogits\.0\.", "unconditional_head."),
+            (r"^COND_DNET\.jointConv\.", "joint."),
+            (r"^COND_DNET\.outlogits\.0\.", "conditional_head."),
+        ),
+        _attn_discriminator_arguments,
     ),
     Format(
         "DAMSM text encoder", "text_encoder", "rnn",

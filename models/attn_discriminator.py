@@ -1,0 +1,132 @@
+"""AttnGAN's discriminators (Xu et al., CVPR 2018): one for the images of a stage, and all of a training as one network."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from models.layers import doublings
+
+ENCODER_STEPS = 4  # halvings in which the channels grow to 8·df_dim; larger images take further ones
+
+
+class StageDiscriminator(nn.Module):
+    """Judges images of one size: alone (`unconditional`) and with a sentence (`logits`). Logits, not probabilities.
+
+    df_dim: base number of channels; image_size: a power of two from 8 on; sentence_dim: length of sentence features;
+    judges_alone: whether there is an unconditional head (AttnDCGAN's has none); spectral_normalisation: of all
+    convolutions, beside the batch norm (not of the paper).
+    """
+
+    def __init__(
+        self,
+        df_dim: int = 64,
+        image_size: int = 64,
+        sentence_dim: int = 256,
+        judges_alone: bool = True,
+        spectral_normalisation: bool = False,
+    ):
+        super().__init__()
+        self.arguments = {
+            "df_dim": df_dim, "image_size": image_size, "sentence_dim": sentence_dim,
+            "judges_alone": judges_alone, "spectral_normalisation": spectral_normalisation,
+        }  # fmt: skip
+        self.image_size, self.judges_alone = image_size, judges_alone
+        steps = doublings(image_size)
+        width = 8 * df_dim
+        # Images below 64 px take the last of the four convolutions: what arrives at 4×4 is always 8·df_dim wide.
+        channels = [df_dim * 2**number for number in range(ENCODER_STEPS)][-min(steps, ENCODER_STEPS) :]
+        self.encoder = nn.Sequential(_halving(3, channels[0]), nn.LeakyReLU(0.2, inplace=True))
+        for channels_in, channels_out in zip(channels, channels[1:], strict=False):
+            self.encoder.extend(_normalised(_halving(channels_in, channels_out)))
+        further = [width * 2**number for number in range(max(0, steps - ENCODER_STEPS) + 1)]
+        pairs = list(zip(further, further[1:], strict=False))
+        self.down = nn.Sequential(*(_normalised(_halving(narrow, wide)) for narrow, wide in pairs))
+        self.back = nn.Sequential(*(_normalised(_keeping(wide, narrow)) for narrow, wide in reversed(pairs)))
+        self.joint = _normalised(_keeping(width + sentence_dim, width))
+        self.conditional_head = nn.Conv2d(width, 1, 4)
+        self.unconditional_head = nn.Conv2d(width, 1, 4) if judges_alone else None
+        initialise(self)
+        if spectral_normalisation:
+            for module in list(self.modules()):
+                if isinstance(module, nn.Conv2d):
+                    spectral_norm(module)
+
+    def features(self, images: Tensor) -> Tensor:  # (N, 3, H, W) in [-1, 1] -> (N, 8·df_dim, 4, 4)
+        return self.back(self.down(self.encoder(images)))
+
+    def logits(self, features: Tensor, sentence: Tensor) -> Tensor:  # (N, C, 4, 4), (N, D) -> (N,)
+        replicated = sentence[:, :, None, None].expand(-1, -1, 4, 4)
+        return self.conditional_head(self.joint(torch.cat([features, replicated], dim=1))).flatten()
+
+    def unconditional(self, features: Tensor) -> Tensor:  # (N, C, 4, 4) -> (N,)
+        return self.unconditional_head(features).flatten()
+
+    def forward(self, images: Tensor, sentence: Tensor) -> Tensor:  # (N, 3, H, W), (N, D) -> (N,)
+        return self.logits(self.features(images), sentence)
+
+
+class AttnDiscriminator(nn.Module):
+    """The discriminators of all stages as one network: what one optimizer trains and one checkpoint entry holds.
+
+    base_size: pixels of the first stage; num_stages: each doubles the size; others as StageDiscriminator.
+    """
+
+    judges_alone: ClassVar[bool] = True
+    every_stage: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        df_dim: int = 64,
+        base_size: int = 64,
+        num_stages: int = 3,
+        sentence_dim: int = 256,
+        spectral_normalisation: bool = False,
+    ):
+        super().__init__()
+        self.arguments = {
+            "df_dim": df_dim, "base_size": base_size, "num_stages": num_stages, "sentence_dim": sentence_dim,
+            "spectral_normalisation": spectral_normalisation,
+        }  # fmt: skip
+        sizes = [base_size * 2**number for number in range(num_stages)]
+        self.stages = nn.ModuleList(
+            StageDiscriminator(df_dim, size, sentence_dim, self.judges_alone, spectral_normalisation)
+            for size in (sizes if self.every_stage else sizes[-1:])
+        )
+
+    def forward(self, images: list[Tensor], sentence: Tensor) -> list[Tensor]:
+        """images coarse to fine, (N, 3, H, W) each, and their captions (N, D) -> logits (N,) of every stage."""
+        return [stage(scale, sentence) for stage, scale in zip(self.stages, images, strict=True)]
+
+
+class AttnDCDiscriminator(AttnDiscriminator):
+    """AttnDCGAN's: one discriminator, of the last stage, which judges images with their captions alone."""
+
+    judges_alone = False
+    every_stage = False
+
+
+def initialise(module: nn.Module) -> None:
+    """The authors' start: orthogonal weights and zero biases, N(1, 0.02) for the scales of batch norm."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            nn.init.orthogonal_(layer.weight)
+        elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            nn.init.normal_(layer.weight, 1.0, 0.02)
+        else:
+            continue
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def _halving(channels_in: int, channels_out: int) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, 4, stride=2, padding=1, bias=False)
+
+
+def _keeping(channels_in: int, channels_out: int) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+
+
+def _normalised(convolution: nn.Conv2d) -> nn.Sequential:
+    return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), nn.LeakyReLU(0.2, inplace=True))

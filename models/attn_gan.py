@@ -1,0 +1,303 @@
+"""AttnGAN and AttnDCGAN (Xu et al., CVPR 2018, arXiv 1711.10485): the generators and the objective.
+
+Several stages, each twice as large as the one before; from the second on every pixel attends to the words. Written from
+the paper and from what is known of the released code's behaviour. The discriminators are in attn_discriminator.py.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from miscc.losses import binary_discriminator_loss, binary_generator_loss, kl_to_standard_normal
+from models.attn_discriminator import StageDiscriminator, initialise
+from models.damsm import matching_losses
+from models.layers import doublings
+from models.types import GeneratorOutput, TextFeatures, Update, frozen
+
+WIDEST = 16  # channels at 4×4 are at most this times gf_dim, as at the published 64 px
+
+
+def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+
+
+def up_block(channels_in: int, channels_out: int) -> nn.Sequential:
+    """(N, C, H, W) -> (N, C', 2H, 2W): nearest upsampling, convolution, batch norm, gated linear unit."""
+    return nn.Sequential(
+        nn.Upsample(scale_factor=2, mode="nearest"),
+        conv3x3(channels_in, 2 * channels_out),
+        nn.BatchNorm2d(2 * channels_out),
+        nn.GLU(dim=1),
+    )
+
+
+class ConditioningAugmentation(nn.Module):
+    """sentence -> a sample c ~ N(mu(s), sigma(s)): neighbouring points of the text space also give images."""
+
+    def __init__(self, sentence_dim: int, condition_dim: int):
+        super().__init__()
+        self.linear = nn.Linear(sentence_dim, 4 * condition_dim)
+        self.gate = nn.GLU(dim=1)
+
+    def forward(self, sentence: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # (N, D), (N, C) -> c, mu, logvar, each (N, C)
+        mu, logvar = self.gate(self.linear(sentence)).chunk(2, dim=1)
+        return mu + noise * (logvar / 2).exp(), mu, logvar
+
+
+class FirstStage(nn.Module):
+    """condition and noise -> features of the first image: a linear layer to 4×4, then up blocks that halve the channels."""
+
+    def __init__(self, input_dim: int, gf_dim: int, base_size: int):
+        super().__init__()
+        num_blocks = doublings(base_size)
+        channels = [gf_dim * min(2**steps, WIDEST) for steps in range(num_blocks, -1, -1)]
+        width = channels[0] * 4 * 4
+        self.fc = nn.Sequential(nn.Linear(input_dim, 2 * width, bias=False), nn.BatchNorm1d(2 * width), nn.GLU(dim=1))
+        self.blocks = nn.Sequential(*(up_block(a, b) for a, b in zip(channels, channels[1:], strict=False)))
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C + Z) -> (N, gf_dim, base_size, base_size)
+        return self.blocks(self.fc(x).view(len(x), -1, 4, 4))
+
+
+class WordAttention(nn.Module):
+    """Each pixel's mixture of words (eq. 2 of the paper): softmax over the caption's own words, padding left out.
+
+    attends False: every word weighs the same at every pixel (an ablation).
+    """
+
+    def __init__(self, channels: int, word_dim: int, attends: bool):
+        super().__init__()
+        self.project = nn.Conv2d(word_dim, channels, 1, bias=False)
+        self.attends = attends
+
+    def forward(self, x: Tensor, words: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        # (N, C, H, W), (N, D, T), (N, T) True = padding -> context (N, C, H, W), attention (N, T, H, W)
+        keys = self.project(words[..., None])[..., 0]  # (N, C, T)
+        scores = keys.transpose(1, 2) @ x.flatten(2)
+        # One mask a sample, for all its pixels; the authors' code gives pixels the masks of other samples.
+        scores = (scores if self.attends else torch.zeros_like(scores)).masked_fill(mask[:, :, None], -torch.inf)
+        attention = scores.softmax(dim=1)
+        return (keys @ attention).view_as(x), attention.unflatten(2, x.shape[2:])
+
+
+class ResidualBlock(nn.Module):
+    """x + (convolution, batch norm, gated linear unit, convolution, batch norm)(x)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            conv3x3(channels, 2 * channels),
+            nn.BatchNorm2d(2 * channels),
+            nn.GLU(dim=1),
+            conv3x3(channels, channels),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+class Refinement(nn.Module):
+    """A further stage: features with their word contexts, residual blocks, one up block."""
+
+    def __init__(self, gf_dim: int, word_dim: int, r_num: int, attends: bool):
+        super().__init__()
+        self.attention = WordAttention(gf_dim, word_dim, attends)
+        self.residual = nn.Sequential(*(ResidualBlock(2 * gf_dim) for _ in range(r_num)))
+        self.up = up_block(2 * gf_dim, gf_dim)
+
+    def forward(self, x: Tensor, text: TextFeatures) -> tuple[Tensor, Tensor]:
+        # (N, C, H, W) -> (N, C, 2H, 2W), attention (N, T, H, W)
+        context, attention = self.attention(x, text.words, text.mask)
+        return self.up(self.residual(torch.cat([x, context], dim=1))), attention
+
+
+class AttnGenerator(nn.Module):
+    """noise and words -> an image at every stage, with the word attention of all but the first.
+
+    gf_dim: base number of channels; z_dim, condition_dim: lengths of noise and augmented condition; sentence_dim: length
+    of word and sentence features; r_num: residual blocks a stage; base_size: pixels of the first stage, a power of two
+    from 8 on; num_stages: each doubles the size; attention: False gives all words the same weight.
+    """
+
+    draws_every_stage: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        gf_dim: int = 32,
+        z_dim: int = 100,
+        condition_dim: int = 100,
+        sentence_dim: int = 256,
+        r_num: int = 2,
+        base_size: int = 64,
+        num_stages: int = 3,
+        attention: bool = True,
+    ):
+        super().__init__()
+        self.arguments = {
+            "gf_dim": gf_dim, "z_dim": z_dim, "condition_dim": condition_dim, "sentence_dim": sentence_dim,
+            "r_num": r_num, "base_size": base_size, "num_stages": num_stages, "attention": attention,
+        }  # fmt: skip
+        self.z_dim = z_dim
+        self.noise_dim = z_dim + condition_dim
+        self.image_size = base_size * 2 ** (num_stages - 1)
+        self.augmentation = ConditioningAugmentation(sentence_dim, condition_dim)
+        self.first = FirstStage(self.noise_dim, gf_dim, base_size)
+        self.refinements = nn.ModuleList(
+            Refinement(gf_dim, sentence_dim, r_num, attention) for _ in range(num_stages - 1)
+        )
+        self.to_rgb = nn.ModuleList(
+            nn.Sequential(conv3x3(gf_dim, 3), nn.Tanh()) for _ in range(num_stages if self.draws_every_stage else 1)
+        )
+        initialise(self)
+
+    def forward(self, noise: Tensor, text: TextFeatures, augmentation_noise: Tensor | None = None) -> GeneratorOutput:
+        """noise (N, noise_dim): z and the ε of the conditioning augmentation; or (N, z_dim), and augmentation_noise
+        (N, condition_dim), drawn anew where it is None."""
+        z, rest = noise[:, : self.z_dim], noise[:, self.z_dim :]
+        if augmentation_noise is None:
+            augmentation_noise = rest if rest.shape[1] else noise.new_empty(len(noise), self.condition_dim).normal_()
+        condition, mu, logvar = self.augmentation(text.sentence, augmentation_noise)
+        x = self.first(torch.cat([condition, z], dim=1))
+        images, attention = [self.to_rgb[0](x)] if self.draws_every_stage else [], []
+        for number, refinement in enumerate(self.refinements, start=1):
+            x, weights = refinement(x, text)
+            attention.append(weights)
+            if self.draws_every_stage:
+                images.append(self.to_rgb[number](x))
+        if not self.draws_every_stage:
+            images.append(self.to_rgb[0](x))
+        return GeneratorOutput(images=images, attention=attention, mu=mu, logvar=logvar)
+
+    @property
+    def condition_dim(self) -> int:
+        return self.noise_dim - self.z_dim
+
+
+class AttnDCGenerator(AttnGenerator):
+    """AttnDCGAN's: the same stages, but only the last one draws."""
+
+    draws_every_stage = False
+
+
+class AttnGAN:
+    """The objective: every stage's D judges images alone and with their caption; G adds KL and the DAMSM loss.
+
+    networks: generator, discriminator (of all stages), text_encoder and, where the DAMSM loss has a weight,
+    image_encoder. Other arguments: the settings named in OBJECTIVE_SETTINGS, see miscc/config.py. One Adam for all the
+    discriminators is one for each: they share no parameter.
+    """
+
+    GENERATOR_SETTINGS: ClassVar[Mapping[str, str]] = {
+        "gf_dim": "GAN.GF_DIM", "z_dim": "GAN.Z_DIM", "condition_dim": "GAN.CONDITION_DIM",
+        "sentence_dim": "TEXT.EMBEDDING_DIM", "r_num": "GAN.R_NUM", "base_size": "TREE.BASE_SIZE",
+        "num_stages": "TREE.BRANCH_NUM", "attention": "GAN.B_ATTENTION",
+    }  # fmt: skip
+    DISCRIMINATOR_SETTINGS: ClassVar[Mapping[str, str]] = {
+        "df_dim": "GAN.DF_DIM", "base_size": "TREE.BASE_SIZE", "num_stages": "TREE.BRANCH_NUM",
+        "sentence_dim": "TEXT.EMBEDDING_DIM", "spectral_normalisation": "USE_SN",
+    }  # fmt: skip
+    SHOWN: ClassVar[tuple[str, ...]] = ("loss/discriminator", "loss/adversarial", "loss/words", "loss/kl")
+    OBJECTIVE_SETTINGS: ClassVar[Mapping[str, str]] = {
+        "generator_lr": "TRAIN.GENERATOR_LR", "discriminator_lr": "TRAIN.DISCRIMINATOR_LR", "betas": "TRAIN.BETAS",
+        "damsm_weight": "TRAIN.DAMSM_WEIGHT", "damsm_factor": "TRAIN.SMOOTH.LAMBDA",
+        "gamma1": "TRAIN.SMOOTH.GAMMA1", "gamma2": "TRAIN.SMOOTH.GAMMA2", "gamma3": "TRAIN.SMOOTH.GAMMA3",
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        networks: dict[str, nn.Module],
+        *,
+        generator_lr: float = 2e-4,
+        discriminator_lr: float = 2e-4,
+        betas: tuple[float, float] = (0.5, 0.999),
+        damsm_weight: float = 1.0,
+        damsm_factor: float = 5.0,
+        gamma1: float = 4.0,
+        gamma2: float = 5.0,
+        gamma3: float = 10.0,
+    ):
+        self.networks = networks
+        self.image_sizes = [stage.image_size for stage in networks["discriminator"].stages]
+        self.generator_lr, self.discriminator_lr, self.betas = generator_lr, discriminator_lr, tuple(betas)
+        self.damsm_weight = damsm_weight * damsm_factor
+        self.gammas = {"gamma1": gamma1, "gamma2": gamma2, "gamma3": gamma3}
+
+    def optimizers(self) -> dict[str, tuple[list[nn.Parameter], float, tuple[float, float]]]:
+        generator, discriminator = self.networks["generator"], self.networks["discriminator"]
+        return {
+            "discriminator": (list(discriminator.parameters()), self.discriminator_lr, self.betas),
+            "generator": (list(generator.parameters()), self.generator_lr, self.betas),
+        }
+
+    def train(self) -> None:
+        self.networks["generator"].train()
+        self.networks["discriminator"].train()
+        for encoder in self._encoders():
+            encoder.eval().requires_grad_(False)
+
+    def updates(self, batch: Any, noise: Tensor) -> Iterator[Update]:
+        """Discriminators of all stages, then the generator."""
+        discriminator = self.networks["discriminator"]
+        text = self.networks["text_encoder"](batch.captions, batch.lengths).detach()
+        fake = self.networks["generator"](noise, text)
+        stages = list(zip(discriminator.stages, fake.images, strict=True))
+
+        losses, stats = [], {}
+        for stage, images in stages:
+            real_images = batch.images_at(stage.image_size)
+            loss, logits = discriminator_loss(stage, real_images, images.detach(), text.sentence)
+            losses.append(loss)
+            stats |= {f"logits/{name}_{stage.image_size}": value for name, value in logits.items()}
+        stats |= self._by_size("discriminator", losses)
+        yield Update("discriminator", {"discriminator": torch.stack(losses).sum()}, stats)
+
+        with frozen(discriminator, *self._encoders()):
+            losses = [adversarial_loss(stage, images, text.sentence) for stage, images in stages]
+            stats = self._by_size("adversarial", losses) | {"sigma_mean": (fake.logvar.detach() / 2).exp().mean()}
+            total = {"adversarial": torch.stack(losses).sum(), "kl": kl_to_standard_normal(fake.mu, fake.logvar)}
+            if self.damsm_weight > 0:
+                damsm = matching_losses(self.networks["image_encoder"], fake.images[-1], text, batch, **self.gammas)
+                total |= {name: self.damsm_weight * loss for name, loss in damsm.items()}
+            yield Update("generator", total, stats)
+
+    def _by_size(self, name: str, losses: list[Tensor]) -> dict[str, Tensor]:
+        """The losses of the single stages, for the log."""
+        return {f"loss/{name}_{size}": loss.detach() for size, loss in zip(self.image_sizes, losses, strict=True)}
+
+    def _encoders(self) -> list[nn.Module]:
+        return [self.networks[name] for name in ("text_encoder", "image_encoder") if name in self.networks]
+
+
+class AttnDCGAN(AttnGAN):
+    """The same objective with AttnDCGAN's networks: one discriminator, which judges images with their captions alone."""
+
+
+def discriminator_loss(
+    stage: StageDiscriminator, real_images: Tensor, fake_images: Tensor, sentence: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of one stage's discriminator, and its mean logits by kind of pair.
+
+    Mismatched pairs: each real image but the last with the caption of the next one.
+    """
+    real, fake = stage.features(real_images), stage.features(fake_images)
+    logits = {
+        "real": stage.logits(real, sentence),
+        "fake": stage.logits(fake, sentence),
+        "mismatched": stage.logits(real[:-1], sentence[1:]),
+    }
+    alone = {}
+    if stage.judges_alone:
+        alone = {"real_alone": stage.unconditional(real), "fake_alone": stage.unconditional(fake)}
+    loss = binary_discriminator_loss(*logits.values(), *alone.values())
+    return loss, {name: value.detach().mean() for name, value in (logits | alone).items()}
+
+
+def adversarial_loss(stage: StageDiscriminator, fake_images: Tensor, sentence: Tensor) -> Tensor:
+    """What one stage's discriminator says against G's images."""
+    features = stage.features(fake_images)
+    alone = [stage.unconditional(features)] if stage.judges_alone else []
+    return binary_generator_loss(stage.logits(features, sentence), *alone)
