@@ -55,6 +55,12 @@ SCHEMA = {
     "TRAIN.SAVE_EVERY": Key(1000, int, "steps between writes of last.pth within an epoch; 0: at its end alone", "gan"),
     "TRAIN.SAMPLE_EVERY": Key(500, int, "steps between pictures of fixed test captions; 0: none", "gan"),
     "TRAIN.LOG_EVERY": Key(50, int, "steps between lines in stats.jsonl and TensorBoard", "gan"),
+    "TRAIN.EVAL_EVERY": Key(0, int, "epochs between evaluations on held-out training classes; 0: none", "gan"),
+    "TRAIN.EVAL_CLASSES": Key(0.05, float, "share of the training classes held out for them, never trained on", "gan"),
+    "TRAIN.EVAL_IMAGES": Key(2000, int, "images drawn for an evaluation", "gan"),
+    "TRAIN.EVAL_MEASURE": Key(
+        "FD", str, "the number: FD by EfficientNet-lite0, or FID by TensorFlow's Inception", "gan", ("FD", "FID")
+    ),
     "TRAIN.GENERATOR_LR": Key(1e-4, float, "Adam's learning rate of G", "gan"),
     "TRAIN.DISCRIMINATOR_LR": Key(4e-4, float, "Adam's learning rate of D", "gan"),
     "TRAIN.ENCODER_LR": Key(2e-3, float, "Adam's first learning rate in pretraining the encoders", "damsm"),
@@ -269,6 +275,8 @@ def find_system(given: Mapping[str, Any], systems: Iterable[str]) -> str:
     """The system that a file means: GAN.NAME, or the rule for files whose authors had only one system."""
     name = str(given.get("GAN.NAME") or "").strip().lower().replace("-", "_")
     systems = list(systems)
+    spelled = {system.replace("_", ""): system for system in systems}  # so that AttnGAN and Attn-GAN are found, too
+    name = spelled.get(name.replace("_", "").replace(" ", ""), name)
     if not name:
         attention = int(given.get("TREE.BRANCH_NUM", 1)) > 1 or bool(given.get("TRAIN.NET_E"))
         name = ("attn_dcgan" if given.get("GAN.B_DCGAN") else "attn_gan") if attention else "ssa_gan"
@@ -319,9 +327,11 @@ def _check(values: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name}: must not be negative, but is {values[name]}")
     if len(values["TRAIN.BETAS"]) != 2 or not all(0 <= beta < 1 for beta in values["TRAIN.BETAS"]):
         raise ConfigError(f"TRAIN.BETAS: must be two numbers from 0 to below 1, not {values['TRAIN.BETAS']}")
+    if values["TRAIN.EVAL_EVERY"] and not values["TRAIN.EVAL_CLASSES"]:
+        raise ConfigError("TRAIN.EVAL_CLASSES: must be above 0 where TRAIN.EVAL_EVERY asks for evaluations")
     if values["GAN.TRUNCATION"] == 0:
         raise ConfigError("GAN.TRUNCATION: must be above 0, or empty for plain normal noise")
-    for name in ("TRAIN.EMA_DECAY", "TRAIN.HELD_OUT"):
+    for name in ("TRAIN.EMA_DECAY", "TRAIN.HELD_OUT", "TRAIN.EVAL_CLASSES"):
         if values[name] >= 1:
             raise ConfigError(f"{name}: must be below 1, not {values[name]}")
 

@@ -106,6 +106,11 @@ def test_a_file_without_a_name_says_its_system_by_its_keys(given, system):
     assert find_system(given, ()) == system
 
 
+@pytest.mark.parametrize("name", ["AttnGAN", "attn_gan", "Attn-GAN", "attn gan"])
+def test_systems_may_be_spelled_as_their_papers_do(name):
+    assert find_system({"GAN.NAME": name}, SYSTEMS) == "attn_gan"
+
+
 def test_attn_gan_file_reads_completely(tmp_path):
     path = write(tmp_path, ATTN_BIRD)
     cfg = load_config(path, [("GAN.NAME", "ssa_gan")], systems=SYSTEMS)
