@@ -3,10 +3,12 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 # Largest number of attention values (images × captions × words × regions) that word_loss keeps at once.
 ATTENTION_VALUES = 64 * 2**20
+WORD_GROUPS = 4  # of captions with similar lengths, so that word_loss computes little for padding
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor, mismatched: Tensor) -> Tensor:
@@ -89,16 +91,18 @@ def word_loss(
     regions (N, D, h, w); words (N, D, T); lengths (N,) valid words; class_ids (N,): other samples of the same class do
     not count as mismatches. Returns (image-to-text, text-to-image), two scalars.
     """
-    num_images, num_words = len(regions), words.shape[2]
-    regions = regions.flatten(2)
-    padding = _padding(lengths, words)
-    rows = max(1, ATTENTION_VALUES // (len(words) * num_words * regions.shape[2]))
-    if rows >= num_images:
-        matching = _word_matching(regions, words, padding, gamma1, gamma2)
-    else:  # a large batch: some images at a time, recomputed in the backward pass
-        blocks = regions.split(rows)
-        inputs = (words, padding, gamma1, gamma2)
-        matching = torch.cat([checkpoint(_word_matching, block, *inputs, use_reentrant=False) for block in blocks])
+    regions, padding = regions.flatten(2), _padding(lengths, words)
+    products = regions.transpose(1, 2) @ regions
+    groups = _of_similar_length(lengths)
+    if groups is None:
+        matching = _bounded_matching(regions, products, words, padding, gamma1, gamma2)
+    else:
+        parts = []
+        for rows, longest in groups:
+            own = words[rows, :, :longest], padding[rows, :longest]
+            parts.append(_bounded_matching(regions, products, *own, gamma1, gamma2))
+        back = torch.cat([rows for rows, _ in groups]).argsort().to(words.device, non_blocking=True)
+        matching = torch.cat(parts, dim=1)[:, back]
     return _matching_loss(gamma3 * matching, class_ids)
 
 
@@ -113,13 +117,41 @@ def sentence_loss(
     return _matching_loss(gamma3 * similarity, class_ids)
 
 
+def semantic_distance(a: Tensor, b: Tensor) -> Tensor:
+    """SEM(a, b) = 1 − cos(a, b), in [0, 2]: our reading of SEMA's distance. (N, D), (N, D) -> (N,)."""
+    return 1 - F.cosine_similarity(a, b, dim=1, eps=1e-8)
+
+
 def _binary(logits: Tensor, target: float) -> Tensor:
     """Mean binary cross-entropy of sigmoid(logits) against one target for all."""
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
 
 
-def _word_matching(regions: Tensor, words: Tensor, padding: Tensor, gamma1: float, gamma2: float) -> Tensor:
-    """R(Q, D) of every image with every caption: (I, D, R), (N, D, T), (N, T) -> (I, N).
+def _of_similar_length(lengths: Tensor) -> list[tuple[Tensor, int]] | None:
+    """Captions sorted into groups by length: [(their numbers, the longest's length)], so that little is computed for
+    padding. None where that does not pay, or would have to wait for a GPU to know the lengths."""
+    if lengths.device.type != "cpu" or len(lengths) < 2 * WORD_GROUPS:
+        return None
+    order = lengths.argsort(stable=True)
+    return [(rows, int(lengths[rows[-1]])) for rows in order.tensor_split(WORD_GROUPS)]
+
+
+def _bounded_matching(
+    regions: Tensor, products: Tensor, words: Tensor, padding: Tensor, gamma1: float, gamma2: float
+) -> Tensor:
+    """_word_matching; for a large batch some images at a time, recomputed in the backward pass."""
+    rows = max(1, ATTENTION_VALUES // (len(words) * words.shape[2] * regions.shape[2]))
+    inputs = (words, padding, gamma1, gamma2)
+    if rows >= len(regions):
+        return _word_matching(regions, products, *inputs)
+    blocks = zip(regions.split(rows), products.split(rows), strict=True)
+    return torch.cat([checkpoint(_word_matching, *block, *inputs, use_reentrant=False) for block in blocks])
+
+
+def _word_matching(
+    regions: Tensor, products: Tensor, words: Tensor, padding: Tensor, gamma1: float, gamma2: float
+) -> Tensor:
+    """R(Q, D) of every image with every caption: (I, D, R), VᵀV (I, R, R), (N, D, T), (N, T) -> (I, N).
 
     The contexts c = Σ_r α_r·v_r, (I·N·T) vectors of length D, are never formed: their product with the word is Σ_r α_r·s_r
     of the scores s that are there already, and ‖c‖² = αᵀ(VᵀV)α.
@@ -129,13 +161,34 @@ def _word_matching(regions: Tensor, words: Tensor, padding: Tensor, gamma1: floa
     scores = (queries @ regions).unflatten(1, (num_captions, num_words))  # (I, N, T, R)
     attention = scores.masked_fill(padding[None, :, :, None], -torch.inf).softmax(dim=2)
     attention = (gamma1 * attention).softmax(dim=3)
-    products = (attention * scores).sum(dim=3)
-    flat = attention.flatten(1, 2)
-    squared_norms = (flat @ (regions.transpose(1, 2) @ regions) * flat).sum(dim=2)
+    agreement = (attention * scores).sum(dim=3)
+    squared_norms = _SquaredContextNorms.apply(attention.flatten(1, 2), products)
     context_norms = squared_norms.clamp_min(1e-16).sqrt().unflatten(1, (num_captions, num_words))
     word_norms = queries.norm(dim=1).clamp_min(1e-8).unflatten(0, (num_captions, num_words))
-    cosine = products / (context_norms * word_norms)
+    cosine = agreement / (context_norms * word_norms)
     return (gamma2 * cosine).masked_fill(padding, -torch.inf).logsumexp(dim=2)
+
+
+class _SquaredContextNorms(torch.autograd.Function):
+    """αᵀPα for each row α of (I, K, R) with symmetric P (I, R, R) -> (I, K).
+
+    As P is symmetric, the gradient by α is twice the product that the value needs anyway; autograd would take another.
+    """
+
+    @staticmethod
+    def forward(ctx, attention: Tensor, products: Tensor) -> Tensor:
+        weighted = attention @ products
+        ctx.save_for_backward(attention, weighted)
+        return torch.linalg.vecdot(weighted, attention)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        attention, weighted = ctx.saved_tensors
+        by_products = None
+        if ctx.needs_input_grad[1]:
+            by_products = (attention * grad[..., None]).transpose(1, 2) @ attention
+        return weighted * (2 * grad[..., None]), by_products
 
 
 def _matching_loss(similarity: Tensor, class_ids: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """AttnGAN's discriminators (Xu et al., CVPR 2018): one for the images of a stage, and all of a training as one network."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -98,6 +99,25 @@ class AttnDiscriminator(nn.Module):
     def forward(self, images: list[Tensor], sentence: Tensor) -> list[Tensor]:
         """images coarse to fine, (N, 3, H, W) each, and their captions (N, D) -> logits (N,) of every stage."""
         return [stage(scale, sentence) for stage, scale in zip(self.stages, images, strict=True)]
+
+    def with_stages(self, stages: Sequence[nn.Module]) -> "AttnDiscriminator":
+        """A network like this one around given stages, of which it takes those of its image sizes.
+
+        Raises ValueError where a size is missing or a stage is of another kind.
+        """
+        by_size = {stage.image_size: stage for stage in stages if isinstance(stage, StageDiscriminator)}
+        missing = [stage.image_size for stage in self.stages if stage.image_size not in by_size]
+        if missing:
+            sizes = ", ".join(map(str, missing))
+            raise ValueError(f"the discriminator for images of {sizes} px is missing (found: {sorted(by_size)})")
+        chosen = [by_size[stage.image_size] for stage in self.stages]
+        shared = [{**stage.arguments, "image_size": None} for stage in chosen]
+        if any(arguments != shared[0] for arguments in shared) or chosen[0].judges_alone != self.judges_alone:
+            raise ValueError("the discriminators are not of one training of this system")
+        with torch.device("meta"):  # its own stages are thrown away
+            network = type(self)(**(self.arguments | {name: shared[0][name] for name in ("df_dim", "sentence_dim")}))
+        network.stages = nn.ModuleList(chosen)
+        return network
 
 
 class AttnDCDiscriminator(AttnDiscriminator):

@@ -5,13 +5,16 @@ and wrapping dicts are seen through.
 """
 
 import re
-from collections.abc import Mapping
+import runpy
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from miscc.checkpoint import load_file
 from miscc.errors import CheckpointError
-from models import DISCRIMINATORS, GENERATORS, IMAGE_ENCODERS, TEXT_ENCODERS
+from models import DISCRIMINATORS, GENERATORS, IMAGE_ENCODERS, NETWORKS, TEXT_ENCODERS
 from models.released_formats import FORMATS, Format, State
 
 
@@ -25,6 +28,28 @@ def load_discriminator(state_dict: Mapping[str, Any]) -> nn.Module:
     return _load(state_dict, "discriminator", DISCRIMINATORS)
 
 
+def load_discriminator_files(path: str | Path, like: nn.Module) -> nn.Module:
+    """The authors' discriminator in a file, as a network like `like`.
+
+    Where that one has stages, AttnGAN's, the path names the first of netD0.pth, netD1.pth, ..., and those beside it are
+    read, too. Raises CheckpointError where a file is broken or a stage is missing.
+    """
+    path = Path(path)
+    first = load_discriminator(load_file(path))
+    if not hasattr(like, "with_stages"):
+        return first
+    stages = [first]
+    while (beside := path.with_name(re.sub(r"D0(?=\D)", f"D{len(stages)}", path.name))).is_file() and beside != path:
+        stages.append(load_discriminator(load_file(beside)))
+    try:
+        return like.with_stages(stages)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: {error}; name the first of the authors' files, netD0.pth, and put the others of this training, "
+            f"netD1.pth, netD2.pth ..., beside it"
+        ) from None
+
+
 def load_text_encoder(state_dict: Mapping[str, Any]) -> nn.Module:
     """DAMSM's text encoder, in eval mode, with the released weights. Raises CheckpointError."""
     return _load(state_dict, "text_encoder", TEXT_ENCODERS)
@@ -35,10 +60,18 @@ def load_image_encoder(state_dict: Mapping[str, Any]) -> nn.Module:
     return _load(state_dict, "image_encoder", IMAGE_ENCODERS)
 
 
+# How each part of a released file is loaded.
+LOADERS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
+    "generator": load_generator,
+    "discriminator": load_discriminator,
+    "text_encoder": load_text_encoder,
+    "image_encoder": load_image_encoder,
+}
+
+
 def network_name(module: nn.Module) -> str:
     """The name under which our registries know a network's class."""
-    registries = (GENERATORS, DISCRIMINATORS, TEXT_ENCODERS, IMAGE_ENCODERS)
-    return next(name for registry in registries for name, kind in registry.items() if kind is type(module))
+    return next(name for registry in NETWORKS.values() for name, kind in registry.items() if kind is type(module))
 
 
 def unwrap(value: Any, part: str) -> dict[str, Tensor]:
@@ -118,3 +151,8 @@ def rename(name: str, form: Format) -> str:
 
 def _first(value: Mapping) -> str:
     return ", ".join(str(name) for name in list(value)[:3]) or "nothing"
+
+
+if __name__ == "__main__":
+    # What a file is, and --convert: a whole checkpoint needs the data's vocabulary, which models do not know.
+    runpy.run_module("eval.released_files", run_name="__main__")

@@ -257,15 +257,7 @@ def test_every_key_is_read_somewhere():
         if not re.search(rf'\.{last}\b|"{re.escape(name)}"', source) and f'"{name}"' not in rules:
             unread.append(name)
     assert unread == []
-    # What waits for AttnGAN; nothing else may.
-    assert not_yet <= {
-        "TREE.BRANCH_NUM",
-        "GAN.DF_DIM",
-        "GAN.GF_DIM",
-        "GAN.CONDITION_DIM",
-        "GAN.R_NUM",
-        "GAN.B_ATTENTION",
-    }
+    assert not_yet == set()
 
 
 def test_flatten_and_lookup():

@@ -17,8 +17,8 @@ from eval.pipeline import Encoders, load_encoders, released_vocabulary
 from miscc.checkpoint import load_file
 from miscc.config import lookup
 from miscc.errors import CheckpointError, ConfigError, DataError, UserError
-from models import DISCRIMINATORS, GENERATORS, NETWORKS, SYSTEMS
-from models.released import holds, load_discriminator, load_generator
+from models import NETWORKS, SYSTEMS
+from models.released import holds, load_discriminator, load_discriminator_files, load_generator, network_name
 from models.types import rebuild
 
 logger = logging.getLogger(__name__)
@@ -29,20 +29,31 @@ def pick(cfg: Mapping, settings: Mapping[str, str]) -> dict[str, Any]:
     return {argument: lookup(cfg, key) for argument, key in settings.items()}
 
 
+def network_settings(name: str) -> dict[str, Mapping[str, str]]:
+    """{part: {argument: key}} of the networks that a system trains."""
+    system = SYSTEMS[name]
+    always = {"generator": system.GENERATOR_SETTINGS, "discriminator": system.DISCRIMINATOR_SETTINGS}
+    return always | getattr(system, "EXTRA_NETWORKS", {})
+
+
+def network_keys(name: str) -> set[str]:
+    """The settings that shape a system's networks."""
+    return {key for settings in network_settings(name).values() for key in settings.values()}
+
+
 def system_keys(name: str) -> set[str]:
     """The settings that a system's parts name."""
     system = SYSTEMS[name]
-    parts = (system.GENERATOR_SETTINGS, system.DISCRIMINATOR_SETTINGS, system.OBJECTIVE_SETTINGS)
-    return {key for part in parts for key in part.values()}
+    others = (system.OBJECTIVE_SETTINGS, getattr(system, "TEXT_SETTINGS", {}))
+    return network_keys(name) | {key for settings in others for key in settings.values()}
 
 
 def build_networks(cfg: Mapping) -> dict[str, nn.Module]:
-    """Fresh generator and discriminator of the chosen system. Raises ConfigError where the sizes do not work."""
-    system = SYSTEMS[cfg.GAN.NAME]
+    """Fresh networks of the chosen system: G, D and others that it has. Raises ConfigError where sizes do not work."""
+    name = cfg.GAN.NAME
     try:
         return {
-            "generator": GENERATORS[cfg.GAN.NAME](**pick(cfg, system.GENERATOR_SETTINGS)),
-            "discriminator": DISCRIMINATORS[cfg.GAN.NAME](**pick(cfg, system.DISCRIMINATOR_SETTINGS)),
+            part: NETWORKS[part][name](**pick(cfg, settings)) for part, settings in network_settings(name).items()
         }
     except ValueError as error:
         raise ConfigError(f"TREE.BASE_SIZE: {error}") from None
@@ -57,19 +68,23 @@ def given_networks(cfg: Mapping, fresh: Mapping[str, nn.Module]) -> dict[str, nn
             stored = content["networks"]
             if "generator" not in stored:
                 raise CheckpointError(f"TRAIN.NET_G: {train.NET_G} holds no generator but {', '.join(stored)}")
-            parts = ("generator", "discriminator") if train.B_NET_D else ("generator",)
+            parts = tuple(fresh) if train.B_NET_D else ("generator",)
             networks = {part: rebuild(stored[part], NETWORKS[part]) for part in parts if part in stored}
         else:
             networks["generator"] = load_generator(content)
             if train.B_NET_D and not train.NET_D and holds(content, "discriminator"):
                 networks["discriminator"] = load_discriminator(content)
     if train.NET_D:
-        networks["discriminator"] = load_discriminator(load_file(train.NET_D))
+        networks["discriminator"] = load_discriminator_files(train.NET_D, fresh["discriminator"])
     if networks and "discriminator" not in networks:
         logger.warning("the discriminator starts anew; TRAIN.NET_D names the one that goes with TRAIN.NET_G")
     for part, network in networks.items():
         key = "TRAIN.NET_D" if part == "discriminator" and train.NET_D else "TRAIN.NET_G"
-        for argument in ("image_size", "z_dim", "sentence_dim"):
+        if type(network) is not type(fresh[part]):
+            raise CheckpointError(
+                f"{key}: holds the {part} of {network_name(network)}, the settings are for {cfg.GAN.NAME}; set GAN.NAME"
+            )
+        for argument in ("image_size", "base_size", "num_stages", "z_dim", "condition_dim", "sentence_dim"):
             theirs, ours = network.arguments.get(argument), fresh[part].arguments.get(argument)
             if theirs != ours:
                 raise CheckpointError(
