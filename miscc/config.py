@@ -146,6 +146,14 @@ SCHEMA = {
         "the encoders: ours or text_encoder*.pth; empty: DAMSMencoders/<DATASET_NAME>/best.pth",
         "gan",
     ),
+    "TEXT.TRANSFORMER": Key(
+        "", str, "SEMA: folder of a Hugging Face BERT that gives half of the sentence; empty: the LSTM alone", "system"
+    ),
+    "SEMA.REDESCRIPTION_WEIGHT": Key(1.0, float, "weight of SEM(R(fake), sentence) in G's loss; 0: without R", "system"),
+    "SEMA.FEATURE_WEIGHT": Key(1.0, float, "weight of SEM(F(fake), F(real)) in G's loss; 0: without F", "system"),
+    "SEMA.MARGIN": Key(0.5, float, "distance up to which R pushes what it writes of fake images away", "system"),
+    "SEMA.STEPS": Key(8, int, "how often R's LSTM looks at an image", "system"),
+    "SEMA.FEATURE_DIM": Key(256, int, "length of F's features", "system"),
     "DAMSM.IMAGE_ENCODER": Key(
         "inception", str, "network of the image encoder to pretrain", "damsm", ("inception", "small")
     ),
@@ -174,6 +182,13 @@ SYSTEM_DEFAULTS = {
         "TRAIN.MAX_EPOCH": 1300,
         "TRAIN.DAMSM_WEIGHT": 0.0,
         "GAN.TRUNCATION": 0.88,
+    },
+    "sema": {
+        "TRAIN.NF": 32,
+        "TRAIN.BATCH_SIZE": 48,
+        "TRAIN.MAX_EPOCH": 121,
+        "TRAIN.DAMSM_WEIGHT": 0.0,
+        "GAN.TRUNCATION": 0.8,
     },
     "attn_gan": ATTN_DEFAULTS,
     "attn_dcgan": ATTN_DEFAULTS | {"GAN.B_DCGAN": True},
@@ -317,7 +332,7 @@ def _check(values: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name}: must be one of {', '.join(key.choices)}, not {values[name]!r}")
     positive = ("TRAIN.BATCH_SIZE", "TRAIN.NF", "GAN.Z_DIM", "GAN.GF_DIM", "GAN.DF_DIM", "TEXT.WORDS_NUM",
                 "TEXT.CAPTIONS_PER_IMAGE", "TEXT.EMBEDDING_DIM", "TREE.BRANCH_NUM", "TRAIN.LOG_EVERY",
-                "TRAIN.GENERATOR_LR", "TRAIN.DISCRIMINATOR_LR", "TRAIN.ENCODER_LR")  # fmt: skip
+                "TRAIN.GENERATOR_LR", "TRAIN.DISCRIMINATOR_LR", "TRAIN.ENCODER_LR", "SEMA.STEPS", "SEMA.FEATURE_DIM")  # fmt: skip
     for name in positive:
         if values[name] <= 0:
             raise ConfigError(f"{name}: must be greater than 0, not {values[name]}")

@@ -7,18 +7,28 @@ from models.attn_gan import AttnDCGAN, AttnDCGenerator, AttnGAN, AttnGenerator
 from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder
 from models.df_gan import DFGAN, DFDiscriminator, DFGenerator
 from models.layers import OneWayDiscriminator
+from models.sema import SEMA, SEMAGenerator
+from models.sema_modules import FeatureExtractor, Redescriber
 from models.ssa_gan import SSAGAN, SSAGenerator
 
-SYSTEMS: dict[str, type] = {"ssa_gan": SSAGAN, "df_gan": DFGAN, "attn_gan": AttnGAN, "attn_dcgan": AttnDCGAN}
+SYSTEMS: dict[str, type] = {
+    "ssa_gan": SSAGAN,
+    "df_gan": DFGAN,
+    "sema": SEMA,
+    "attn_gan": AttnGAN,
+    "attn_dcgan": AttnDCGAN,
+}
 GENERATORS: dict[str, type[nn.Module]] = {
     "ssa_gan": SSAGenerator,
     "df_gan": DFGenerator,
+    "sema": SEMAGenerator,
     "attn_gan": AttnGenerator,
     "attn_dcgan": AttnDCGenerator,
 }
 DISCRIMINATORS: dict[str, type[nn.Module]] = {
     "ssa_gan": OneWayDiscriminator,
     "df_gan": DFDiscriminator,
+    "sema": OneWayDiscriminator,
     "attn_gan": AttnDiscriminator,
     "attn_dcgan": AttnDCDiscriminator,
     "attn_stage": StageDiscriminator,  # one of AttnGAN's, as its authors' files have it
@@ -33,4 +43,6 @@ NETWORKS = {
     "discriminator": DISCRIMINATORS,
     "text_encoder": TEXT_ENCODERS,
     "image_encoder": IMAGE_ENCODERS,
+    "redescriber": {"sema": Redescriber},
+    "feature_extractor": {"sema": FeatureExtractor},
 }

@@ -68,6 +68,18 @@ def _df_generator_arguments(state: State) -> dict[str, Any]:
     }
 
 
+def _sema_generator_arguments(state: State) -> dict[str, Any]:
+    z_dim = state["fc.weight"].shape[1]
+    hidden, condition_dim = state["block0.fuse1.affine0.fc_gamma.linear1.weight"].shape
+    return {
+        "nf": state["conv_img.1.weight"].shape[1],
+        "z_dim": z_dim,
+        "image_size": 4 * 2 ** (_count(state, r"block(\d+)\.") - 1),
+        "sentence_dim": condition_dim - z_dim,
+        "hidden": hidden,
+    }
+
+
 def _df_discriminator_arguments(state: State) -> dict[str, Any]:
     if "joint_conv.0.weight" not in state:
         raise CheckpointError(
@@ -187,6 +199,12 @@ FORMATS = (
         ("GBlocks.0.fuse1.affine0.fc_gamma.linear1.weight", "to_rgb.1.weight"),
         ((r"^GBlocks\.", "blocks."), *FUSION_RENAMES),
         _df_generator_arguments,
+    ),
+    Format(
+        "SEMA generator", "generator", "sema",
+        ("block0.fuse1.affine0.fc_gamma.linear1.weight", "conv_img.1.weight"),
+        ((r"^conv_img\.", "to_rgb."), (r"^block(\d+)\.", r"blocks.\1."), *FUSION_RENAMES),
+        _sema_generator_arguments,
     ),
     Format(
         "DF-GAN discriminator", "discriminator", "df_gan",

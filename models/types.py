@@ -62,7 +62,9 @@ class Generator(Protocol):
 class System(Protocol):
     """One paper: its networks and its objective. The trainer knows a system by this and nothing else.
 
-    The class names the settings of its parts as {argument: key}; so a key that no part names has no effect.
+    The class names the settings of its parts as {argument: key}; so a key that no part names has no effect. A class may
+    also have EXTRA_NETWORKS = {part: {argument: key}}, networks beyond G and D that are built, trained and saved alike
+    (their registries are in models.NETWORKS), and TEXT_SETTINGS, what is made of the text encoder for this system.
     """
 
     GENERATOR_SETTINGS: ClassVar[Mapping[str, str]]

@@ -64,3 +64,12 @@ def test_df_gan_images_and_gradients_of_both_steps(folder):
     form = released.recognise(golden.about["netG"])
     norms = gradient_norms(generator, form, golden.about["netG_params"])
     assert relative_error(norms, expected["g_grad_norms"]) < GRADIENT
+
+
+@folders
+def test_sema_images(folder):
+    golden = Golden(folder, "sema")
+    with torch.no_grad():
+        images = golden.generator(golden.noise, golden.text).images[-1]
+    golden.check_images(images)
+    assert released.network_name(golden.generator) == "sema"

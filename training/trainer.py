@@ -19,7 +19,7 @@ from miscc.distributed import World
 from miscc.errors import CheckpointError, TrainingError
 from miscc.images import save_image
 from miscc.randomness import noise_for, seed_everything
-from models import NETWORKS, SYSTEMS
+from models import NETWORKS
 from models.released import network_name
 from models.types import evaluating, rebuild, record
 from training.build import (
@@ -34,6 +34,7 @@ from training.build import (
     given_networks,
     make_dataset,
     needs_image_encoder,
+    network_keys,
     read_records,
     usable_workers,
 )
@@ -42,6 +43,7 @@ from training.progress import Progress, StopSignal
 from training.run_dir import RunDir
 
 STOP_ASKED_EVERY = 10  # steps, where several processes train
+DRAWING = ("generator", "generator_ema", "text_encoder")  # what a checkpoint for drawing holds
 NUM_PICTURED = 12  # fixed test captions in the picture of a run's state
 
 
@@ -261,7 +263,7 @@ class Trainer:
         if self.average is not None:
             networks["generator_ema"] = self.average.module
         if contents == "drawing":
-            networks = {part: networks[part] for part in networks if part not in ("discriminator", "image_encoder")}
+            networks = {part: networks[part] for part in DRAWING if part in networks}
         content = {
             "config": to_plain(self.cfg),
             "vocabulary": self.vocabulary.words,
@@ -327,9 +329,8 @@ def check_resumable(checkpoint: Mapping, cfg: Mapping) -> None:
     for part in ("optimizers", "step", "config"):
         if part not in checkpoint:
             raise CheckpointError(f"the checkpoint holds no {part}: resuming needs a last.pth of main.py")
-    system = SYSTEMS[cfg.GAN.NAME]
-    shaping = {*system.GENERATOR_SETTINGS.values(), *system.DISCRIMINATOR_SETTINGS.values()}
-    check_fixed_settings(checkpoint["config"], cfg, sorted(shaping | {"SEED", "TRAIN.BATCH_SIZE"}), "without --resume")
+    shaping = network_keys(cfg.GAN.NAME) | {"SEED", "TRAIN.BATCH_SIZE"}
+    check_fixed_settings(checkpoint["config"], cfg, sorted(shaping), "without --resume")
 
 
 def changed_settings(before: Mapping, now: Mapping) -> list[str]:

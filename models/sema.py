@@ -1,0 +1,150 @@
+"""SEMA (Yuan et al., IEEE TMM 2024, doi 10.1109/TMM.2023.3278992): adversarial semantic distances on top of DF-GAN.
+
+**The paper's**: the generator, held against the released weights; truncated sampling; that a redescription module R (an
+attention LSTM over convolutional features) and a feature extractor F (trained on real against fake by cross entropy)
+each give G a semantic distance to minimise; that R minimises its distance on real images and maximises it on fake ones;
+the sentence as half LSTM, half Transformer (models/mixed_text.py).
+
+**Ours**, because the training code was never released and the exact distance and weights are not public: the distance,
+SEM(a, b) = 1 − cos(a, b); the margin up to which R pushes fake images away, max(0, margin − SEM(R(x̂), s)), without which
+its loss would have no use for real images any more; the weights 1 of both distances in G's loss; the layers of R and F;
+their learning rate, D's; the order of the steps; D, which is DF-GAN's of the same early form as the generator (channels
+up to 16·nf), with its hinge and MA-GP.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miscc.losses import semantic_distance
+from models.df_gan import CHANNELS, DFGAN
+from models.layers import FusionBlock, doublings
+from models.types import GeneratorOutput, TextFeatures, Update, frozen
+
+
+class SEMAGenerator(nn.Module):
+    """noise and sentence -> image: DF-GAN's early form, whose first block works at 4×4 and the others on doubled features.
+
+    nf: base number of channels; image_size: a power of two from 8 on; hidden: width of the layers that predict γ and β.
+    """
+
+    def __init__(
+        self, nf: int = 32, z_dim: int = 100, image_size: int = 256, sentence_dim: int = 256, hidden: int = 256
+    ):
+        super().__init__()
+        self.arguments = {
+            "nf": nf, "z_dim": z_dim, "image_size": image_size, "sentence_dim": sentence_dim, "hidden": hidden,
+        }  # fmt: skip
+        self.z_dim, self.noise_dim, self.image_size = z_dim, z_dim, image_size
+        num_blocks = doublings(image_size) + 1
+        multipliers = ([CHANNELS[0]] * num_blocks + list(CHANNELS))[-num_blocks:]
+        channels = [nf * multiplier for multiplier in [multipliers[0], *multipliers]]
+        self.fc = nn.Linear(z_dim, channels[0] * 4 * 4)
+        self.blocks = nn.ModuleList(
+            FusionBlock(a, b, z_dim + sentence_dim, hidden) for a, b in zip(channels, channels[1:], strict=False)
+        )
+        self.to_rgb = nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(channels[-1], 3, 3, padding=1), nn.Tanh())
+
+    def forward(self, noise: Tensor, text: TextFeatures) -> GeneratorOutput:  # (N, z_dim) -> images (N, 3, H, W)
+        condition = torch.cat([noise, text.sentence], dim=1)
+        x = self.fc(noise).view(len(noise), -1, 4, 4)
+        for number, block in enumerate(self.blocks):
+            x = block(F.interpolate(x, scale_factor=2, mode="nearest") if number else x, condition)
+        return GeneratorOutput(images=[self.to_rgb(x)])
+
+
+class SEMA(DFGAN):
+    """The objective: DF-GAN's, with R and F as two more adversaries of G, each with an optimizer of its own.
+
+    networks: as DFGAN, with redescriber and feature_extractor. A weight of 0 leaves out that distance and the training of
+    its network. Other arguments: the settings named in OBJECTIVE_SETTINGS, see miscc/config.py.
+    """
+
+    GENERATOR_SETTINGS: ClassVar[Mapping[str, str]] = DFGAN.GENERATOR_SETTINGS
+    EXTRA_NETWORKS: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "redescriber": {
+            "nf": "TRAIN.NF", "image_size": "TREE.BASE_SIZE", "sentence_dim": "TEXT.EMBEDDING_DIM",
+            "steps": "SEMA.STEPS",
+        },
+        "feature_extractor": {"nf": "TRAIN.NF", "image_size": "TREE.BASE_SIZE", "feature_dim": "SEMA.FEATURE_DIM"},
+    }  # fmt: skip
+    TEXT_SETTINGS: ClassVar[Mapping[str, str]] = {"transformer": "TEXT.TRANSFORMER"}
+    OBJECTIVE_SETTINGS: ClassVar[Mapping[str, str]] = DFGAN.OBJECTIVE_SETTINGS | {
+        "redescription_weight": "SEMA.REDESCRIPTION_WEIGHT",
+        "feature_weight": "SEMA.FEATURE_WEIGHT",
+        "margin": "SEMA.MARGIN",
+    }
+    SHOWN: ClassVar[tuple[str, ...]] = (
+        "loss/hinge", "loss/adversarial", "loss/redescription", "loss/feature", "logits/real", "logits/fake",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        networks: dict[str, nn.Module],
+        *,
+        redescription_weight: float = 1.0,
+        feature_weight: float = 1.0,
+        margin: float = 0.5,
+        **settings: Any,
+    ):
+        super().__init__(networks, **settings)
+        self.redescription_weight, self.feature_weight, self.margin = redescription_weight, feature_weight, margin
+
+    def optimizers(self) -> dict[str, tuple[list[nn.Parameter], float, tuple[float, float]]]:
+        groups = super().optimizers()
+        for part in self.EXTRA_NETWORKS:
+            groups[part] = (list(self.networks[part].parameters()), self.discriminator_lr, self.betas)
+        return groups
+
+    def updates(self, batch: Any, noise: Tensor) -> Iterator[Update]:
+        """Discriminator, R, F, generator."""
+        networks, real_images = self.networks, batch.images
+        text = networks["text_encoder"](batch.captions, batch.lengths).detach()
+        fake_images = networks["generator"](noise, text).images[-1]
+        losses, stats = self.discriminator_losses(real_images, fake_images.detach(), text.sentence)
+        yield Update("discriminator", losses, stats)
+        if self.redescription_weight > 0:
+            losses, stats = self.redescriber_losses(real_images, fake_images.detach(), text.sentence)
+            yield Update("redescriber", losses, stats)
+        if self.feature_weight > 0:
+            losses, stats = self.feature_extractor_losses(real_images, fake_images.detach())
+            yield Update("feature_extractor", losses, stats)
+        with frozen(networks["discriminator"], *(networks[part] for part in self.EXTRA_NETWORKS)):
+            yield Update("generator", self.generator_losses(real_images, fake_images, text.sentence))
+
+    def redescriber_losses(
+        self, real_images: Tensor, fake_images: Tensor, sentence: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """R's: SEM(R(x), s) and max(0, margin − SEM(R(x̂), s)), each sample by itself, then the mean."""
+        redescriber = self.networks["redescriber"]
+        real = semantic_distance(redescriber(real_images), sentence)
+        fake = semantic_distance(redescriber(fake_images), sentence)
+        losses = {"redescribe_real": real.mean(), "redescribe_fake": F.relu(self.margin - fake).mean()}
+        return losses, {"distance/redescribed_fake": fake.detach().mean()}
+
+    def feature_extractor_losses(
+        self, real_images: Tensor, fake_images: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """F's: cross entropy of telling real images (class 1) from fake ones (class 0), half each."""
+        extractor = self.networks["feature_extractor"]
+        logits = torch.cat([extractor.logits(extractor(images)) for images in (real_images, fake_images)])
+        is_real = torch.arange(len(logits), device=logits.device) < len(real_images)
+        accuracy = (logits.detach().argmax(dim=1) == is_real).float().mean()
+        return {"real_or_fake": F.cross_entropy(logits, is_real.long())}, {"accuracy/real_or_fake": accuracy}
+
+    def generator_losses(self, real_images: Tensor, fake_images: Tensor, sentence: Tensor) -> dict[str, Tensor]:
+        """G's: −D(x̂, s), and weighted SEM(R(x̂), s) and SEM(F(x̂), F(x)), x the real image of the same caption."""
+        networks = self.networks
+        losses = {"adversarial": -networks["discriminator"](fake_images, sentence).mean()}
+        if self.redescription_weight > 0:
+            distance = semantic_distance(networks["redescriber"](fake_images), sentence)
+            losses["redescription"] = self.redescription_weight * distance.mean()
+        if self.feature_weight > 0:
+            extractor = networks["feature_extractor"]
+            with torch.no_grad():
+                real = extractor(real_images)
+            losses["feature"] = self.feature_weight * semantic_distance(extractor(fake_images), real).mean()
+        return losses
