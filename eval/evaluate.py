@@ -80,7 +80,7 @@ def evaluate(
         for start in range(0, len(wanted), tools.batch_size):
             part = wanted[start : start + tools.batch_size]
             captions, indices = [r.caption for r in part], [r.index for r in part]
-            with _quiet_pipeline():
+            with quiet_pipeline():
                 drawn = pipeline.generate(captions, protocol.seed, protocol.truncation, tools.batch_size, indices)
             yield drawn
 
@@ -114,7 +114,7 @@ def _several(protocol: Protocol, records: Records, first: int) -> list[Request]:
 
 
 @contextmanager
-def _quiet_pipeline() -> Iterator[None]:
+def quiet_pipeline() -> Iterator[None]:
     """A split's captions hold words that the model does not know; `_unsuitable` counts them once."""
     logger = logging.getLogger("eval.pipeline")
     before = logger.level

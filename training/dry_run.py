@@ -11,7 +11,8 @@ from datasets.text_image import Batch
 from miscc.config import to_yaml
 from miscc.errors import UserError
 from models.types import TextFeatures, count_parameters
-from training.build import build_networks, build_system, problems, read_records
+from training.build import build_networks, build_system, problems
+from training.evaluation import split_records
 
 META = torch.device("meta")  # tensors with a size and no values: nothing is computed
 NUM_WORDS, NUM_REGIONS = 18, 8  # of the stand-ins for the encoders
@@ -31,7 +32,7 @@ def describe(cfg: Mapping) -> str:
         f"{cfg.TRAIN.BATCH_SIZE}, {state / 2**30:.2f} GiB weights and optimizers), without the encoders'"
     )
     try:
-        num_images = len(read_records(cfg, "train"))
+        num_images = len(split_records(cfg)[0])
         steps = num_images // cfg.TRAIN.BATCH_SIZE
         total = min(steps * cfg.TRAIN.MAX_EPOCH, cfg.TRAIN.MAX_STEPS or steps * cfg.TRAIN.MAX_EPOCH)
         lines.append(f"steps per epoch: {steps} ({num_images} images), {total} in all")

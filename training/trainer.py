@@ -2,7 +2,8 @@
 
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,10 +36,10 @@ from training.build import (
     make_dataset,
     needs_image_encoder,
     network_keys,
-    read_records,
     usable_workers,
 )
 from training.ema import EMA
+from training.evaluation import Evaluation, check_same_held_out, split_records
 from training.progress import Progress, StopSignal
 from training.run_dir import RunDir
 
@@ -91,13 +92,18 @@ class Trainer:
             group: torch.optim.Adam(parameters, lr=lr, betas=betas, fused=self.device.type == "cuda")
             for group, (parameters, lr, betas) in groups.items()
         }
-        self.records = read_records(cfg, "train", self.vocabulary)
+        self.records, held_out = split_records(cfg, self.vocabulary)
         self.dataset = make_dataset(cfg, self.records, self.system.image_sizes, augment=True)
         # Built once here for its checks: of the batch against the data and the processes.
         self.steps_per_epoch = EpochBatches(
             len(self.dataset), cfg.TRAIN.BATCH_SIZE, cfg.SEED, world_size=world.size
         ).batches_per_epoch
         self.step, self.changes = 0, []
+        self.evaluation = None
+        if held_out is not None and world.is_main:
+            size, train = self.networks["generator"].image_size, cfg.TRAIN
+            options = (train.EVAL_MEASURE, train.EVAL_IMAGES, cfg.SEED, cfg.SKIP_BROKEN)
+            self.evaluation = Evaluation(held_out, size, self.device, *options)
         if checkpoint is not None:
             self._restore(checkpoint)
         self.last_step = cfg.TRAIN.MAX_EPOCH * self.steps_per_epoch
@@ -127,6 +133,9 @@ class Trainer:
         )
         for change in self.changes:
             progress.say(f"setting changed since the run was started: {change}")
+        if self.evaluation is not None:
+            for line in self.evaluation.introduction():
+                progress.say(line)
         batches, epoch = iter(loader), None
         seconds, timed_from = 0.0, self.step
         with StopSignal() as stop:
@@ -150,6 +159,7 @@ class Trainer:
                     )
                 if run is not None and cfg.TRAIN.SAMPLE_EVERY and self.step % cfg.TRAIN.SAMPLE_EVERY == 0:
                     self.draw(run, progress)
+                self.evaluate_when_due(run, progress)
                 # Processes stop together; asking each other makes a GPU wait, so not at every step.
                 asks = world.size == 1 or self.step % STOP_ASKED_EVERY == 0
                 stopped = asks and distributed.any_process(bool(stop.received), world)
@@ -169,15 +179,36 @@ class Trainer:
         """Write the picture of the run's state: fixed test captions and noise, images and last masks."""
         if not self.pictured_captions:
             return
-        generator = self.average.module if self.average is not None else self.networks["generator"]
-        text_encoder = self.networks["text_encoder"]
-        with evaluating(generator, text_encoder):
-            pipeline = TextToImage(generator, text_encoder, self.vocabulary)
+        with self._drawing() as pipeline:
             drawn = pipeline.generate(self.pictured_captions, seed=self.cfg.SEED)
         picture = generated_picture(self.pictured_captions, drawn)
         save_image(picture, run.picture(self.step))
         progress.picture("samples", picture, self.step)
         progress.say(f"picture of step {self.step}: {run.picture(self.step)}")
+
+    @contextmanager
+    def _drawing(self) -> Iterator[TextToImage]:
+        """The averaged generator, or G itself where there is none, ready to draw."""
+        generator = self.average.module if self.average is not None else self.networks["generator"]
+        text_encoder = self.networks["text_encoder"]
+        with evaluating(generator, text_encoder):
+            yield TextToImage(generator, text_encoder, self.vocabulary)
+
+    def evaluate_when_due(self, run: RunDir | None, progress: Progress) -> None:
+        """Every EVAL_EVERY epochs: the main process evaluates while the others wait, and keeps the best checkpoint."""
+        epoch, step = divmod(self.step, self.steps_per_epoch)
+        if not self.cfg.TRAIN.EVAL_EVERY or step or epoch % self.cfg.TRAIN.EVAL_EVERY:
+            return
+        self.check_finite()
+        if self.evaluation is not None and run is not None:
+            with self._drawing() as pipeline:
+                value = self.evaluation.measure(pipeline)
+            progress.log(self.step, epoch, {self.evaluation.name: value})
+            better = self.evaluation.note(value, self.step)
+            if better:
+                save_checkpoint(run.best, self.checkpoint("networks"))
+            progress.say(self.evaluation.line(value, epoch, run.best if better else None))
+        distributed.wait_for_all(self.world)
 
     def train_step(self, batch: Batch, epoch: int, wants_log: bool = False) -> dict[str, float]:
         """One training step: every update of the system, then the average. Returns the values to log."""
@@ -272,6 +303,8 @@ class Trainer:
             "epoch": self.step // self.steps_per_epoch,
             "data": fingerprint(self.records),
         }
+        if self.evaluation is not None:
+            content["evaluation"] = self.evaluation.state()
         if contents == "full":
             content["optimizers"] = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
             content["num_averaged"] = self.average.num_updates if self.average is not None else 0
@@ -320,6 +353,8 @@ class Trainer:
         if self.average is not None and "generator_ema" in checkpoint["networks"]:
             self.average.module.load_state_dict(checkpoint["networks"]["generator_ema"]["state"])
             self.average.num_updates = checkpoint["num_averaged"]
+        if self.evaluation is not None:
+            self.evaluation.restore(checkpoint.get("evaluation"))
         self.step = checkpoint["step"]
         self.changes = changed_settings(checkpoint["config"], to_plain(self.cfg))
 
@@ -329,6 +364,7 @@ def check_resumable(checkpoint: Mapping, cfg: Mapping) -> None:
     for part in ("optimizers", "step", "config"):
         if part not in checkpoint:
             raise CheckpointError(f"the checkpoint holds no {part}: resuming needs a last.pth of main.py")
+    check_same_held_out(checkpoint["config"], cfg)
     shaping = network_keys(cfg.GAN.NAME) | {"SEED", "TRAIN.BATCH_SIZE"}
     check_fixed_settings(checkpoint["config"], cfg, sorted(shaping), "without --resume")
 

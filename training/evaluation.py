@@ -1,0 +1,187 @@
+"""Scores while training: which classes are kept apart for them, the number every few epochs, and what the best one was.
+
+What the number is comes from eval; when it is asked for, and saving the best checkpoint, is trainer.py's.
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from datasets.captions import Vocabulary
+from datasets.text_image import Records
+from eval.evaluate import quiet_pipeline
+from eval.features import StreamedStatistics
+from eval.FID import distance
+from eval.networks import load_network
+from eval.pipeline import TextToImage
+from eval.real_images import RealImages, reference
+from eval.sampling import split_requests
+from eval.scores import distance_name
+from miscc.errors import ConfigError, DataError, UserError
+from miscc.randomness import stream
+from training.build import read_records
+
+logger = logging.getLogger(__name__)
+
+MEASURES = {  # TRAIN.EVAL_MEASURE: network and resize filter
+    "FD": ("efficientnet-lite0", "clean"),  # its weights come with the package: works anywhere
+    "FID": ("inception-tf", "tf1"),  # what papers mean, where the weights are
+}
+BATCH_SIZE = 32  # images drawn and looked at together
+
+
+def held_out_share(cfg: Mapping) -> float:
+    """The share of the training classes that a run keeps for its evaluations; 0 where it makes none."""
+    train = cfg["TRAIN"]
+    return float(train.get("EVAL_CLASSES", 0.0)) if train.get("EVAL_EVERY", 0) else 0.0
+
+
+def split_records(cfg: Mapping, vocabulary: Vocabulary | None = None) -> tuple[Records, Records | None]:
+    """The images that are trained on, and those that the evaluations are made with; None where there are none."""
+    records = read_records(cfg, "train", vocabulary)
+    share = held_out_share(cfg)
+    return hold_out(records, share, cfg.SEED) if share else (records, None)
+
+
+def hold_out(records: Records, share: float, seed: int) -> tuple[Records, Records]:
+    """(records without some classes, the records of these classes): a function of the records and the seed.
+
+    So many classes, drawn by lot, as `share` of all comes to, and as many more as two images need; images where there is
+    one class only. Raises DataError where nothing would be left to train on.
+    """
+    classes = np.unique(records.class_ids)
+    groups = [np.flatnonzero(records.class_ids == c) for c in classes] if len(classes) > 1 else []
+    groups = groups or [np.array([place]) for place in range(len(records))]
+    wanted, chosen = max(1, round(share * len(groups))), []
+    for taken, group in enumerate(stream(seed, "held-out classes").permutation(len(groups))):
+        if taken >= wanted and len(chosen) >= 2:
+            break
+        chosen += groups[group].tolist()
+    kept = sorted(set(range(len(records))) - set(chosen))
+    if not kept or len(chosen) < 2:
+        raise DataError(
+            f"TRAIN.EVAL_CLASSES: {share} of {len(groups)} classes leaves {len(kept)} images to train on and "
+            f"{len(chosen)} to evaluate with; evaluation needs two or more: change it, or set TRAIN.EVAL_EVERY to 0"
+        )
+    return records.select(kept), records.select(sorted(chosen))
+
+
+def check_same_held_out(stored: Mapping, cfg: Mapping) -> None:
+    """Raises ConfigError where a resumed run would train on other classes than it has until now."""
+    before, now = held_out_share(stored), held_out_share(cfg)
+    if before == now:
+        return
+    key = "TRAIN.EVAL_CLASSES" if before and now else "TRAIN.EVAL_EVERY"
+    raise ConfigError(
+        f"{key}: the run was started with {before:g} of the classes held out for evaluation, not {now:g}, and has trained "
+        f"on the others; set it back, or start anew (without --resume)"
+    )
+
+
+class Evaluation:
+    """The distance of generated to held-out real images, and the best that a run has reached.
+
+    Captions and noise are the same each time. name: of the number, with network, number of images and which images;
+    best: None before the first; best_step: where it was reached.
+    """
+
+    def __init__(
+        self,
+        held_out: Records,
+        image_size: int,
+        device: torch.device,
+        measure: str = "FD",
+        num_images: int = 2000,
+        seed: int = 100,
+        skip_broken: bool = False,
+    ):
+        """Looks at the real images, so that what is missing shows before training. Raises UserError."""
+        name, resize = MEASURES[measure]
+        try:
+            self.network = load_network(name, resize=resize, device=device)
+        except (UserError, ImportError) as error:
+            raise ConfigError(f"TRAIN.EVAL_MEASURE: {measure} cannot be computed here: {error}") from None
+        if num_images < 2:
+            raise ConfigError(f"TRAIN.EVAL_IMAGES: must be 2 or more, not {num_images}")
+        if skip_broken:
+            held_out = _readable(held_out, image_size)
+        self.real = reference(RealImages(held_out, image_size), self.network, batch_size=BATCH_SIZE).statistics
+        self.requests = split_requests(held_out, num_images=num_images, seed=seed)
+        self.seed, self.num_held_out = seed, len(held_out)
+        self.title = distance_name("FID", self.network)
+        plain = self.title.replace("[", "_").replace("]", "").replace(":", "_")  # TensorBoard knows no brackets
+        self.name = f"evaluation/{plain}_{num_images}_images_of_held_out_classes"
+        self.best: float | None = None
+        self.best_step = 0
+
+    def introduction(self) -> list[str]:
+        """What will be measured, and what must be known to read it."""
+        lines = [
+            f"evaluations: {self.title} of {len(self.requests)} images against {self.num_held_out} of held-out training "
+            f"classes" + ("" if self.best is None else f"; best until now {self.best:.6g} at step {self.best_step}")
+        ]
+        fewest = min(self.num_held_out, len(self.requests))
+        if fewest <= self.network.num_features:
+            lines.append(
+                f"{self.title}: {fewest} images for {self.network.num_features} features make it too large; it compares "
+                f"the checkpoints of this run, and nothing else"
+            )
+        return lines
+
+    def line(self, value: float, epoch: int, saved: Path | None) -> str:
+        """An evaluation for the log. saved: the best checkpoint, where this is it."""
+        said = f"evaluation after epoch {epoch}: {self.title} {value:.6g}, held-out classes"
+        if saved:
+            return f"{said}; the best until now: {saved}"
+        return said if self.best is None else f"{said} (best: {self.best:.6g})"
+
+    def measure(self, pipeline: TextToImage) -> float:
+        """The number of a generator, lower is better. Nothing random is drawn from torch's global generators."""
+        streamed = StreamedStatistics(self.network.num_features, self.network.device)
+        with tqdm(
+            total=len(self.requests), desc="evaluating", unit="image", leave=False, disable=not sys.stderr.isatty()
+        ) as bar:
+            for start in range(0, len(self.requests), BATCH_SIZE):
+                part = self.requests[start : start + BATCH_SIZE]
+                captions, indices = [r.caption for r in part], [r.index for r in part]
+                with quiet_pipeline():
+                    drawn = pipeline.generate(captions, self.seed, None, BATCH_SIZE, indices)
+                streamed.update(self.network.look(list(drawn.images))[0])
+                bar.update(len(part))
+        return distance(self.real, streamed.result(self.network.protocol()))
+
+    def note(self, value: float, step: int) -> bool:
+        """Remember a number; whether it is the best until now, which what is no number never is."""
+        if not math.isfinite(value) or (self.best is not None and value >= self.best):
+            return False
+        self.best, self.best_step = value, step
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"name": self.name, "best": self.best, "best_step": self.best_step}
+
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from a checkpoint's `state`; numbers of another name do not compare, so the best is then forgotten."""
+        if state and state["name"] == self.name:
+            self.best, self.best_step = state["best"], state["best_step"]
+
+
+def _readable(records: Records, image_size: int) -> Records:
+    """The records whose images can be read; the others are named."""
+    images, good = RealImages(records, image_size), []
+    for place in range(len(records)):
+        try:
+            images.read(place)
+        except DataError as error:
+            logger.warning("not evaluated with: %s", error)
+        else:
+            good.append(place)
+    return records.select(good)
