@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from golden import OWN, SHARED, fill_input, fill_state, load, relative_error, subsample
+from golden import fill_input, fill_state, load, relative_error, subsample
 from test_golden import GRADIENT, OUTPUT, folders, gradient_norms
 
 from miscc.losses import kl_to_standard_normal
