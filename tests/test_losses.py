@@ -96,6 +96,22 @@ def test_word_loss_follows_the_formulas(pairs, class_ids, gamma1):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("values", [miscc.losses.ATTENTION_VALUES, 1])
+def test_word_loss_in_groups_of_similar_length_follows_the_formulas(values, monkeypatch):
+    """From eight captions on they are sorted by length; the result is in their own order."""
+    monkeypatch.setattr(miscc.losses, "ATTENTION_VALUES", values)
+    torch.manual_seed(6)
+    regions = torch.randn(9, 6, 2, 3, dtype=torch.float64, requires_grad=True)
+    words = torch.randn(9, 6, 7, dtype=torch.float64, requires_grad=True)
+    lengths, class_ids = torch.tensor([7, 1, 3, 2, 4, 7, 5, 1, 6]), torch.tensor([0, 1, 0, 2, 3, 4, 5, 1, 6])
+    ours = word_loss(regions, words, lengths, class_ids, 4.0, 5.0, 10.0)
+    theirs = word_loss_by_the_formulas(regions, words, lengths, class_ids, 4.0, 5.0, 10.0)
+    assert torch.stack(ours).tolist() == pytest.approx(torch.stack(theirs).tolist(), rel=1e-10)
+    gradients = [torch.autograd.grad(sum(losses), (regions, words)) for losses in (ours, theirs)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
 def test_word_loss_in_parts_is_the_same(pairs, monkeypatch):
     whole = word_loss(*pairs)
     gradient = torch.autograd.grad(sum(whole), pairs[0])[0]
