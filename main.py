@@ -125,6 +125,7 @@ def find_pipeline(cfg: Mapping, options: argparse.Namespace, device) -> tuple:
     """The drawing pipeline that the options and settings mean, and the folder that its samples go to."""
     from eval.pipeline import TextToImage
     from miscc.checkpoint import load_file
+    from training.build import text_settings
     from training.run_dir import RunDir
 
     path = options.checkpoint or cfg.TRAIN.NET_G
@@ -143,7 +144,9 @@ def find_pipeline(cfg: Mapping, options: argparse.Namespace, device) -> tuple:
         pipeline = TextToImage.load(path, device, averaged=not options.no_average)
         run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
         return pipeline, run / "samples" / f"{path.stem}-step{pipeline.origin['step']}"
-    pipeline = TextToImage.from_released(path, cfg.TEXT.DAMSM_NAME, cfg.DATA_DIR, device, cfg.TEXT.WORDS_NUM)
+    pipeline = TextToImage.from_released(
+        path, cfg.TEXT.DAMSM_NAME, cfg.DATA_DIR, device, cfg.TEXT.WORDS_NUM, **text_settings(cfg)
+    )
     return pipeline, Path(cfg.OUTPUT_DIR) / "samples" / path.stem
 
 

@@ -16,6 +16,7 @@ from miscc.errors import CheckpointError, DataError
 from miscc.images import to_uint8
 from miscc.randomness import noise_for
 from models import NETWORKS
+from models.mixed_text import mixed_text_encoder
 from models.released import load_generator, load_image_encoder, load_text_encoder
 from models.types import GeneratorOutput, TextFeatures, device_of, rebuild
 
@@ -142,16 +143,21 @@ class TextToImage:
         data_dir: str | Path,
         device: str | torch.device | None = None,
         max_words: int = 18,
+        transformer: str = "",
     ) -> "TextToImage":
         """From the authors' loose files: netG*.pth, text_encoder*.pth and the captions.pickle in data_dir.
 
         Also takes one of our encoder checkpoints instead of text_encoder*.pth; data_dir then is not read.
+        transformer: folder of a Transformer that gives half of the sentence, as models.mixed_text has it.
         """
         device = choose_device() if device is None else torch.device(device)
         encoders = load_encoders(text_encoder_path, device, max_words)
         vocabulary = encoders.vocabulary or released_vocabulary(data_dir)
         generator = load_generator(load_file(generator_path)).to(device)
-        return cls(generator, encoders.text_encoder, vocabulary, {"checkpoint": str(generator_path), "averaged": False})
+        text_encoder = encoders.text_encoder
+        if transformer:
+            text_encoder = mixed_text_encoder(text_encoder, vocabulary.words, transformer).to(device)
+        return cls(generator, text_encoder, vocabulary, {"checkpoint": str(generator_path), "averaged": False})
 
     @property
     def device(self) -> torch.device:

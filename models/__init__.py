@@ -7,6 +7,7 @@ from models.attn_gan import AttnDCGAN, AttnDCGenerator, AttnGAN, AttnGenerator
 from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder
 from models.df_gan import DFGAN, DFDiscriminator, DFGenerator
 from models.layers import OneWayDiscriminator
+from models.mixed_text import MixedTextEncoder
 from models.sema import SEMA, SEMAGenerator
 from models.sema_modules import FeatureExtractor, Redescriber
 from models.ssa_gan import SSAGAN, SSAGenerator
@@ -33,7 +34,7 @@ DISCRIMINATORS: dict[str, type[nn.Module]] = {
     "attn_dcgan": AttnDCDiscriminator,
     "attn_stage": StageDiscriminator,  # one of AttnGAN's, as its authors' files have it
 }
-TEXT_ENCODERS: dict[str, type[nn.Module]] = {"rnn": TextEncoder}
+TEXT_ENCODERS: dict[str, type[nn.Module]] = {"rnn": TextEncoder, "mixed": MixedTextEncoder}
 IMAGE_ENCODERS: dict[str, type[nn.Module]] = {"inception": InceptionEncoder, "small": SmallImageEncoder}
 
 # The registry that a network's place in a checkpoint is looked up in.

@@ -18,6 +18,7 @@ from miscc.checkpoint import load_file
 from miscc.config import lookup
 from miscc.errors import CheckpointError, ConfigError, DataError, UserError
 from models import NETWORKS, SYSTEMS
+from models.mixed_text import mixed_text_encoder
 from models.released import holds, load_discriminator, load_discriminator_files, load_generator, network_name
 from models.types import rebuild
 
@@ -46,6 +47,11 @@ def system_keys(name: str) -> set[str]:
     system = SYSTEMS[name]
     others = (system.OBJECTIVE_SETTINGS, getattr(system, "TEXT_SETTINGS", {}))
     return network_keys(name) | {key for settings in others for key in settings.values()}
+
+
+def text_settings(cfg: Mapping) -> dict[str, Any]:
+    """What the system makes of the text encoder, as arguments of `encoders_for` and `TextToImage.from_released`."""
+    return pick(cfg, getattr(SYSTEMS[cfg.GAN.NAME], "TEXT_SETTINGS", {}))
 
 
 def build_networks(cfg: Mapping) -> dict[str, nn.Module]:
@@ -115,6 +121,9 @@ def encoders_for(cfg: Mapping) -> tuple[Encoders, Vocabulary]:
         )
     # The caption length is this training's; the checkpoint must draw with the same.
     encoders.text_encoder.max_words = encoders.text_encoder.arguments["max_words"] = cfg.TEXT.WORDS_NUM
+    if folder := text_settings(cfg).get("transformer"):
+        mixed = mixed_text_encoder(encoders.text_encoder, vocabulary.words, folder)
+        encoders = encoders._replace(text_encoder=mixed)
     text_dim = encoders.text_encoder.arguments["text_dim"]
     if text_dim != cfg.TEXT.EMBEDDING_DIM:
         raise ConfigError(

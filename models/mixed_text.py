@@ -1,0 +1,143 @@
+"""A text encoder of two: half of the sentence from DAMSM's recurrent encoder, half from a Transformer (SEMA).
+
+The paper's: 0.5·LSTM + 0.5·BERT, BERT's part the mean of its last hidden states under the attention mask. Ours: the frozen
+projection where the two widths differ, and that BERT reads the words of the vocabulary, not the raw caption, so that the
+word pieces of each word can be looked up and a checkpoint draws without BERT's own files.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from miscc.errors import CheckpointError
+from models.damsm import TextEncoder
+from models.types import TextFeatures
+
+
+class MixedTextEncoder(nn.Module):
+    """Words of the recurrent encoder; sentence = half its own, half the Transformer's. The Transformer is never trained.
+
+    transformer: its Hugging Face configuration; pieces: the word pieces of each word of the vocabulary; first, last: the
+    pieces before and after a caption ([CLS], [SEP]); recurrent: the arguments of models.damsm.TextEncoder; module: the
+    Transformer itself, instead of an untrained one of that configuration.
+    """
+
+    def __init__(
+        self,
+        *,
+        transformer: Mapping[str, Any],
+        pieces: Sequence[Sequence[int]],
+        first: int,
+        last: int,
+        module: nn.Module | None = None,
+        **recurrent: Any,
+    ):
+        super().__init__()
+        self.arguments = {
+            "transformer": dict(transformer), "pieces": [list(own) for own in pieces], "first": first, "last": last,
+            **recurrent,
+        }  # fmt: skip
+        self.recurrent = TextEncoder(**recurrent)
+        self.arguments |= self.recurrent.arguments
+        self.max_words = self.recurrent.max_words
+        self.transformer = (_untrained(transformer) if module is None else module).eval().requires_grad_(False)
+        self.first, self.last = first, last
+        longest = max(map(len, pieces), default=0)
+        table = [[*own, *[-1] * (longest - len(own))] for own in pieces]
+        self.register_buffer("table", torch.tensor(table, dtype=torch.int64), persistent=False)
+        width, text_dim = self.transformer.config.hidden_size, recurrent["text_dim"]
+        projection = None
+        if width != text_dim:
+            generator = torch.Generator().manual_seed(0)
+            projection = nn.init.orthogonal_(torch.empty(text_dim, width), generator=generator)
+        self.register_buffer("projection", projection)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """One row for each word of the vocabulary."""
+        return self.recurrent.embedding
+
+    def train(self, mode: bool = True) -> "MixedTextEncoder":
+        super().train(mode)
+        self.transformer.eval()
+        return self
+
+    def forward(self, captions: Tensor, lengths: Tensor) -> TextFeatures:
+        """captions (N, T) int64 padded with 0, lengths (N,) from 1 to T, best on the CPU -> TextFeatures."""
+        text = self.recurrent(captions, lengths)
+        tokens, attended = self._tokens(captions, text.mask)
+        with torch.no_grad():
+            states = self.transformer(input_ids=tokens, attention_mask=attended).last_hidden_state
+            weights = attended[:, :, None].to(states.dtype)
+            mean = (states * weights).sum(dim=1) / weights.sum(dim=1)
+            if self.projection is not None:
+                mean = mean @ self.projection.T
+        return text._replace(sentence=(text.sentence + mean) / 2)
+
+    def _tokens(self, captions: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, T) words -> (N, L) word pieces with [CLS] and [SEP], and 1 where there are any; the rest is 0."""
+        pieces = self.table[captions].masked_fill(padding[:, :, None], -1).flatten(1)
+        ends = [torch.full_like(pieces[:, :1], piece) for piece in (self.first, self.last)]
+        pieces = torch.cat([ends[0], pieces, ends[1]], dim=1)
+        gaps = pieces < 0
+        to_the_left = gaps.long().argsort(dim=1, stable=True)
+        longest = int((~gaps).sum(dim=1).max())
+        pieces = pieces.gather(1, to_the_left)[:, :longest]
+        return pieces.clamp_min(0), (pieces >= 0).long()
+
+
+def mixed_text_encoder(text_encoder: nn.Module, words: Sequence[str], folder: str | Path) -> MixedTextEncoder:
+    """The recurrent encoder together with the Transformer in a folder, frozen and in eval mode.
+
+    words: the vocabulary, `<end>` first. folder: as transformers' save_pretrained writes it, model and tokenizer. Raises
+    CheckpointError where the package or the weights are missing, or the tokenizer is not BERT's kind.
+    """
+    if not Path(folder).is_dir():
+        raise CheckpointError(
+            f"TEXT.TRANSFORMER: {folder} is no folder; copy a Hugging Face BERT there (config.json, tokenizer and weights), "
+            f"or leave the key empty for the LSTM alone"
+        )
+    transformers = _package()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        module = transformers.AutoModel.from_pretrained(folder, local_files_only=True).float()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"TEXT.TRANSFORMER: {folder} cannot be loaded as a Transformer: {reason}") from None
+    pieces = [[], *tokenizer(list(words[1:]), add_special_tokens=False)["input_ids"]]
+    some = list(range(1, min(len(words), 50)))
+    whole = tokenizer(" ".join(words[i] for i in some))["input_ids"]
+    first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+    if first is None or whole != [first, *(piece for i in some for piece in pieces[i]), last]:
+        raise CheckpointError(
+            f"TEXT.TRANSFORMER: the tokenizer in {folder} does not cut captions word by word between [CLS] and [SEP]; "
+            f"take a BERT"
+        )
+    recurrent = getattr(text_encoder, "recurrent", text_encoder)
+    config = json.loads(module.config.to_json_string())
+    mixed = MixedTextEncoder(
+        transformer=config, pieces=pieces, first=first, last=last, module=module, **recurrent.arguments
+    )
+    mixed.recurrent.load_state_dict(recurrent.state_dict())
+    return mixed.eval().requires_grad_(False)
+
+
+def _untrained(config: Mapping[str, Any]) -> nn.Module:
+    transformers = _package()
+    return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config))
+
+
+def _package() -> Any:
+    """transformers, which only this encoder needs."""
+    try:
+        import transformers
+    except ImportError:
+        raise CheckpointError(
+            "half of this model's sentence comes from a Transformer: that needs the package `transformers` (pip install "
+            "transformers)"
+        ) from None
+    return transformers
