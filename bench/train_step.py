@@ -6,7 +6,7 @@ bench/reference.py, in the same process and taking turns; the ratio is the figur
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -123,20 +123,29 @@ def build(options: argparse.Namespace, device: torch.device) -> Step:
         empty = Path(folder) / "bench.yml"
         empty.write_text("")
         cfg = load_config(empty, [*changes, *(options.set or [])], systems=SYSTEMS)
+    return step_of(cfg, options.encoder, options.batch, device)
+
+
+def step_of(cfg: Mapping, encoder: str, batch_size: int, device: torch.device) -> Step:
+    """A step of the system that the settings describe, with fresh networks and random images and captions.
+
+    encoder: name of the image encoder; the small one looks at images of the last stage's size.
+    """
     torch.manual_seed(0)
     networks = build_networks(cfg)
     text_dim = cfg.TEXT.EMBEDDING_DIM
     networks["text_encoder"] = TEXT_ENCODERS["rnn"](NUM_WORDS, text_dim, max_words=cfg.TEXT.WORDS_NUM)
-    arguments = {"text_dim": text_dim} | ({"image_size": options.image_size} if options.encoder == "small" else {})
-    networks["image_encoder"] = IMAGE_ENCODERS[options.encoder](**arguments)
+    generator = networks["generator"]
+    arguments = {"text_dim": text_dim} | ({"image_size": generator.image_size} if encoder == "small" else {})
+    networks["image_encoder"] = IMAGE_ENCODERS[encoder](**arguments)
     for part in ("generator", "discriminator"):
         for name, parameter in networks[part].named_parameters():
             if name.endswith("gate"):  # it starts at zero, where denormal gradients would make a CPU slow
                 nn.init.constant_(parameter, 0.1)
     system = build_system(cfg, {name: network.to(device) for name, network in networks.items()})
     system.train()
-    return Step(system, device, random_batch(options.batch, system.image_sizes, cfg.TEXT.WORDS_NUM, device),
-                torch.randn(options.batch, cfg.GAN.Z_DIM, device=device))  # fmt: skip
+    batch = random_batch(batch_size, system.image_sizes, cfg.TEXT.WORDS_NUM, device)
+    return Step(system, device, batch, torch.randn(batch_size, generator.noise_dim, device=device))
 
 
 def random_batch(number: int, image_sizes: list[int], num_words: int, device: torch.device) -> Batch:

@@ -1,0 +1,107 @@
+"""The systems side by side: `python -m bench.systems`: parameters, operations an image, memory, images a second.
+
+A file of settings a system (default: cfg/toybirds_*.yml), each with fresh weights and random images: what a training
+step and a drawn image cost. Steps take turns, so that a busy machine slows all of them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from bench import common
+from bench.train_step import Step, step_of
+from miscc.config import load_config
+from miscc.errors import ConfigError, run_command
+from models import IMAGE_ENCODERS, SYSTEMS
+from models.types import count_parameters, evaluating
+
+
+class Drawing:
+    """Drawing one batch: captions to images, as sampling does it."""
+
+    def __init__(self, step: Step):
+        self.step = step
+
+    def __call__(self) -> None:
+        networks, batch = self.step.system.networks, self.step.batch
+        generator, text_encoder = networks["generator"], networks["text_encoder"]
+        with evaluating(generator, text_encoder), torch.no_grad():  # inference_mode hides its operations from the count
+            generator(self.step.noise, text_encoder(batch.captions, batch.lengths))
+
+
+def measure(configs: Mapping[str, Mapping], encoder: str, batch_size: int, rounds: int, device: torch.device) -> dict:
+    """{name: figures} of every configuration: seconds, operations and bytes of a step, seconds of drawing a batch."""
+    steps = {name: step_of(cfg, encoder, batch_size, device) for name, cfg in configs.items()}
+    drawings = {name: Drawing(step) for name, step in steps.items()}
+    trained = common.take_turns(steps, rounds, 2, device)
+    drawn = common.take_turns(drawings, rounds, 1, device)
+    results = {}
+    for name, step in steps.items():
+        networks = step.system.networks
+        results[name] = {
+            "system": configs[name].GAN.NAME,
+            "image_size": networks["generator"].image_size,
+            "parameters": {part: count_parameters(network) for part, network in networks.items()},
+            "flops_per_image": {
+                "training": common.count_flops(step) / batch_size,
+                "drawing": common.count_flops(drawings[name]) / batch_size,
+            },
+            "peak_bytes": common.peak_bytes(step, device),
+            "images_per_second": {
+                "training": batch_size / common.summary(trained[name])["median"],
+                "drawing": batch_size / common.summary(drawn[name])["median"],
+            },
+            "spread": common.summary(trained[name])["spread"],
+        }
+    return results
+
+
+def table(results: dict) -> str:
+    """The results as Markdown."""
+    lines = [
+        "# The systems side by side",
+        "",
+        f"{common.machine_line(results['machine'])}. Batch {results['batch']}, image encoder {results['encoder']} for those "
+        f"that look with one, float32, medians of {results['rounds']} rounds in turns; operations: 2 a multiply-add.",
+        "",
+    ]
+    header = ["settings", "px", "G, M", "D and others, M", "GFLOP an image: step", "drawing", "peak, MiB",
+              "images/s: training", "drawing"]  # fmt: skip
+    rows = []
+    for name, found in results["systems"].items():
+        parameters, flops, speed = (found[key] for key in ("parameters", "flops_per_image", "images_per_second"))
+        encoders = ("generator", "text_encoder", "image_encoder")
+        others = sum(count for part, count in parameters.items() if part not in encoders)
+        peak = "?" if found["peak_bytes"] is None else f"{found['peak_bytes'] / 2**20:.0f}"
+        rows.append([
+            name, found["image_size"], f"{parameters['generator'] / 1e6:.2f}", f"{others / 1e6:.2f}",
+            f"{flops['training'] / 1e9:.2f}", f"{flops['drawing'] / 1e9:.3f}", peak,
+            f"{speed['training']:.1f}", f"{speed['drawing']:.0f}",
+        ])  # fmt: skip
+    return "\n".join(lines) + "\n" + common.markdown_table(header, rows)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = common.parser(__doc__.splitlines()[0])
+    parser.add_argument("--cfg", nargs="+", metavar="FILE", help="settings to compare (default: cfg/toybirds_*.yml)")
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--encoder", default="small", choices=sorted(IMAGE_ENCODERS))
+    options = parser.parse_args(arguments)
+    paths = options.cfg or sorted(Path("cfg").glob("toybirds_*.yml"))
+    if not paths:
+        raise ConfigError("there is no cfg/toybirds_*.yml here; start this in the project's folder, or give --cfg")
+    device = common.start(options)
+    configs = {Path(path).stem: load_config(path, systems=SYSTEMS) for path in paths}
+    results = {
+        "machine": common.machine(device),
+        "batch": options.batch,
+        "encoder": options.encoder,
+        "rounds": options.rounds,
+        "systems": measure(configs, options.encoder, options.batch, options.rounds, device),
+    }
+    common.report(options, results, table(results))
+
+
+if __name__ == "__main__":
+    run_command(main)
