@@ -213,7 +213,7 @@ def sample_precision(
     source, skipped = load_source(folder, skip_broken)
     samples = [by_file[name] for name in source.names]
     name = f"r_precision_{num_candidates}_seed{seed}.json"
-    drawn, path = _candidate_lists(samples, Path(lists or Path(folder) / name), num_candidates, seed)
+    drawn, path = candidate_lists(samples, Path(lists or Path(folder) / name), num_candidates, seed)
     caption_codes = encode_captions(drawn.pool, encoders, vocabulary)
     image_codes = encode_images(source, encoders, **options)
     mean, std = r_precision(image_codes, caption_codes, drawn.true, drawn.candidates, folds, seed)
@@ -238,7 +238,7 @@ def sample_precision(
     return Score(f"R-precision%[damsm:{judge[:8]}]", 100 * mean, protocol, std=100 * std, warnings=warnings)
 
 
-def _candidate_lists(
+def candidate_lists(
     samples: Sequence[Sample], path: Path, num_candidates: int, seed: int
 ) -> tuple[CandidateLists, Path]:
     """Read the lists at `path`, or draw them and write them there."""

@@ -7,6 +7,7 @@ METRICS = {  # module of this package: what its number says
     "precision_recall": "share of generated images that could be real, and of real ones that could be generated",
     "LPIPS": "perceptual distance: diversity for one caption, or generated against real image by image",
     "R_precision": "how often an image's own caption is found among 99 others",
+    "CLIP": "CLIPScore and CLIP-R-precision: do images and captions match for a network that no generator trained with",
     "attributes": "ToyBirds only: how many of the attributes that captions name the images show",
     "mask_iou": "ToyBirds only: how well the generator's masks cover the birds",
 }

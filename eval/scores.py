@@ -17,7 +17,7 @@ from miscc.checkpoint import write_json
 from miscc.distributed import choose_device
 from miscc.errors import ConfigError
 
-PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "pillow", "numpy", "scipy")
+PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "transformers", "pillow", "numpy", "scipy")
 COUNTS = {  # fields of a protocol that stand beside the number
     "num_real": "real",
     "num_fake": "generated",
