@@ -9,10 +9,10 @@ python main.py --cfg cfg/bird.yml --caption "a small red bird with black wings"
 import argparse
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from miscc.command_line import parser_with_settings, settings_from
+from miscc.command_line import not_negative, parser_with_settings, positive, settings_from, truncation
 from miscc.errors import ConfigError, UserError, run_command
 
 logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
@@ -22,7 +22,9 @@ logger = logging.getLogger("main")
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = parser_with_settings(__doc__.splitlines()[0], "cfg/bird.yml")
     parser.add_argument("--dry-run", action="store_true", help="say what a training would be, and what is missing")
-    draw = parser.add_argument_group("drawing (with --caption, --captions, --interpolate, or B_VALIDATION: True)")
+    draw = parser.add_argument_group(
+        "drawing (with --caption, --captions, --interpolate, --each-split, or B_VALIDATION: True)"
+    )
     draw.add_argument("--caption", action="append", metavar="TEXT", help="draw this caption; may be repeated")
     draw.add_argument("--captions", metavar="FILE", help="draw each line of a text file")
     draw.add_argument("--interpolate", nargs=2, metavar="TEXT", help="a strip from one caption to the other; the same "
@@ -32,18 +34,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     draw.add_argument("--out", metavar="DIR", help="folder for the images (default: beside the checkpoint)")
     draw.add_argument("--overwrite", action="store_true", help="replace samples that are in the folder")
-    draw.add_argument("--seed", type=_not_negative, default=0, metavar="N", help="of the noise")
+    draw.add_argument("--seed", type=not_negative, default=0, metavar="N", help="of the noise")
     draw.add_argument(
-        "--truncation", type=_truncation, metavar="T", help="cut the noise at +-2 and scale it by T, e.g. 0.8"
+        "--truncation", type=truncation, metavar="T", help="cut the noise at +-2 and scale it by T, e.g. 0.8"
     )
-    draw.add_argument("--split", default="test", help="whose captions B_VALIDATION draws")
-    draw.add_argument("--per-caption", type=_positive, default=1, metavar="N", help="images for each caption")
+    draw.add_argument("--split", help="whose captions B_VALIDATION draws; without it: test")
+    draw.add_argument("--each-split", type=positive, metavar="N", help="N captions of each of train, val and test instead, "
+                      "without replacement")  # fmt: skip
+    draw.add_argument("--per-caption", type=positive, default=1, metavar="N", help="images for each caption")
     draw.add_argument(
-        "--captions-per-image", type=_not_negative, default=1, metavar="N", help="captions of each image; 0: all"
+        "--captions-per-image", type=not_negative, default=1, metavar="N", help="captions of each image; 0: all"
     )
-    draw.add_argument("--num-images", type=_positive, metavar="N", help="so many captions instead, drawn from all")
-    draw.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images drawn at once")
+    draw.add_argument("--num-images", type=positive, metavar="N", help="so many captions instead, drawn from all")
+    draw.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images drawn at once")
     draw.add_argument("--masks", action="store_true", help="write the masks of every stage, too")
+    draw.add_argument("--attention", action="store_true", help="write where each word looks, too, stage by stage")
     draw.add_argument("--real", action="store_true", help="write the real images of the captions, too")
     draw.add_argument("--no-average", action="store_true", help="draw with G itself, not with its average")
     return parser.parse_args(arguments)
@@ -67,7 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.interpolate and (options.caption or options.captions):
         raise ConfigError("--interpolate draws a strip of its own; give --caption and --captions in another call")
-    if options.caption or options.captions or options.interpolate or cfg.B_VALIDATION or not cfg.TRAIN.FLAG:
+    asked = options.caption or options.captions or options.interpolate or options.each_split
+    if asked or cfg.B_VALIDATION or not cfg.TRAIN.FLAG:
         refuse_several_processes("drawing")
         return draw(cfg, options)
     from miscc import distributed
@@ -79,10 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def draw(cfg: Mapping, options: argparse.Namespace) -> int:
     """Images for a split's captions or for the user's own; the path of the picture is the last line printed."""
-    from eval.sampling import caption_requests, interpolate, read_captions, sample, split_requests
+    from eval.sampling import interpolate, sample
     from miscc.distributed import choose_device
     from miscc.images import save_image
-    from training.build import read_records
 
     device = choose_device(cfg.GPU_ID, cfg.CUDA)
     pipeline, folder = find_pipeline(cfg, options, device)
@@ -93,32 +98,59 @@ def draw(cfg: Mapping, options: argparse.Namespace) -> int:
         save_image(strip, path)
         print(path)
         return 0
-    records = None
+    for requests, place, records in drawings(cfg, options, pipeline, folder):
+        picture = sample(
+            pipeline,
+            requests,
+            place,
+            seed=options.seed,
+            truncation=truncation,
+            batch_size=options.batch_size,
+            with_masks=options.masks,
+            # AttnGAN's examples come with attention, as far as the system has any.
+            with_attention=options.attention or (pipeline.attends and draws_examples(cfg, options)),
+            real=records if options.real else None,
+            overwrite=options.overwrite,
+            about={"dataset": cfg.DATASET_NAME, "split": records.split if records is not None else None},
+        )
+        print(f"{len(requests)} images in {place}")
+        print(picture)
+    return 0
+
+
+def drawings(cfg: Mapping, options: argparse.Namespace, pipeline, folder: Path) -> Iterator[tuple]:
+    """What to draw: (requests, the folder they go to, the records of the split or None), one after the other."""
+    from datasets.layout import splits_present
+    from eval.sampling import caption_requests, each_split_requests, example_requests, read_captions, split_requests
+    from training.build import read_records
+
+    def read(split: str):
+        return read_records(cfg, split, pipeline.vocabulary)
+
+    out = Path(options.out) if options.out else None
     captions = [*(options.caption or []), *(read_captions(options.captions) if options.captions else [])]
     if captions:
-        requests = caption_requests(captions, options.per_caption)
-        folder = Path(options.out) if options.out else free_path(folder / "captions", overwrite=options.overwrite)
+        place = out or free_path(folder / "captions", overwrite=options.overwrite)
+        yield caption_requests(captions, options.per_caption), place, None
+    elif options.each_split:
+        number, present = options.each_split, splits_present(Path(cfg.DATA_DIR))
+        for records, requests in each_split_requests(read, present or ["test"], number, options.seed):
+            name = records.split if out else f"{records.split}-{number}-seed{options.seed}"
+            yield requests, (out or folder) / name, records
+    elif draws_examples(cfg, options):
+        yield example_requests(cfg.DATA_DIR), out or folder / f"examples-seed{options.seed}", None
     else:
-        records = read_records(cfg, options.split, pipeline.vocabulary)
-        requests = split_requests(
-            records, options.captions_per_image, options.per_caption, options.num_images, options.seed
-        )
-        folder = Path(options.out) if options.out else folder / f"{options.split}-seed{options.seed}"
-    picture = sample(
-        pipeline,
-        requests,
-        folder,
-        seed=options.seed,
-        truncation=truncation,
-        batch_size=options.batch_size,
-        with_masks=options.masks,
-        real=records if options.real else None,
-        overwrite=options.overwrite,
-        about={"dataset": cfg.DATASET_NAME, "split": options.split if records is not None else None},
+        records = read(options.split or "test")
+        choice = (options.captions_per_image, options.per_caption, options.num_images, options.seed)
+        yield split_requests(records, *choice), out or folder / f"{records.split}-seed{options.seed}", records
+
+
+def draws_examples(cfg: Mapping, options: argparse.Namespace) -> bool:
+    """Whether AttnGAN's example_filenames.txt is what is drawn: with TRAIN.FLAG False, where nothing else is asked for."""
+    other = options.caption or options.captions or options.each_split or options.split or options.num_images
+    return (
+        not (cfg.TRAIN.FLAG or cfg.B_VALIDATION or other) and (Path(cfg.DATA_DIR) / "example_filenames.txt").is_file()
     )
-    print(f"{len(requests)} images in {folder}")
-    print(picture)
-    return 0
 
 
 def find_pipeline(cfg: Mapping, options: argparse.Namespace, device) -> tuple:
@@ -157,27 +189,6 @@ def free_path(path: Path, overwrite: bool) -> Path:
         number += 1
         free = path.with_name(f"{path.stem}-{number}{path.suffix}")
     return free
-
-
-def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, but is {value}")
-    return value
-
-
-def _truncation(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 100:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, such as 0.8, not {text}")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
 
 
 if __name__ == "__main__":

@@ -75,10 +75,13 @@ def load_encoders(path: str | Path, device: str | torch.device = "cpu", max_word
 
 class Generated(NamedTuple):
     """images: (N, H, W, 3) uint8; masks: of each stage (N, h, w) float32 in [0, 1], coarse to fine, empty where the
-    system predicts none."""
+    system predicts none; where asked for, attention: of each stage that attends (N, T, h, w) float32, coarse to fine, and
+    stages: the images (N, h', w', 3) uint8 that were drawn with it."""
 
     images: np.ndarray
     masks: list[np.ndarray]
+    attention: list[np.ndarray] = []
+    stages: list[np.ndarray] = []
 
 
 class TextToImage:
@@ -167,6 +170,11 @@ class TextToImage:
     def image_size(self) -> int:
         return self.generator.image_size
 
+    @property
+    def attends(self) -> bool:
+        """Whether the generator's output has word attention; generators with any say so."""
+        return bool(getattr(self.generator, "num_attending", 0))
+
     def tokens(self, captions: Sequence[str]) -> EncodedCaptions:
         """Captions as indices; unknown words and cut captions are named in a warning, once each.
 
@@ -210,12 +218,13 @@ class TextToImage:
         truncation: float | None = None,
         batch_size: int = 32,
         indices: Sequence[int] | None = None,
+        with_attention: bool = False,
     ) -> Generated:
         """Draw one image for each caption.
 
         seed: the i-th image's noise is a function of (seed, i), or of (seed, indices[i]), so that a long list can be drawn
-        in parts; truncation: cut the noise at ±2 and scale it by this. Raises DataError for an empty list, and for a
-        caption of which no word is known.
+        in parts; truncation: cut the noise at ±2 and scale it by this; with_attention: keep the word attention.
+        Raises DataError for an empty list, and for a caption of which no word is known.
         """
         if isinstance(captions, str):
             captions = [captions]
@@ -223,7 +232,7 @@ class TextToImage:
             raise DataError("there is no caption to draw")
         indices = range(len(captions)) if indices is None else indices
         encoded = self.tokens(captions)
-        images, masks = [], []
+        images, masks, attention, stages = [], [], [], []
         for start in range(0, len(captions), batch_size):
             rows = slice(start, start + batch_size)
             with torch.inference_mode():
@@ -231,7 +240,15 @@ class TextToImage:
                 output = self.synthesize(text, self.noise(seed, indices[rows], truncation))
             images.append(to_uint8(output.images[-1]))
             masks.append([mask[:, 0].float().cpu().numpy() for mask in output.masks])
-        return Generated(np.concatenate(images), [np.concatenate(stage) for stage in zip(*masks, strict=True)])
+            if with_attention:
+                attention.append([maps.float().cpu().numpy() for maps in output.attention])
+                last = len(output.images) - 1  # AttnDCGAN attends at every stage, but draws at the last alone
+                shown = [output.images[min(stage, last)] for stage in range(1, len(output.attention) + 1)]
+                stages.append([to_uint8(image) for image in shown])
+        parts = (masks, attention, stages)
+        return Generated(
+            np.concatenate(images), *([np.concatenate(stage) for stage in zip(*part, strict=True)] for part in parts)
+        )
 
 
 def released_vocabulary(data_dir: str | Path) -> Vocabulary:

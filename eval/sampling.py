@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from datasets.layout import SPLITS
 from datasets.text_image import Records, load_resized
+from eval.attention import caption_words, check_attends, write_strips
 from eval.networks import hash_tensors
 from eval.pipeline import Generated, TextToImage
 from miscc.checkpoint import write_atomically, write_json, write_text
@@ -29,6 +31,7 @@ from models.types import TextFeatures
 
 logger = logging.getLogger(__name__)
 
+EXAMPLES = "example_filenames.txt"
 CAPTIONS, ABOUT, PICTURE = "captions.jsonl", "samples.json", "samples.png"
 MOST_PICTURED = 24  # captions in samples.png
 
@@ -80,6 +83,37 @@ def caption_requests(captions: Sequence[str], per_caption: int = 1) -> list[Requ
     ]
 
 
+def example_requests(data_dir: str | Path) -> list[Request]:
+    """What to draw for AttnGAN's example_filenames.txt in a data folder: every line names a file of captions there, with
+    or without `.txt`, for instance example_captions; each of its lines is drawn once. Raises DataError."""
+    root = Path(data_dir)
+    requests = []
+    for name in read_captions(root / EXAMPLES):
+        key = name.removesuffix(".txt")
+        for number, caption in enumerate(read_captions(root / f"{key}.txt")):
+            requests.append(Request(len(requests), caption, key, number, 0))
+    return requests
+
+
+def each_split_requests(
+    read: Callable[[str], Records], present: Collection[str], number: int, seed: int
+) -> Iterator[tuple[Records, list[Request]]]:
+    """For each split: `number` of its captions, drawn without replacement as a function of the seed.
+
+    read: a split's records by its name; present: the names that the data set has. A split that it lacks is named in a
+    warning, and so is one with fewer captions, which are all drawn then.
+    """
+    for split in SPLITS:
+        if split not in present:
+            logger.warning("the data set has no split %r: skipped", split)
+            continue
+        records = read(split)
+        total = sum(map(len, records.captions))
+        if total < number:
+            logger.warning("the split %r has only %d captions: all of them are drawn, not %d", split, total, number)
+        yield records, split_requests(records, num_images=min(number, total), seed=seed)
+
+
 def read_captions(path: str | Path) -> list[str]:
     """A text file with one caption a line; empty lines are passed over. Raises DataError."""
     try:
@@ -102,8 +136,10 @@ def prepare_folder(folder: str | Path, overwrite: bool) -> Path:
             raise DataError(f"{folder}: holds samples already; give --overwrite, or another folder with --out")
         for name in sampled_files(folder):  # only what an earlier sampling wrote
             stem = name.removesuffix(".png")
-            masks = (folder / "masks").glob(f"{glob.escape(stem)}_*px.png")
-            for path in (folder / name, *masks, folder / "real" / f"{re.sub(r'_c[0-9]+_s[0-9]+$', '', stem)}.png"):
+            maps = (
+                path for kind in ("masks", "attention") for path in (folder / kind).glob(f"{glob.escape(stem)}_*px.png")
+            )
+            for path in (folder / name, *maps, folder / "real" / f"{re.sub(r'_c[0-9]+_s[0-9]+$', '', stem)}.png"):
                 path.unlink(missing_ok=True)
     return folder
 
@@ -139,16 +175,20 @@ def sample(
     truncation: float | None = None,
     batch_size: int = 32,
     with_masks: bool = False,
+    with_attention: bool = False,
     real: Records | None = None,
     overwrite: bool = False,
     about: dict[str, Any] | None = None,
 ) -> Path:
     """Draw all requests into a folder: PNG files, captions.jsonl, samples.json, and one picture of the first.
 
-    with_masks: masks of every stage under masks/; real: the split whose real images are written under real/, cropped and
-    scaled as in training. Returns the picture's path. Raises DataError for captions without a known word, and when
-    samples are there and overwrite is False.
+    with_masks: masks of every stage under masks/; with_attention: where the words look, stage by stage, under attention/;
+    real: the split whose real images are written under real/, cropped and scaled as in training. Returns the picture's
+    path. Raises DataError for captions without a known word, and when samples are there and overwrite is False;
+    ConfigError for attention of a generator that has none.
     """
+    if with_attention:
+        check_attends(pipeline)
     pipeline.check([request.caption for request in requests])  # before anything that is there is touched
     folder = prepare_folder(folder, overwrite)
     origin = {name: value for name, value in pipeline.origin.items() if name != "config"}
@@ -161,9 +201,11 @@ def sample(
     with ThreadPoolExecutor(max_workers=4) as writers, tqdm(total=len(requests), desc="sampling", unit="image") as bar:
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
-            drawn = pipeline.generate(
-                [r.caption for r in batch], seed, truncation, batch_size, indices=[r.index for r in batch]
-            )
+            captions, indices = [r.caption for r in batch], [r.index for r in batch]
+            drawn = pipeline.generate(captions, seed, truncation, batch_size, indices, with_attention)
+            if with_attention:
+                stems = [folder / "attention" / file_stem(request) for request in batch]
+                write_strips(drawn, caption_words(pipeline, captions), stems, _write_png)
             for row, request in enumerate(batch):
                 stem = file_stem(request)
                 futures.append(writers.submit(_write_png, drawn.images[row], folder / f"{stem}.png"))

@@ -34,3 +34,27 @@ def settings_from(options: argparse.Namespace) -> list[tuple[str, str]]:
     shorter = {"GPU_ID": options.gpu, "SEED": options.manualSeed, "DATA_DIR": options.data_dir}
     pairs += [(key, str(value)) for key, value in shorter.items() if value is not None]
     return pairs + [("DATA_CACHE", "True")] * options.cache + [("RESTORE", "True")] * options.resume
+
+
+def not_negative(text: str) -> int:
+    """An argument's type: a whole number from 0 on."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, but is {value}")
+    return value
+
+
+def truncation(text: str) -> float:
+    """An argument's type: the factor of truncated noise, above 0."""
+    value = float(text)
+    if not 0 < value < 100:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, such as 0.8, not {text}")
+    return value
+
+
+def positive(text: str) -> int:
+    """An argument's type: a whole number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value

@@ -144,6 +144,7 @@ class AttnGenerator(nn.Module):
         self.z_dim = z_dim
         self.noise_dim = z_dim + condition_dim
         self.image_size = base_size * 2 ** (num_stages - 1)
+        self.num_attending = num_stages - 1
         self.augmentation = ConditioningAugmentation(sentence_dim, condition_dim)
         self.first = FirstStage(self.noise_dim, gf_dim, base_size)
         self.refinements = nn.ModuleList(

@@ -2,18 +2,23 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from golden import fill_state
+from PIL import Image
 from test_ssa_gan import changed_by_a_step
 
 from datasets.text_image import Batch
+from eval.attention import caption_words
+from eval.pipeline import TextToImage
 from main import main
 from miscc.checkpoint import load_checkpoint
 from miscc.distributed import World
-from miscc.errors import CheckpointError, ConfigError
+from miscc.errors import CheckpointError, ConfigError, DataError
 from miscc.losses import binary_discriminator_loss, binary_generator_loss, kl_to_standard_normal
 from models.attn_discriminator import AttnDCDiscriminator, AttnDiscriminator, StageDiscriminator
 from models.attn_gan import AttnDCGAN, AttnDCGenerator, AttnGAN, AttnGenerator, WordAttention
@@ -392,9 +397,12 @@ def test_the_released_settings_train_resume_and_draw(cfg, drawn_folder, encoders
         == folder.name.partition("-")[2].split("-")[-1]
     )
     capsys.readouterr()
-    assert main([*run, "--caption", "a small red bird", "--out", str(tmp_path / "drawn")]) == 0
+    assert main([*run, "--caption", "a small red bird", "--out", str(tmp_path / "drawn"), "--attention"]) == 0
     assert Path(capsys.readouterr().out.splitlines()[-1]).is_file()
     assert (tmp_path / "drawn" / "caption000_c0_s0.png").is_file()
+    for size in (8, 16):
+        strip = np.asarray(Image.open(tmp_path / "drawn" / "attention" / f"caption000_c0_s0_{size}px.png"))
+        assert strip.shape == (154, 5 * 132 + 4, 3)  # the image and four words, each with its name above
 
 
 def test_stopping_and_resuming_changes_nothing(drawn_folder, encoders, tmp_path):
@@ -429,3 +437,74 @@ def test_the_eval_settings_draw_with_released_weights(cfg, drawn_folder, encoder
     run = small_run(cfg, drawn_folder, encoders, tmp_path, "TRAIN.NET_G", tmp_path / "bird_AttnGAN2.pth")
     assert main([*run, "--out", str(tmp_path / "drawn")]) == 0
     assert len(list((tmp_path / "drawn").glob("test*_c0_s0.png"))) == 12
+
+
+# -- pictures of attention, examples, splits --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(drawn_folder, encoders, tmp_path_factory):
+    """Arguments of a finished two-step run of 8 and 16 px, and a copy of its data to put examples into."""
+    folder = tmp_path_factory.mktemp("attn")
+    shutil.copytree(drawn_folder, folder / "data")
+    more = ("TREE.BRANCH_NUM", 2, "TRAIN.MAX_STEPS", 2)
+    arguments = small_run("bird_attn2", folder / "data", encoders, folder / "output", *more)
+    assert main(arguments) == 0
+    return arguments, folder / "data"
+
+
+def test_attention_is_kept_only_when_asked_for(trained):
+    arguments, _ = trained
+    pipeline = TextToImage.load(next((Path(arguments[5]).parent / "output").glob("*/checkpoints/last.pth")))
+    captions = ["a small red bird", "a bird with long blue wings and a yellow head", "a bird"]
+    plain, drawn = (pipeline.generate(captions, batch_size=2, with_attention=kept) for kept in (False, True))
+    assert plain.attention == [] and plain.stages == [] and np.array_equal(plain.images, drawn.images)
+    assert [maps.shape[::2] for maps in drawn.attention] == [(3, 8)] and drawn.stages[0].shape == (3, 16, 16, 3)
+    assert np.array_equal(drawn.stages[-1], drawn.images)
+    words = caption_words(pipeline, captions)
+    assert words[0] == ["a", "small", "red", "bird"]
+    for row, caption in enumerate(words):
+        assert drawn.attention[0][row, len(caption) :].max(initial=0) == 0
+        assert drawn.attention[0][row].sum(axis=0) == pytest.approx(1, abs=1e-5)
+
+
+def test_examples_are_drawn_with_attention(trained, tmp_path, capsys):
+    arguments, data = trained
+    (data / "example_filenames.txt").write_text("example_captions\ntext/more.txt\n")
+    (data / "example_captions.txt").write_text("a small red bird\na blue bird\n\n")
+    (data / "text").mkdir()
+    (data / "text" / "more.txt").write_text("a bird with long wings\n")
+    examples = [*arguments, "TRAIN.FLAG", "False", "--out", str(tmp_path / "out")]
+    assert main(examples) == 0
+    assert "3 images in" in capsys.readouterr().out
+    stems = ["example_captions_c0_s0", "example_captions_c1_s0", "text/more_c0_s0"]
+    files = [f"{stem}.png" for stem in stems] + [f"attention/{stem}_8px.png" for stem in stems]
+    assert all((tmp_path / "out" / name).is_file() for name in files)
+    assert main([*examples, "--overwrite", "--split", "test"]) == 0  # something else was asked for: the old ones go
+    assert not any((tmp_path / "out" / name).exists() for name in files)
+    assert len(list((tmp_path / "out").glob("test*.png"))) == 12
+    (data / "text" / "more.txt").unlink()
+    with pytest.raises(DataError, match="text/more.txt: no such file of captions"):
+        main([*arguments, "TRAIN.FLAG", "False", "--out", str(tmp_path / "other")])
+    (data / "example_filenames.txt").unlink()
+
+
+def test_each_split_is_drawn_without_replacement(trained, tmp_path, caplog):
+    arguments, _ = trained
+    assert main([*arguments, "--each-split", "40", "--out", str(tmp_path)]) == 0
+    assert "no split 'val': skipped" in caplog.text
+    assert "the split 'test' has only 36 captions: all of them are drawn, not 40" in caplog.text
+    for split, number in (("train", 40), ("test", 36)):
+        lines = [json.loads(line) for line in (tmp_path / split / "captions.jsonl").read_text().splitlines()]
+        assert len({(line["key"], line["caption_number"]) for line in lines}) == number == len(lines)
+        assert all(line["key"].startswith(split) and line["sample"] == 0 for line in lines)
+        assert json.loads((tmp_path / split / "samples.json").read_text())["split"] == split
+
+
+def test_a_generator_without_attention_is_named(tiny_yaml, tiny, tmp_path):
+    train(tiny(("TRAIN.MAX_STEPS", "1")), CPU)
+    with pytest.raises(ConfigError, match="--attention: this generator has no word attention"):
+        main(
+            ["--cfg", str(tiny_yaml), "--gpu", "-1", "--caption", "a bird", "--attention", "--out", str(tmp_path / "x")]
+        )
+    assert not (tmp_path / "x").exists()
