@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from golden import OWN, fill_state, load
 from tiny_systems import (
     changed_by_a_step,
     make_batch,
@@ -206,3 +207,18 @@ def test_given_weights_bring_all_adversaries_along(drawn_folder, encoders, tmp_p
     weight = stored["redescriber"]["state"]["keys.weight"]
     assert torch.equal(networks()["redescriber"].keys.weight, weight)
     assert not torch.equal(networks(**{"TRAIN.B_NET_D": "False"})["redescriber"].keys.weight, weight)
+
+
+def test_a_released_generator_draws_and_is_trained_on(drawn_folder, encoders, tmp_path):
+    about, _ = load(OWN, "sema")
+    path = tmp_path / "netG_120.pth"
+    torch.save({f"module.{name}": tensor for name, tensor in fill_state(about["netG"], 1).items()}, path)
+    overrides = tiny_overrides(drawn_folder, encoders, tmp_path) | {"TRAIN.NET_G": str(path), "TRAIN.NF": "2"}
+    out = tmp_path / "drawn"
+    assert run_main("cfg/coco_sema.yml", overrides, "--caption", "a small red bird", "--out", str(out)) == 0
+    assert len(list(out.glob("*.png"))) >= 1
+    assert run_main("cfg/coco_sema.yml", overrides | {"TRAIN.MAX_STEPS": "1", "TRAIN.EMA_DECAY": "0"}) == 0
+    (last,) = tmp_path.glob("*/checkpoints/last.pth")
+    trained = load_checkpoint(last)["networks"]["generator"]
+    difference = (trained["state"]["fc.weight"] - fill_state(about["netG"], 1)["fc.weight"]).abs()
+    assert trained["name"] == "sema" and 0 < difference.max() < 1e-3  # one step of Adam away from the released weights
