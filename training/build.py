@@ -38,15 +38,14 @@ def network_settings(name: str) -> dict[str, Mapping[str, str]]:
 
 
 def network_keys(name: str) -> set[str]:
-    """The settings that shape a system's networks."""
-    return {key for settings in network_settings(name).values() for key in settings.values()}
+    """The settings that shape a system's networks, the text encoder's included."""
+    parts = [*network_settings(name).values(), getattr(SYSTEMS[name], "TEXT_SETTINGS", {})]
+    return {key for settings in parts for key in settings.values()}
 
 
 def system_keys(name: str) -> set[str]:
     """The settings that a system's parts name."""
-    system = SYSTEMS[name]
-    others = (system.OBJECTIVE_SETTINGS, getattr(system, "TEXT_SETTINGS", {}))
-    return network_keys(name) | {key for settings in others for key in settings.values()}
+    return network_keys(name) | set(SYSTEMS[name].OBJECTIVE_SETTINGS.values())
 
 
 def text_settings(cfg: Mapping) -> dict[str, Any]:
