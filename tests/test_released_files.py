@@ -12,9 +12,11 @@ from golden import OWN, fill_state, load
 
 from eval.pipeline import TextToImage, load_encoders
 from eval.released_files import convert, describe
-from miscc.checkpoint import load_checkpoint
+from miscc.checkpoint import load_checkpoint, load_file
 from miscc.distributed import World
 from miscc.errors import CheckpointError, UserError
+from models.damsm import TextEncoder
+from models.released import load_generator
 from training.trainer import train
 
 WORDS = ["<end>", "a", "bird", "this", "is", "with", "and", "the", "that"]
@@ -121,3 +123,30 @@ def test_the_command_says_it_in_one_line(files, tmp_path):
     assert done.returncode == 2 and done.stderr.strip() == f"error: {tmp_path / 'gone.pth'}: no such weight file"
     done = run(files / "netG.pth", "--convert", tmp_path / "out.pth")
     assert done.returncode == 2 and "--encoder and --data" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("system", "discriminators"), [("attn_gan", ["netD0", "netD1", "netD2"]), ("df_gan", ["netD"]), ("sema", [])]
+)
+def test_every_system_converts(files, tmp_path, system, discriminators):
+    about, _ = load(OWN, system)
+    salt = about["config"]["salt"]
+    generator = fill_state(about["netG"], salt)
+    if system == "df_gan":  # everything in one file, as its authors have it
+        states = {part: fill_state(about[part], salt) for part in ("netG", "netD", "netC")}
+        torch.save({"model": states, "optimizers": {}}, tmp_path / "netG.pth")
+    else:
+        torch.save(generator, tmp_path / "netG.pth")
+        for number, part in enumerate(discriminators):
+            torch.save(fill_state(about[part], salt + number), tmp_path / f"{part}.pth")
+    first = tmp_path / "netD0.pth" if system == "attn_gan" else None
+    out, encoder = tmp_path / "ours.pth", tmp_path / "text_encoder.pth"
+    width = load_generator(load_file(tmp_path / "netG.pth")).arguments["sentence_dim"]
+    words = TextEncoder(len(WORDS), text_dim=width).state_dict()
+    torch.save({name.replace("embedding.", "encoder."): tensor for name, tensor in words.items()}, encoder)
+    convert(tmp_path / "netG.pth", encoder, files / "data", out, discriminator_path=first)
+    networks = load_checkpoint(out)["networks"]
+    assert networks["generator"]["name"] == system and ("discriminator" in networks) == bool(discriminators)
+    loose = TextToImage.from_released(tmp_path / "netG.pth", encoder, files / "data", "cpu")
+    drawn = TextToImage.load(out, "cpu").generate(["this is a bird", "a bird with the bird"], seed=1).images
+    assert np.array_equal(drawn, loose.generate(["this is a bird", "a bird with the bird"], seed=1).images)
