@@ -16,6 +16,8 @@ from typing import IO
 
 import numpy as np
 import PIL
+import torch
+import torchvision
 from tqdm import tqdm
 
 from datasets.text_image import Records, load_resized
@@ -102,8 +104,9 @@ class ImageCache:
 
 
 def _fingerprint(records: Records, image_size: int) -> bytes:
-    """Changes with any file, box or the size; also with Pillow, whose decoders are not the same in each version."""
-    digest = hashlib.sha256(f"{PIL.__version__} {image_size}".encode())
+    """Changes with any file, box or the size; also with what decodes and scales, as their versions may round otherwise."""
+    versions = f"{PIL.__version__} {torch.__version__} {torchvision.__version__}"
+    digest = hashlib.sha256(f"{versions} {image_size}".encode())
     for index, path in enumerate(records.image_paths):
         try:
             status = os.stat(path)

@@ -1,7 +1,9 @@
 """Images: reading files as RGB, [-1, 1] <-> uint8, grids, captioned pictures. Only here do value ranges change."""
 
+import io
 import math
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +13,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from miscc.checkpoint import write_atomically
 from miscc.errors import DataError
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # built without libjpeg, or a torchvision that has handed its decoders over
+    decode_jpeg = None
+
+_EXIF_ORIENTATION = 0x0112
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -24,15 +33,45 @@ def open_rgb(path: str | Path, upright: bool = True) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image) if upright else image)
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
 
 
+def open_pixels(path: str | Path, upright: bool = True) -> torch.Tensor:
+    """`open_rgb` as (H, W, 3) uint8. Plain JPEG files go straight through torchvision's decoder where it is there: the same
+    pixels, without PIL's copies on the way."""
+    pixels = _decode_jpeg(path, upright)
+    return torch.from_numpy(np.array(open_rgb(path, upright))) if pixels is None else pixels
+
+
+def _decode_jpeg(path: str | Path, upright: bool) -> torch.Tensor | None:
+    """A sound, upright RGB JPEG as (H, W, 3) uint8; None for everything else, of which PIL then says what it is."""
+    if decode_jpeg is None or not isinstance(path, (str, Path)):
+        return None
+    try:
+        data = np.fromfile(path, dtype=np.uint8)
+        if data[:2].tobytes() != b"\xff\xd8":
+            return None
+        with Image.open(io.BytesIO(data)) as image:  # reads the header alone
+            turned = upright and "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) != 1
+            if image.format != "JPEG" or image.mode != "RGB" or turned:
+                return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision 0.29 announces that its decoders will move elsewhere
+            return decode_jpeg(torch.from_numpy(data), mode=ImageReadMode.RGB).permute(1, 2, 0)
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError):
+        return None
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB; transparent parts become white."""
+    """An image of any mode as RGB; transparent parts become white. What is RGB already is not copied."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -15,14 +15,14 @@ from PIL import Image
 from datasets.text_image import (
     EpochBatches,
     TextImageDataset,
-    box_crop,
+    box_edges,
     collate,
     load_resized,
     ordered_loader,
     training_loader,
 )
 from miscc.errors import ConfigError, DataError
-from miscc.images import from_uint8
+from miscc.images import from_uint8, open_pixels, open_rgb
 
 WHITE, RED = (1.0, 1.0, 1.0), (1.0, -1.0, -1.0)
 
@@ -85,9 +85,42 @@ def test_every_mode_comes_out_right(tmp_path, name):
 def test_resizing_is_that_of_torchvision(tmp_path, size):
     functional = pytest.importorskip("torchvision.transforms.functional")
     path = write_image(tmp_path / "image.png", *size)
-    expected = np.asarray(functional.resize(Image.open(path), 76))
-    assert np.array_equal(load_resized(path, None, 64), expected)
-    assert min(expected.shape[:2]) == 76
+    expected = np.asarray(functional.resize(Image.open(path), 76)).astype(int)
+    found = load_resized(path, None, 64)
+    assert found.dtype == np.uint8 and found.shape == expected.shape and min(expected.shape[:2]) == 76
+    apart = np.abs(found - expected)  # torch's arithmetic on bytes and PIL's round differently
+    assert apart.max() <= 1 and (apart > 0).mean() < 0.02
+
+
+@pytest.mark.parametrize("subsampling", [0, 2])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_jpeg_files_decode_as_by_pil(tmp_path, subsampling, orientation):
+    """Also where a photograph is stored on its side, which only images without a box are turned for."""
+    rng = np.random.default_rng(3)
+    image = Image.fromarray(rng.integers(0, 256, (31, 45, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "image.jpg", subsampling=subsampling, exif=exif)
+    for upright in (True, False):
+        found = open_pixels(tmp_path / "image.jpg", upright)
+        assert np.array_equal(found.numpy(), np.asarray(open_rgb(tmp_path / "image.jpg", upright)))
+        assert found.shape[:2] == ((45, 31) if upright and orientation == 6 else (31, 45))
+
+
+def test_a_jpeg_that_is_cut_off_is_named(tmp_path):
+    path = write_image(tmp_path / "image.jpg", 300, 200)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(DataError, match="image.jpg: cannot be read as an image"):
+        load_resized(path, None, 64)
+
+
+def test_bytes_become_the_same_floats_on_their_way_to_the_device(records):
+    floats, raw = (TextImageDataset(records, [16, 32], as_bytes=as_bytes) for as_bytes in (False, True))
+    assert [image.dtype for image in raw[1, 2].images] == [torch.uint8] * 2
+    batch = collate([raw[1, index] for index in range(3)]).to("cpu")
+    assert equal(batch, collate([floats[1, index] for index in range(3)]))
+    single = collate([TextImageDataset(records, [32], as_bytes=True)[4]])
+    assert single.images.dtype == torch.uint8 and single.to("cpu").images.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -101,7 +134,8 @@ def test_resizing_is_that_of_torchvision(tmp_path, size):
 )
 def test_the_square_around_a_box(box, expected):
     left, top, right, bottom = expected
-    crop = np.asarray(box_crop(position_image(100, 80), box))
+    assert box_edges(100, 80, box) == expected
+    crop = np.asarray(position_image(100, 80).crop(box_edges(100, 80, box)))
     assert crop.shape == (bottom - top, right - left, 3)
     assert crop[0, 0].tolist() == [left, top, 7] and crop[-1, -1].tolist() == [right - 1, bottom - 1, 7]
 

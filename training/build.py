@@ -57,9 +57,7 @@ def build_networks(cfg: Mapping) -> dict[str, nn.Module]:
     """Fresh networks of the chosen system: G, D and others that it has. Raises ConfigError where sizes do not work."""
     name = cfg.GAN.NAME
     try:
-        return {
-            part: NETWORKS[part][name](**pick(cfg, settings)) for part, settings in network_settings(name).items()
-        }
+        return {part: NETWORKS[part][name](**pick(cfg, settings)) for part, settings in network_settings(name).items()}
     except ValueError as error:
         raise ConfigError(f"TREE.BASE_SIZE: {error}") from None
 
@@ -185,7 +183,7 @@ def read_records(cfg: Mapping, split: str, vocabulary: Vocabulary | None = None)
 
 
 def make_dataset(cfg: Mapping, records: Records, image_sizes: list[int], augment: bool) -> TextImageDataset:
-    """The records as a torch data set, from the cache where DATA_CACHE asks for it."""
+    """The records as a torch data set, from the cache where DATA_CACHE asks for it. Images are bytes until `Batch.to`."""
     folder = Path(cfg.DATA_DIR) / "cache"
     cache = ImageCache.open(records, max(image_sizes), folder, cfg.SKIP_BROKEN) if cfg.DATA_CACHE else None
     return TextImageDataset(
@@ -196,6 +194,7 @@ def make_dataset(cfg: Mapping, records: Records, image_sizes: list[int], augment
         augment=augment,
         cache=cache,
         skip_broken=cfg.SKIP_BROKEN,
+        as_bytes=True,
     )
 
 
