@@ -18,6 +18,7 @@ from torch import nn
 
 from miscc.checkpoint import load_checkpoint
 from miscc.config import load_config
+from miscc.errors import ConfigError
 from miscc.losses import semantic_distance
 from models import SYSTEMS
 from models.layers import OneWayDiscriminator
@@ -189,7 +190,7 @@ def test_the_settings_files_train_resume_and_draw(yaml, drawn_folder, encoders, 
     assert any(found.get("truncation") == 0.8 for found in settings)
 
 
-def test_given_weights_bring_all_adversaries_along(drawn_folder, encoders, tmp_path):
+def test_what_shapes_the_adversaries_stays_and_given_weights_bring_them_along(drawn_folder, encoders, tmp_path):
     from miscc.distributed import World
     from training.trainer import Trainer
 
@@ -197,6 +198,9 @@ def test_given_weights_bring_all_adversaries_along(drawn_folder, encoders, tmp_p
     assert run_main("cfg/coco_sema.yml", overrides) == 0
     (last,) = tmp_path.glob("*/checkpoints/last.pth")
     stored = load_checkpoint(last)["networks"]
+    for key, value in (("SEMA.STEPS", "3"), ("SEMA.FEATURE_DIM", "8"), ("TEXT.TRANSFORMER", "bert")):
+        with pytest.raises(ConfigError, match=f"{key}: the run was started with .*, not {value}"):
+            run_main("cfg/coco_sema.yml", overrides | {key: value}, "--resume")
 
     def networks(**changes):
         pairs = (overrides | {"TRAIN.NET_G": str(last)} | changes).items()
