@@ -1,13 +1,13 @@
 """SEMA (Yuan et al., IEEE TMM 2024, doi 10.1109/TMM.2023.3278992): adversarial semantic distances on top of DF-GAN.
 
-**The paper's**: the generator, held against the released weights; truncated sampling; that a redescription module R (an
+**The paper's**: the generator, as its weights are released; truncated sampling; that a redescription module R (an
 attention LSTM over convolutional features) and a feature extractor F (trained on real against fake by cross entropy)
 each give G a semantic distance to minimise; that R minimises its distance on real images and maximises it on fake ones;
 the sentence as half LSTM, half Transformer (models/mixed_text.py).
 
 **Ours**, because the training code was never released and the exact distance and weights are not public: the distance,
-SEM(a, b) = 1 − cos(a, b); the margin up to which R pushes fake images away, max(0, margin − SEM(R(x̂), s)), without which
-its loss would have no use for real images any more; the weights 1 of both distances in G's loss; the layers of R and F;
+SEM(a, b) = 1 − cos(a, b); the margin up to which R pushes fake images away, max(0, margin − SEM(R(x̂), s)), beyond which
+only reading real images well still pays; the weights 1 of both distances in G's loss; the layers of R and F;
 their learning rate, D's; the order of the steps; D, which is DF-GAN's of the same early form as the generator (channels
 up to 16·nf), with its hinge and MA-GP.
 """
