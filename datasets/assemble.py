@@ -169,25 +169,22 @@ def _by_lists(entries: dict[str, Entry], index: ImageIndex, lists: dict[str, lis
 
 
 def _seeded(entries: dict[str, Entry], options: BuildOptions) -> dict[str, list[Entry]]:
-    """A split drawn for each image from its key alone, so that images added later leave the others where they are."""
+    """The split of each image by the rank of a number drawn from its key alone: of N images round(fraction · N) are test
+    images, at least one, then as many for val. Images added later so move no others but some next to the borders.
+    """
     draws = {
         path: float(stream(options.seed, "split", zlib.crc32(entry.key.encode())).random())
         for path, entry in entries.items()
     }
     by_draw = sorted(entries, key=draws.__getitem__)
-    below = {
-        "test": options.test_fraction,
-        "val": options.test_fraction + options.val_fraction,
-    }
-    split_of = {}
-    for path in by_draw:
-        split_of[path] = next((split for split, limit in below.items() if draws[path] < limit), "train")
-    split_of[by_draw[0]] = "test"  # however few images there are
-    if len(by_draw) > 1:
-        split_of[by_draw[-1]] = "train"
+    total = len(by_draw)
+    num_test = min(max(1, round(options.test_fraction * total)), max(1, total - 1))  # one is left to train on
+    num_val = min(round(options.val_fraction * total), max(0, total - 1 - num_test))
+    splits = ["test"] * num_test + ["val"] * num_val + ["train"] * (total - num_test - num_val)
+    split_of = dict(zip(by_draw, splits, strict=True))
     logger.info(
-        "no split lists (train.txt, test.txt): a seeded split, test about %.0f %%, val about %.0f %%, the rest train",
-        *(100 * options.test_fraction, 100 * options.val_fraction),
+        "no split lists (train.txt, test.txt): a seeded split, %d test and %d val images, the other %d train",
+        *(num_test, num_val, total - num_test - num_val),
     )
     return _checked({split: [e for path, e in entries.items() if split_of[path] == split] for split in SPLITS})
 

@@ -34,7 +34,7 @@ from eval.toybirds_judges import (
     train,
     trained,
 )
-from eval.toybirds_samples import add_arguments, birds_of, print_report
+from eval.toybirds_samples import GeneratedBirds, run_script
 from miscc.errors import DataError, UserError, run_command
 from miscc.randomness import stream
 
@@ -356,14 +356,13 @@ def _pairs(values: np.ndarray, captions: Sequence[str]) -> tuple[int, int]:
     return pairs, pairs - alike
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="attributes that captions name, read off generated ToyBirds")
-    add_arguments(parser)
-    args = parser.parse_args()
-    birds = birds_of(args, with_masks=False)
+def _score(birds: GeneratedBirds, args: argparse.Namespace) -> tuple[AttributeReport, Recipe]:
     judge = load_judge(birds.image_size, birds.device, args.cache)
-    report = judge_attributes(birds.images, birds.captions, judge, birds.keys, args.seed)
-    print_report("attributes", report.lines(), report.record(), birds, judge.recipe, args.json)
+    return judge_attributes(birds.images, birds.captions, judge, birds.keys, args.seed), judge.recipe
+
+
+def main() -> None:
+    run_script("attributes", "attributes that captions name, read off generated ToyBirds", _score)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,19 @@ def requests_of(protocol: Protocol, records: Records, num_images: int | None = N
     return [r._replace(index=i, sample=each * r.sample + sample) for i, (r, sample) in enumerate(repeated)]
 
 
+def real_images_of(protocol: Protocol, records: Records, num_images: int | None = None) -> Records:
+    """The real images that a protocol compares with: all, or `num_real` of them drawn by the seed.
+
+    num_images: of a quick look, which then takes no more real images than it draws.
+    """
+    if protocol.num_real is None:
+        return records
+    wanted = min(protocol.num_real, len(records), max(2, num_images or protocol.num_real))
+    if wanted == len(records):
+        return records
+    return records.select(sorted(stream(protocol.seed, "real images").permutation(len(records))[:wanted]))
+
+
 def evaluate(
     pipeline: TextToImage,
     protocol: Protocol,
@@ -73,6 +86,7 @@ def evaluate(
     """
     tools = tools or Tools()
     prompts = real if prompts is None else prompts
+    real = real_images_of(protocol, real, num_images)
     requests = requests_of(protocol, prompts, num_images)
     several = _several(protocol, prompts, first=len(requests))
 
@@ -91,6 +105,7 @@ def evaluate(
         image_size=pipeline.image_size,
         vocabulary=pipeline.vocabulary,
         text_encoder_hash=hash_tensors(pipeline.text_encoder.state_dict()),
+        data_set=(pipeline.origin.get("config") or {}).get("DATASET_NAME"),
         diverse=(lambda: ([r.caption for r in several], draw(several))) if several else None,
     )
     record = judge(judged, protocol, real, pipeline.device, tools, world)
@@ -154,6 +169,7 @@ def self_check(
     again and uses no kept features, so it also checks these. Two records, as `evaluate` gives them.
     """
     tools = tools or Tools()
+    test = real_images_of(protocol, test, num_images)
     wanted = min(num_images or protocol.num_images or len(train), len(train))
     chosen = stream(protocol.seed, "self-check").permutation(len(train))[:wanted]
     records = []
@@ -173,7 +189,7 @@ def _judged_real(what: str, records: Records, protocol: Protocol, image_size: in
         for batch in images.batches(tools.batch_size, rows):
             yield Generated(batch, [])
 
-    return Judged(what, split_requests(records), batches, image_size, records.vocabulary)
+    return Judged(what, split_requests(records), batches, image_size, records.vocabulary, data_set=records.name)
 
 
 def records_for(config: Mapping[str, Any], split: str, data_dir: str | Path | None, vocabulary: Vocabulary) -> Records:

@@ -18,6 +18,7 @@ from datasets.text_image import Records
 from eval.evaluation_report import environment
 from eval.measures import (
     FROM_FEATURES,
+    OF_BIRDS,
     SINGLE_FEATURES,
     BirdMeasure,
     DiversityMeasure,
@@ -25,7 +26,7 @@ from eval.measures import (
     Measure,
     RetrievalMeasure,
 )
-from eval.networks import load_network
+from eval.networks import WeightsError, load_network
 from eval.pipeline import Encoders, Generated
 from eval.protocols import Protocol
 from eval.real_images import RealImages, reference
@@ -57,7 +58,8 @@ class Tools:
 class Judged:
     """Images to be judged, whoever makes them: what they are, the request behind each, and a way to get them in batches.
 
-    text_encoder_hash: of the generator that draws them, None for real images.
+    text_encoder_hash: of the generator that draws them, None for real images; data_set: that they are of, or that the
+    generator was trained on, None where it is not known.
     """
 
     what: str
@@ -67,6 +69,7 @@ class Judged:
     vocabulary: Vocabulary
     text_encoder_hash: str | None = None
     diverse: Callable[[], tuple[list[str], Iterator[Generated]]] | None = None
+    data_set: str | None = None
 
 
 def judge(
@@ -154,7 +157,11 @@ def _prepare(
             measures.append(RetrievalMeasure(tools.encoders, *arguments))
         except MISSING as error:
             missing["R_precision"] = str(error)
-    if {"attributes", "mask_iou"} & set(protocol.metrics):
+    of_birds = [metric for metric in protocol.metrics if metric in OF_BIRDS]
+    if of_birds and judged.data_set not in (None, "toybirds"):
+        reason = f"the judges know drawn birds (toybirds) alone, these images are of {judged.data_set}"
+        missing |= dict.fromkeys(of_birds, reason)
+    elif of_birds:
         measures.append(BirdMeasure(judged.requests, protocol, device, tools.cache))
     return measures, missing, about_real
 
@@ -166,6 +173,9 @@ def _diversity(judged: Judged, tools: Tools, device: torch.device, missing: dict
             raise DataError("there is one image of each caption")
         captions, batches = judged.diverse()
         measure = DiversityMeasure(tools.lpips_weights, judged.image_size, captions, device)
+    except WeightsError as error:
+        missing["diversity"] = f"{error.text}, or give its place with --lpips-weights PATH"
+        return []
     except MISSING as error:
         missing["diversity"] = str(error)
         return []

@@ -34,7 +34,7 @@ from eval.toybirds_judges import (
     train,
     trained,
 )
-from eval.toybirds_samples import add_arguments, birds_of, print_report
+from eval.toybirds_samples import GeneratedBirds, run_script
 from miscc.errors import DataError, UserError, run_command
 from miscc.randomness import stream
 
@@ -276,17 +276,17 @@ def resized(masks: np.ndarray, size: int) -> np.ndarray:
     return F.interpolate(stage, (size, size), mode="bilinear", align_corners=False, antialias=shrinks)[:, 0].numpy()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="IoU of a generator's masks with the birds in its ToyBirds images")
-    add_arguments(parser)
-    args = parser.parse_args()
-    birds = birds_of(args, with_masks=True)
+def _score(birds: GeneratedBirds, args: argparse.Namespace) -> tuple[MaskReport, Recipe]:
     if not birds.masks:
         hint = "sample it again with --masks" if args.samples else "SSA-GAN predicts them, AttnGAN and DF-GAN do not"
         raise DataError(f"{args.samples or args.checkpoint}: there are no masks to be judged; {hint}")
     judge = load_judge(birds.image_size, birds.device, args.cache)
-    report = mask_iou(birds.images, birds.masks, judge)
-    print_report("masks", report.lines(), report.record(), birds, judge.recipe, args.json)
+    return mask_iou(birds.images, birds.masks, judge), judge.recipe
+
+
+def main() -> None:
+    description = "IoU of a generator's masks with the birds in its ToyBirds images"
+    run_script("masks", description, _score, with_masks=True)
 
 
 if __name__ == "__main__":

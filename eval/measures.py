@@ -33,6 +33,7 @@ from miscc.images import from_uint8
 
 FROM_FEATURES = ("FID", "KID", "IS", "precision_recall")  # metrics that one pass through a feature network gives
 SINGLE_FEATURES = ("KID", "precision_recall")  # of these, what compares single images
+OF_BIRDS = ("attributes", "mask_iou")  # metrics by judges that know ToyBirds alone
 SMALLEST_FOR_LPIPS = 32  # pixels; AlexNet's pooling leaves nothing of smaller images
 
 

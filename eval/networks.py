@@ -31,6 +31,14 @@ TENSORFLOW_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2
 TORCHVISION_FILES = ("inception_v3_google-0cc3c7bd.pth", "inception_v3_google-1a9a5a14.pth")
 
 
+class WeightsError(CheckpointError):
+    """No weight file, where one is looked for. text: without the last words, which name an option of most scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"{text}, or give its place with --weights PATH")
+        self.text = text
+
+
 class FeatureNetwork(nn.Module):
     """A trunk that gives pooled features and a linear classifier over them, frozen, in eval mode, channels_last.
 
@@ -276,7 +284,7 @@ def _load(network: nn.Module, state: dict[str, torch.Tensor], path: Path, what: 
 def find_weights(given: str | Path | None, file_names: Sequence[str], network: str, origin: str) -> Path:
     """The file that the user gave, else the first of `file_names` in torch hub's cache (moved by TORCH_HOME).
 
-    Raises CheckpointError that says which file to get from where, and where to put it.
+    Raises WeightsError that says which file to get from where, and where to put it.
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     if given:
@@ -286,9 +294,9 @@ def find_weights(given: str | Path | None, file_names: Sequence[str], network: s
     for name in file_names:
         if (folder / name).is_file():
             return folder / name
-    raise CheckpointError(
+    raise WeightsError(
         f"{network}: its weights are not on this machine and nothing is downloaded; get {file_names[0]} from {origin} "
-        f"and put it in {folder}, or give its place with --weights PATH"
+        f"and put it in {folder}"
     )
 
 

@@ -19,7 +19,8 @@ class Protocol:
 
     dataset: DATASET_NAME that the numbers are meant for, "" for any;
     real_split, real_crop: the real images; "middle": box cut out, scaled, middle crop, as our test images; "augmented":
-    a random crop of the same and a flip, one of each image;
+    a random crop of the same and a flip, one of each image; num_real: so many of them, drawn by the seed, and in a quick
+    look no more than are drawn; None: always all;
     caption_split, caption_choice: whose captions are drawn; "random": `num_images` captions of all, by the seed, again
     with other noise when they run out; "first": the first `captions_per_image` of every image; "all": every caption;
     num_images: generated images in all, None: what caption_choice comes to;
@@ -35,6 +36,7 @@ class Protocol:
     dataset: str = ""
     real_split: str = "test"
     real_crop: str = "middle"
+    num_real: int | None = None
     caption_split: str = "test"
     caption_choice: str = "random"
     num_images: int | None = 30_000
@@ -65,13 +67,15 @@ class Protocol:
             )
         if (self.num_images is not None) != (self.caption_choice == "random"):
             raise ConfigError(f"protocol {self.name}: num_images goes with caption_choice random, and only with it")
+        if self.num_real is not None and self.num_real < 2:
+            raise ConfigError(f"protocol {self.name}: num_real must be 2 or more")
         if self.images_per_caption < 1 or (self.num_images or 2) < 2:
             raise ConfigError(f"protocol {self.name}: draw at least two images, at least one of each caption")
         if self.quantisation != "uint8":
             raise ConfigError(f"protocol {self.name}: quantisation {self.quantisation}: images are judged as uint8")
 
 
-_LIGHT = {"network": "efficientnet-lite0", "resize": "clean", "kid_subset_size": 500}
+_LIGHT = {"network": "efficientnet-lite0", "resize": "clean", "kid_subset_size": 500, "num_real": 2000}
 
 PROTOCOLS = {
     protocol.name: protocol

@@ -252,7 +252,7 @@ def trained(
             network, measured = _load(path, build(recipe))
             return network.to(device), measured
         except CheckpointError as error:
-            print(f"warning: {error}; it is trained again", file=sys.stderr)
+            print(f"warning: {error}; a new {recipe.kind} is trained, about a minute, and put there", file=sys.stderr)
     started = time.monotonic()
     drawings = draw_birds("train", recipe.num_drawings, recipe.image_size, recipe.seed)
     with torch.random.fork_rng(devices=[]):  # nobody else's random numbers may change by it
@@ -281,7 +281,10 @@ def _load(path: Path, network: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         network.load_state_dict(state)
         measured = dict(content["measured"])
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: is not the judge that its name says ({type(error).__name__})") from None
+        reason = " ".join(str(error).split())[:100]
+        raise CheckpointError(
+            f"{path}: the kept judge does not fit this version of the project, or was replaced ({reason})"
+        ) from None
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last), measured
 
 

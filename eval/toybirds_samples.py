@@ -1,11 +1,11 @@
 """Generated ToyBirds to be judged: drawn by a checkpoint for the test captions, or read from a folder of samples; and
-the options and the output that attributes.py and mask_iou.py share."""
+the script, with its options and output, that attributes.py and mask_iou.py are."""
 
 import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,12 +86,11 @@ def generate_birds(
     origin = {name: value for name, value in pipeline.origin.items() if name != "config"}
     origin |= {"seed": seed, "truncation": truncation, "per_caption": per_caption, "captions": "toybirds test"}
     stages = [np.concatenate(stage) for stage in zip(*masks, strict=True)]
-    warnings = tuple(_foreign(pipeline.origin.get("config") or {}))
+    warnings = tuple(_foreign((pipeline.origin.get("config") or {}).get("DATASET_NAME")))
     return GeneratedBirds(np.concatenate(images), captions, keys, stages, origin, pipeline.device, warnings)
 
 
-def _foreign(config: dict[str, Any]) -> Iterator[str]:
-    name = config.get("DATASET_NAME")
+def _foreign(name: str | None) -> Iterator[str]:
     if name not in (None, "toybirds"):
         yield f"this generator was trained on {name}, not on toybirds; what is read off its images means little"
 
@@ -122,7 +121,9 @@ def read_birds(
     masks = _read_masks(folder, [sample.file for sample in samples]) if with_masks else []
     captions, keys = [sample.caption for sample in samples], [sample.key for sample in samples]
     warnings = [f"{folder}: {len(skipped)} broken images were left out, e.g. {skipped[0]}"] if skipped else []
-    return GeneratedBirds(np.stack(images), captions, keys, masks, _about(folder), torch.device("cpu"), tuple(warnings))
+    about = _about(folder)
+    warnings += _foreign(about.get("dataset"))
+    return GeneratedBirds(np.stack(images), captions, keys, masks, about, torch.device("cpu"), tuple(warnings))
 
 
 def _about(folder: Path) -> dict[str, Any]:
@@ -154,7 +155,23 @@ def _read_mask(path: Path) -> np.ndarray:
         raise DataError(f"{path}: cannot be read as a mask ({error}); sample again") from None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def run_script(
+    name: str,
+    description: str,
+    score: Callable[[GeneratedBirds, argparse.Namespace], tuple[Any, Recipe]],
+    with_masks: bool = False,
+) -> None:
+    """A script that judges birds. name: of the report in the JSON; score: gives a report with `lines()` and `record()`,
+    and the recipe of the judge that made it."""
+    parser = argparse.ArgumentParser(description=description)
+    _add_arguments(parser)
+    args = parser.parse_args()
+    birds = _birds_of(args, with_masks)
+    report, recipe = score(birds, args)
+    _print_report(name, report.lines(), report.record(), birds, recipe, args.json)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     """--checkpoint or --samples, how many to draw and how, where judges are kept, and what all scores have."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", metavar="CKPT", help="draw with this generator for captions of the test birds")
@@ -168,7 +185,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_score_arguments(parser, network=False, weights=False)
 
 
-def birds_of(args: argparse.Namespace, with_masks: bool) -> GeneratedBirds:
+def _birds_of(args: argparse.Namespace, with_masks: bool) -> GeneratedBirds:
     """The birds that the options ask for."""
     device = named_device(args.device)
     if args.samples:
@@ -182,7 +199,7 @@ def birds_of(args: argparse.Namespace, with_masks: bool) -> GeneratedBirds:
     return birds
 
 
-def print_report(
+def _print_report(
     name: str,
     lines: Sequence[str],
     record: dict[str, Any],

@@ -1,6 +1,7 @@
 """Protocols and evaluations: requests, real images and their cache, records, self-check, several processes."""
 
 import json
+import re
 from dataclasses import fields, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from test_distributed import torchrun
 
 from datasets import load_records
 from eval import networks
-from eval.evaluate import evaluate, main, requests_of, self_check
+from eval.evaluate import arguments, evaluate, main, real_images_of, requests_of, self_check
 from eval.evaluation_report import read_records
 from eval.features import statistics_of_features
 from eval.FID import distance
@@ -94,6 +95,7 @@ def test_every_protocol_can_be_run(name, checkpoint, records):
         {"caption_choice": "all"},
         {"num_images": None},
         {"num_images": 1},
+        {"num_real": 1},
         {"quantisation": "float"},
     ],
 )
@@ -112,6 +114,20 @@ def test_what_is_drawn(records):
     assert len(tens) == 120 and {r.caption_number for r in tens} == {0} and tens[9].sample == 9
     few = requests_of(PROTOCOLS["df-gan"], records, 7)
     assert [r.index for r in few] == list(range(7)) and len(requests_of(QUICK, records, 5)) == 5
+
+
+def test_a_light_protocol_takes_so_many_real_images(records):
+    light = replace(QUICK, num_real=8)
+    some = real_images_of(light, records)
+    assert len(some) == 8 and set(some.keys) < set(records.keys)
+    assert some.keys == real_images_of(light, records).keys != real_images_of(replace(light, seed=1), records).keys
+    assert len(real_images_of(light, records, 5)) == 5 and len(real_images_of(light, records, 100)) == 8
+    for whole in (QUICK, replace(QUICK, num_real=12), replace(QUICK, num_real=500)):
+        assert real_images_of(whole, records) is records
+    assert real_images_of(QUICK, records, 2) is records  # the papers' protocols compare with the whole set
+    assert all(
+        (p.num_real is None) == (p.network != "efficientnet-lite0") for p in PROTOCOLS.values() if p is not QUICK
+    )
 
 
 # -- real images --------------------------------------------------------------------------------------------------------
@@ -192,11 +208,43 @@ def test_what_is_missing_is_listed_and_costs_the_rest_nothing(checkpoint, record
         evaluate(pipeline, protocol, records)
     record = evaluate(pipeline, replace(QUICK, metrics=("FID", "R_precision", "attributes", "mask_iou")), records)
     assert len(record["scores"]) == 1 and "--encoders" in record["not_computed"]["R_precision"]
+    for metric in ("attributes", "mask_iou"):
+        assert "know drawn birds (toybirds) alone, these images are of folder" in record["not_computed"][metric]
+    pipeline.origin["config"]["DATASET_NAME"] = "toybirds"
+    record = evaluate(pipeline, replace(QUICK, metrics=("FID", "attributes", "mask_iou")), records)
     assert "too small to be judged" in record["not_computed"]["attributes"]
     assert "too small to be judged" in record["not_computed"]["mask_iou"]
     few = evaluate(pipeline, replace(QUICK, metrics=("FID", "IS")), records, num_images=3)
     assert "cannot be dealt to 4 splits" in few["not_computed"]["IS"]
     assert few["overrides"] == {"num_images": 3} and few["protocol"]["num_images"] == 24 and few["num_images"] == 3
+
+
+def test_a_quick_look_takes_few_real_images(checkpoint, records):
+    protocol = replace(QUICK, metrics=("FID",), num_real=10)
+    pipeline = TextToImage.load(checkpoint, "cpu")
+    quick = evaluate(pipeline, protocol, records, num_images=6)
+    assert quick["real"]["num_images"] == quick["scores"][0]["protocol"]["num_real"] == 6
+    assert evaluate(pipeline, protocol, records)["real"]["num_images"] == 10
+
+
+def test_hints_name_options_of_this_command(checkpoint, encoders, records, monkeypatch, tmp_path):
+    """Every option that a record's reasons name is one of `python -m eval.evaluate`."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "nothing"))
+    pipeline, known = TextToImage.load(checkpoint, "cpu"), {o for a in arguments()._actions for o in a.option_strings}
+    few = replace(QUICK, metrics=("FID", "R_precision"), candidates=99)
+    reasons = [evaluate(pipeline, few, records, tools=Tools(load_encoders(encoders)))["not_computed"]["R_precision"]]
+    assert "rank among fewer" in reasons[0]
+    with pytest.raises(UserError) as stop:
+        evaluate(pipeline, replace(QUICK, metrics=("FID",), network="inception-tf"), records)
+    images = np.zeros((4, 40, 40, 3), np.uint8)
+    diverse = lambda: (["a"] * 4, iter([]))  # noqa: E731
+    batches = lambda rows: iter([Generated(images, [])])  # noqa: E731
+    large = Judged("generated", requests_of(QUICK, records, 4), batches, 40, records.vocabulary, diverse=diverse)
+    found = judge(large, replace(QUICK, metrics=("FID", "diversity")), records, torch.device("cpu"), Tools())
+    reasons += [str(stop.value), found["not_computed"]["diversity"]]
+    named = [re.findall(r"--[a-z-]+", reason) for reason in reasons]
+    assert named == [[], ["--weights"], ["--lpips-weights"]]
+    assert all(option in known for options in named for option in options)
 
 
 def test_diversity_among_images_of_one_caption(checkpoint, records):

@@ -307,22 +307,33 @@ def many(tmp_path):
 def test_a_seeded_split(many, caplog):
     with caplog.at_level(logging.INFO):
         first = folder.build(many, options(test_fraction=0.2, val_fraction=0.1))
-    assert "test about 20 %, val about 10 %" in caplog.text
-    assert 60 <= len(first["test"]) <= 100 and 20 <= len(first["val"]) <= 60
-    assert sum(len(entries) for entries in first.values()) == 400
+    assert "80 test and 40 val images, the other 280 train" in caplog.text
+    assert {split: len(entries) for split, entries in first.items()} == {"train": 280, "val": 40, "test": 80}
+    assert len({entry.key for entries in first.values() for entry in entries}) == 400
     assert first == folder.build(many, options(test_fraction=0.2, val_fraction=0.1))
     other = folder.build(many, options(test_fraction=0.2, val_fraction=0.1, seed=7))
     assert first["test"] != other["test"]
 
 
-def test_images_added_later_move_no_other(many):
-    (many / "images" / "000.png").rename(many / "000.png")
+def test_images_added_later_move_hardly_an_other(many):
+    for number in range(10):
+        (many / "images" / f"{number:03d}.png").rename(many / f"{number:03d}.png")
     before = folder.build(many, options())
-    (many / "000.png").rename(many / "images" / "000.png")
+    for number in range(10):
+        (many / f"{number:03d}.png").rename(many / "images" / f"{number:03d}.png")
     after = folder.build(many, options())
-    for split in ("train", "test"):
-        keys = {entry.key for entry in after[split]}
-        assert {entry.key for entry in before[split]} == keys - {"000"}
+    assert len(before["test"]) == 39 and len(after["test"]) == 40
+    kept = {entry.key for entry in before["test"]} & {entry.key for entry in after["test"]}
+    assert len(kept) >= 36
+
+
+@pytest.mark.parametrize(("number", "fraction", "tests"), [(40, 0.1, 4), (12, 0.1, 1), (3, 0.01, 1), (3, 0.99, 2)])
+def test_few_images_give_as_many_test_images_as_the_fraction_says(tmp_path, number, fraction, tests):
+    (tmp_path / "a.csv").write_text("image,caption\n" + "".join(f"{n}.png,a {n}\n" for n in range(number)))
+    for n in range(number):
+        write_image(tmp_path / f"{n}.png", 2, 2)
+    splits = folder.build(tmp_path, options(test_fraction=fraction))
+    assert len(splits["test"]) == tests and len(splits["train"]) == number - tests
 
 
 def test_two_images_are_one_for_each_split(tmp_path):

@@ -11,7 +11,7 @@ from toybirds_help import write_checkpoint
 import eval.mask_iou as mask_iou_module
 from eval.mask_iou import iou, mask_iou, mean_shape, resized
 from eval.pipeline import TextToImage
-from eval.sampling import Request, sample
+from eval.sampling import Request, caption_requests, sample
 from eval.toybirds_judges import Drawings, Recipe
 from eval.toybirds_samples import captions_of_test_birds, generate_birds, read_birds
 from miscc.errors import DataError, run_command
@@ -209,5 +209,10 @@ def test_a_generator_of_other_data_is_warned_of(tmp_path):
     assert drawn.warnings == (
         "this generator was trained on birds, not on toybirds; what is read off its images means little",
     )
+    requests = caption_requests(["a bird with a red crown", "a bird with a blue crown"])
+    for data_set, number in (("birds", 1), ("toybirds", 0), (None, 0)):
+        folder = tmp_path / f"of-{data_set}"
+        sample(TextToImage.load(path, "cpu"), requests, folder, about={"dataset": data_set})
+        assert len(read_birds(folder).warnings) == number
     with pytest.raises(DataError, match="0 images"):
         generate_birds(TextToImage.load(path, "cpu"), 0)

@@ -19,7 +19,7 @@ from datasets.text_image import Records
 from eval.evaluate import quiet_pipeline
 from eval.features import StreamedStatistics
 from eval.FID import distance
-from eval.networks import load_network
+from eval.networks import WeightsError, load_network
 from eval.pipeline import TextToImage
 from eval.real_images import RealImages, reference
 from eval.sampling import split_requests
@@ -107,7 +107,8 @@ class Evaluation:
         try:
             self.network = load_network(name, resize=resize, device=device)
         except (UserError, ImportError) as error:
-            raise ConfigError(f"TRAIN.EVAL_MEASURE: {measure} cannot be computed here: {error}") from None
+            reason = error.text if isinstance(error, WeightsError) else error
+            raise ConfigError(f"TRAIN.EVAL_MEASURE: {measure} cannot be computed here: {reason}") from None
         if num_images < 2:
             raise ConfigError(f"TRAIN.EVAL_IMAGES: must be 2 or more, not {num_images}")
         if skip_broken:
