@@ -20,6 +20,8 @@ class StageDiscriminator(nn.Module):
     convolutions, beside the batch norm (not of the paper).
     """
 
+    slow_start: ClassVar[bool] = True  # orthogonal weights
+
     def __init__(
         self,
         df_dim: int = 64,
@@ -74,6 +76,7 @@ class AttnDiscriminator(nn.Module):
     base_size: pixels of the first stage; num_stages: each doubles the size; others as StageDiscriminator.
     """
 
+    slow_start: ClassVar[bool] = True
     judges_alone: ClassVar[bool] = True
     every_stage: ClassVar[bool] = True
 

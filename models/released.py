@@ -16,6 +16,7 @@ from miscc.checkpoint import load_file
 from miscc.errors import CheckpointError
 from models import DISCRIMINATORS, GENERATORS, IMAGE_ENCODERS, NETWORKS, TEXT_ENCODERS
 from models.released_formats import FORMATS, Format, State
+from models.types import unfilled
 
 
 def load_generator(state_dict: Mapping[str, Any]) -> nn.Module:
@@ -120,7 +121,7 @@ def _load(state_dict: Mapping[str, Any], part: str, registry: Mapping[str, type[
         what = f"of a {form.title}" if form else f"unknown (the first: {_first(state)})"
         raise CheckpointError(f"a {part} is wanted, but the tensors are {what}; give the {part}'s own file")
     try:
-        module = registry[form.network](**form.arguments(state))
+        module = unfilled(registry[form.network], form.arguments(state))
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{form.title}: its sizes cannot be read, tensors are missing ({error})") from None
     renamed = {rename(name, form): tensor for name, tensor in state.items() if not re.match(form.ignored, name)}

@@ -95,9 +95,22 @@ def record(name: str, module: nn.Module) -> dict[str, Any]:
 
 def rebuild(entry: Mapping[str, Any], registry: Mapping[str, type[nn.Module]]) -> nn.Module:
     """The network of a `record`, with its weights."""
-    module = registry[entry["name"]](**entry["arguments"])
+    module = unfilled(registry[entry["name"]], entry["arguments"])
     module.load_state_dict(entry["state"])
     return module
+
+
+def unfilled(kind: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
+    """A network on the CPU whose tensors a state dict will fill.
+
+    A class that says `slow_start = True` draws initial weights for seconds, and all its tensors are in its state dict: it
+    is built without values.
+    """
+    if not getattr(kind, "slow_start", False):
+        return kind(**arguments)
+    with torch.device("meta"):
+        module = kind(**arguments)
+    return module.to_empty(device="cpu")
 
 
 def count_parameters(module: nn.Module) -> int:

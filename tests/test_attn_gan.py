@@ -24,7 +24,7 @@ from models.attn_discriminator import AttnDCDiscriminator, AttnDiscriminator, St
 from models.attn_gan import AttnDCGAN, AttnDCGenerator, AttnGAN, AttnGenerator, WordAttention
 from models.damsm import SmallImageEncoder, TextEncoder
 from models.released import load_discriminator, load_generator, network_name
-from models.types import TextFeatures
+from models.types import TextFeatures, rebuild, record
 from training.build import build_networks, given_networks
 from training.trainer import Trainer, train
 
@@ -215,6 +215,19 @@ def test_spectral_normalisation_bounds_every_convolution():
     convolutions = [m for m in stage.modules() if type(m).__name__.endswith("Conv2d")]
     norms = [torch.linalg.matrix_norm(m.weight.flatten(1), 2).item() for m in convolutions]
     assert norms == pytest.approx([1.0] * len(norms), rel=0.05) and len(norms) == 5
+
+
+@pytest.mark.parametrize("spectral_normalisation", [False, True])
+def test_a_stored_discriminator_is_rebuilt_without_drawing_weights(spectral_normalisation):
+    discriminator = AttnDiscriminator(1, 16, 2, 8, spectral_normalisation)
+    images, sentence = [torch.randn(2, 3, size, size) for size in (16, 32)], torch.randn(2, 8)
+    discriminator(images, sentence)  # running statistics that differ from those at the start
+    entry = record("attn_gan", discriminator)
+    again = rebuild(entry, {"attn_gan": AttnDiscriminator})
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), entry["state"].values(), strict=True))
+    for ours, theirs in zip(discriminator.eval()(images, sentence), again.eval()(images, sentence), strict=True):
+        assert torch.equal(ours, theirs)
+    assert all(parameter.requires_grad and parameter.device.type == "cpu" for parameter in again.parameters())
 
 
 # -- updates ----------------------------------------------------------------------------------------------------------
