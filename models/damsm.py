@@ -141,7 +141,13 @@ class SmallImageEncoder(nn.Module):
 
 
 def matching_losses(
-    image_encoder: nn.Module, images: Tensor, text: TextFeatures, batch: Any, gamma1: float, gamma2: float, gamma3: float
+    image_encoder: nn.Module,
+    images: Tensor,
+    text: TextFeatures,
+    batch: Any,
+    gamma1: float,
+    gamma2: float,
+    gamma3: float,
 ) -> dict[str, Tensor]:
     """How badly images (N, 3, H, W) in [-1, 1] fit their captions: {"words", "sentence"}, both directions each summed.
 

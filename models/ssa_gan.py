@@ -10,13 +10,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from miscc.losses import (
-    hinge_discriminator_loss,
-    matching_aware_gradient_penalty,
-    sentence_loss,
-    word_loss,
-)
+from miscc.losses import hinge_discriminator_loss, matching_aware_gradient_penalty
+from models.damsm import matching_losses
 from models.layers import doublings
 from models.types import GeneratorOutput, TextFeatures, Update, frozen
 
@@ -45,10 +42,37 @@ class SSCBN(nn.Module):
 
     def forward(self, x: Tensor, sentence: Tensor, mask: Tensor) -> Tensor:
         # (N, C, H, W), (N, D), (N, 1, H, W) -> (N, C, H, W)
-        gamma, beta = self.gamma(sentence)[:, :, None, None], self.beta(sentence)[:, :, None, None]
         normalised = self.norm(x)
-        shift = torch.addcmul(beta, normalised, gamma)
+        gamma, beta, mask = (value.to(normalised.dtype) for value in (self.gamma(sentence), self.beta(sentence), mask))
+        if self.form == "code" and not torch.compiler.is_compiling():  # a compiler fuses the plain form, and better
+            return _MaskedAffine.apply(normalised, gamma, beta, mask)
+        shift = torch.addcmul(beta[:, :, None, None], normalised, gamma[:, :, None, None])
         return mask * shift if self.form == "paper" else torch.addcmul(normalised, mask, shift)
+
+
+class _MaskedAffine(torch.autograd.Function):
+    """x + m·(γ·x + β) of x (N, C, H, W), γ and β (N, C), m (N, 1, H, W).
+
+    By hand, as autograd would keep γ·x + β for the backward pass and go over the images more often: every sum over
+    pixels or channels is a matrix product here.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gamma, beta, mask)
+        return torch.addcmul(x, mask, torch.addcmul(beta[:, :, None, None], x, gamma[:, :, None, None]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, gamma, beta, mask = ctx.saved_tensors
+        column = mask.flatten(1)[:, :, None]  # (N, HW, 1)
+        product = grad * x
+        by_gamma = (product.flatten(2) @ column)[:, :, 0]
+        by_beta = (grad.flatten(2) @ column)[:, :, 0]
+        by_mask = gamma[:, None] @ product.flatten(2) + beta[:, None] @ grad.flatten(2)
+        scale = torch.mul(mask, gamma[:, :, None, None], out=product)
+        return torch.addcmul(grad, grad, scale), by_gamma, by_beta, by_mask.view_as(mask)
 
 
 class SSABlock(nn.Module):
@@ -66,8 +90,8 @@ class SSABlock(nn.Module):
 
     def forward(self, x: Tensor, sentence: Tensor, mask: Tensor) -> Tensor:
         # (N, C, H, W), (N, D), (N, 1, H, W) -> (N, C', H, W)
-        residual = self.conv1(F.relu(self.sscbn1(x, sentence, mask)))
-        residual = self.conv2(F.relu(self.sscbn2(residual, sentence, mask)))
+        residual = self.conv1(F.relu(self.sscbn1(x, sentence, mask), inplace=True))
+        residual = self.conv2(F.relu(self.sscbn2(residual, sentence, mask), inplace=True))
         return self.shortcut(x) + self.gate * residual
 
 
@@ -263,13 +287,7 @@ class SSAGAN:
         return matching_aware_gradient_penalty(logits, real_images, sentence, **self.penalty)
 
     def _damsm(self, images: Tensor, text: TextFeatures, batch: Any) -> dict[str, Tensor]:
-        regions, code = self.networks["image_encoder"](images)
-        lengths, class_ids, gammas = batch.lengths, batch.class_ids, self.gammas
-        words = sum(word_loss(regions, text.words, lengths, class_ids, **gammas))
-        return {
-            "words": words,
-            "sentence": sum(sentence_loss(code, text.sentence, class_ids, gammas["gamma3"])),
-        }
+        return matching_losses(self.networks["image_encoder"], images, text, batch, **self.gammas)
 
     def _encoders(self) -> list[nn.Module]:
         return [self.networks[name] for name in ("text_encoder", "image_encoder") if name in self.networks]
