@@ -7,7 +7,7 @@ from torch import nn
 from datasets.text_image import Batch
 from models.damsm import SmallImageEncoder, TextEncoder
 from models.layers import OneWayDiscriminator
-from models.ssa_gan import SSAGAN, SSCBN, SSAGenerator
+from models.ssa_gan import SSAGAN, SSCBN, SSAGenerator, _MaskedAffine
 from models.types import TextFeatures, count_parameters
 
 
@@ -61,6 +61,16 @@ def test_sscbn_by_hand(form, expected):
     x = torch.tensor([[[[3.0, 1.0]]], [[[3.0, 1.0]]]])
     mask = torch.tensor([[[[0.0, 1.0]]], [[[0.0, 0.0]]]])
     torch.testing.assert_close(sscbn(x, torch.randn(2, 4), mask).flatten(1), torch.tensor(expected))
+
+
+def test_the_masked_affine_equals_its_formula_and_its_finite_differences():
+    torch.manual_seed(4)
+    shapes = [(2, 3, 2, 4), (2, 3), (2, 3), (2, 1, 2, 4)]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    x, gamma, beta, mask = inputs
+    plain = x * (1 + mask * gamma[:, :, None, None]) + mask * beta[:, :, None, None]
+    torch.testing.assert_close(_MaskedAffine.apply(*inputs), plain)
+    assert torch.autograd.gradcheck(_MaskedAffine.apply, inputs)
 
 
 def test_masks_of_ones_switch_the_spatial_part_off():
