@@ -188,7 +188,7 @@ def main(words: Sequence[str] | None = None) -> None:
     out = Path(args.out or Path(cfg.OUTPUT_DIR) / f"classifier-{cfg.DATASET_NAME}.pth")
     if out.exists() and not args.overwrite:
         raise ConfigError(f"{out}: is there already; give --overwrite, or another file with --out")
-    size = cfg.TREE.BASE_SIZE
+    size = cfg.TREE.BASE_SIZE * 2 ** (cfg.TREE.BRANCH_NUM - 1)  # what the system draws in the end
     if size < 16:
         raise ConfigError(f"TREE.BASE_SIZE: {size} px show no classes; take 16 or more")
     settings = Settings(args.network, size, args.epochs, args.batch_size, args.learning_rate, args.held_out, cfg.SEED)
