@@ -88,9 +88,14 @@ def draw(cfg: Mapping, options: argparse.Namespace) -> int:
     from eval.sampling import interpolate, sample
     from miscc.distributed import choose_device
     from miscc.images import save_image
+    from models.released import network_name
 
     device = choose_device(cfg.GPU_ID, cfg.CUDA)
     pipeline, folder = find_pipeline(cfg, options, device)
+    if (system := network_name(pipeline.generator)) != cfg.GAN.NAME:
+        # SEMA's released settings, for one, do not tell themselves from SSA-GAN's.
+        logger.warning("the generator is %s's, the settings are for %s: set GAN.NAME %s, so that its defaults hold "
+                       "(GAN.TRUNCATION, for one)", system, cfg.GAN.NAME, system)  # fmt: skip
     truncation = options.truncation if options.truncation is not None else cfg.GAN.TRUNCATION
     if options.interpolate:
         strip = interpolate(pipeline, *options.interpolate, seed=options.seed, truncation=truncation)

@@ -12,6 +12,7 @@ from golden import OWN, fill_state, load
 
 from eval.pipeline import TextToImage, load_encoders
 from eval.released_files import convert, describe
+from main import main
 from miscc.checkpoint import load_checkpoint, load_file
 from miscc.distributed import World
 from miscc.errors import CheckpointError, UserError
@@ -91,6 +92,30 @@ def test_training_goes_on_from_a_converted_checkpoint(files, tmp_path, tiny):
         # One step of Adam from these weights (two of D), not from others.
         assert 0 < moved.max() < limit
     assert load_encoders(out).vocabulary.words == WORDS
+
+
+def test_a_generator_of_another_system_than_the_settings_say_is_named(files, tmp_path, tiny_yaml, caplog):
+    about, _ = load(OWN, "sema")
+    torch.save(fill_state(about["netG"], 1), tmp_path / "netG.pth")
+    text_encoder = str(files / "text_encoder.pth")
+    command = [
+        "--cfg",
+        str(tiny_yaml),
+        "--gpu",
+        "-1",
+        "--caption",
+        "a bird",
+        "--out",
+        str(tmp_path / "out"),
+        "--overwrite",
+    ]
+    changes = ["--set", "TRAIN.NET_G", str(tmp_path / "netG.pth"), "TEXT.DAMSM_NAME", text_encoder,
+               "DATA_DIR", str(files / "data")]  # fmt: skip
+    assert main([*command, *changes]) == 0
+    assert "the generator is sema's, the settings are for ssa_gan: set GAN.NAME sema" in caplog.text
+    caplog.clear()
+    assert main([*command, *changes, "GAN.NAME", "SEMA"]) == 0
+    assert "the generator is" not in caplog.text
 
 
 def test_parts_that_do_not_belong_together_are_refused(files, tmp_path):
