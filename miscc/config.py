@@ -81,6 +81,22 @@ SCHEMA = {
     "TRAIN.B_NET_D": Key(True, bool, "take D from NET_G's checkpoint too, where it holds one", "gan"),
     "TRAIN.NET_E": Key("", str, "AttnGAN's name for TEXT.DAMSM_NAME; in pretraining: encoders to continue from", "all"),
     "TRAIN.NF": Key(64, int, "base number of channels of G and D (SSA-GAN, DF-GAN, SEMA)", "system"),
+    "TRAIN.PRECISION": Key(
+        "tf32",
+        str,
+        "fp32, tf32 (on GPUs that have it), or bf16 autocast with penalties and losses in float32",
+        "gan",
+        ("fp32", "tf32", "bf16"),
+    ),
+    "TRAIN.COMPILE": Key(False, bool, "torch.compile for all that is not differentiated twice", "gan"),
+    "TRAIN.CHANNELS_LAST": Key(False, bool, "channels_last layout of the networks; pays on GPUs alone", "gan"),
+    "TRAIN.ACCUMULATE": Key(1, int, "micro-batches that BATCH_SIZE is cut into, one after the other", "gan"),
+    "TRAIN.ACTIVATION_CHECKPOINTING": Key(
+        False, bool, "compute G's activations again in the backward pass instead of keeping them", "gan"
+    ),
+    "TRAIN.GLOBAL_DAMSM": Key(
+        False, bool, "DAMSM's losses over the images and captions of all processes together", "gan"
+    ),
     "TRAIN.EMA_DECAY": Key(0.999, float, "of the averaged generator used for samples; 0: sample from G itself", "gan"),
     "TRAIN.DAMSM_WEIGHT": Key(
         None, float, "weight of the DAMSM loss in G's; empty: 0.05, or 0.1 with FINETUNE_ENCODERS", "system"
@@ -149,7 +165,9 @@ SCHEMA = {
     "TEXT.TRANSFORMER": Key(
         "", str, "SEMA: folder of a Hugging Face BERT that gives half of the sentence; empty: the LSTM alone", "system"
     ),
-    "SEMA.REDESCRIPTION_WEIGHT": Key(1.0, float, "weight of SEM(R(fake), sentence) in G's loss; 0: without R", "system"),
+    "SEMA.REDESCRIPTION_WEIGHT": Key(
+        1.0, float, "weight of SEM(R(fake), sentence) in G's loss; 0: without R", "system"
+    ),
     "SEMA.FEATURE_WEIGHT": Key(1.0, float, "weight of SEM(F(fake), F(real)) in G's loss; 0: without F", "system"),
     "SEMA.MARGIN": Key(0.5, float, "distance up to which R pushes what it writes of fake images away", "system"),
     "SEMA.STEPS": Key(8, int, "how often R's LSTM looks at an image", "system"),
@@ -331,7 +349,7 @@ def _check(values: Mapping[str, Any]) -> None:
         if key.choices and values[name] not in key.choices:
             raise ConfigError(f"{name}: must be one of {', '.join(key.choices)}, not {values[name]!r}")
     positive = ("TRAIN.BATCH_SIZE", "TRAIN.NF", "GAN.Z_DIM", "GAN.GF_DIM", "GAN.DF_DIM", "TEXT.WORDS_NUM",
-                "TEXT.CAPTIONS_PER_IMAGE", "TEXT.EMBEDDING_DIM", "TREE.BRANCH_NUM", "TRAIN.LOG_EVERY",
+                "TEXT.CAPTIONS_PER_IMAGE", "TEXT.EMBEDDING_DIM", "TREE.BRANCH_NUM", "TRAIN.LOG_EVERY", "TRAIN.ACCUMULATE",
                 "TRAIN.GENERATOR_LR", "TRAIN.DISCRIMINATOR_LR", "TRAIN.ENCODER_LR", "SEMA.STEPS", "SEMA.FEATURE_DIM")  # fmt: skip
     for name in positive:
         if values[name] <= 0:

@@ -1,7 +1,9 @@
 """Devices, processes and their gradients: the only place that asks which GPU."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -126,14 +128,105 @@ def wait_for_all(world: World) -> None:
 
 
 def synchronise(module: nn.Module, world: World) -> nn.Module:
-    """Give all processes rank 0's weights and, on GPUs, batch norm over all of them (CPUs have none in torch)."""
+    """Give all processes rank 0's weights, and batch norm over the images of all of them."""
     if world.size == 1:
         return module
     if world.device.type == "cuda":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    else:
+        for part in module.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                part.__class__ = JointBatchNorm  # it has the same parameters and buffers
     for tensor in [*module.parameters(), *module.buffers()]:
         dist.broadcast(tensor.data, src=0)
     return module
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of every process's tensor; each of them then has a share in every process's loss."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _SumOverProcesses.apply(grad)
+
+
+class JointBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the images of all processes for CPUs, where torch has none: (N, C, ...) of any rank, with gradient.
+
+    Same parameters, buffers and values as torch's on the joint batch; every process must have as many images.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training or self.running_mean is None):
+            return super().forward(x)
+        others = [d for d in range(x.dim()) if d != 1]
+        shape = [-1 if d == 1 else 1 for d in range(x.dim())]
+        number = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = _SumOverProcesses.apply(x.sum(dim=others)) / number
+        centred = x - mean.view(shape)
+        variance = _SumOverProcesses.apply(centred.square().sum(dim=others)) / number
+        normalised = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.training and self.track_running_stats:
+            self._note(mean.detach(), variance.detach() * number / max(1, number - 1))
+        if self.weight is None:
+            return normalised
+        return normalised * self.weight.view(shape) + self.bias.view(shape)
+
+    @torch.no_grad()
+    def _note(self, mean: Tensor, variance: Tensor) -> None:
+        self.num_batches_tracked += 1
+        share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance, share)
+
+
+_MATCHING: ContextVar[World | None] = ContextVar("matching", default=None)
+
+
+@contextmanager
+def matching_jointly(world: World) -> Iterator[None]:
+    """Inside, `all_rows` gives the rows of all processes: losses that compare samples with each other see them all."""
+    token = _MATCHING.set(world)
+    try:
+        yield
+    finally:
+        _MATCHING.reset(token)
+
+
+def all_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The rows (N, ...) of every process below each other, with gradient, inside `matching_jointly`; else as they are.
+
+    The processes must have as many rows. The gradient that comes back is the sum over the processes, so that a loss
+    over all rows, averaged over the processes as all gradients are, counts once.
+    """
+    world = _MATCHING.get()
+    if world is None or world.size == 1:
+        return tensors
+    return tuple(_GatherRows.apply(tensor.to(world.device), world.rank, world.size) for tensor in tensors)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, rank: int, size: int) -> Tensor:
+        ctx.rows = slice(rank * len(x), (rank + 1) * len(x))
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad[ctx.rows], None, None
 
 
 def _allow_tf32() -> None:

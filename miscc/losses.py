@@ -1,5 +1,9 @@
 """Adversarial and matching losses: tensors in, scalars out. Weights and schedules live with the system using them."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +15,23 @@ ATTENTION_VALUES = 64 * 2**20
 WORD_GROUPS = 4  # of captions with similar lengths, so that word_loss computes little for padding
 
 
+def in_float32(loss: Callable) -> Callable:
+    """A loss that computes in float32 under autocast, too: 16-bit arguments are widened. Others stay as they are."""
+
+    def widened(value: Any) -> Any:
+        half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+        return value.float() if half else value
+
+    @functools.wraps(loss)
+    def computed(*arguments: Any, **keywords: Any) -> Any:
+        device = next((a.device.type for a in (*arguments, *keywords.values()) if isinstance(a, Tensor)), "cpu")
+        with torch.autocast(device, enabled=False):
+            return loss(*map(widened, arguments), **{name: widened(value) for name, value in keywords.items()})
+
+    return computed
+
+
+@in_float32
 def hinge_discriminator_loss(real: Tensor, fake: Tensor, mismatched: Tensor) -> Tensor:
     """Matching-aware hinge (Tao et al. 2022, eq. 1): real pairs up; fake images and wrong captions, half each, down.
 
@@ -19,6 +40,7 @@ def hinge_discriminator_loss(real: Tensor, fake: Tensor, mismatched: Tensor) -> 
     return F.relu(1 - real).mean() + (F.relu(1 + fake).mean() + F.relu(1 + mismatched).mean()) / 2
 
 
+@in_float32
 def binary_discriminator_loss(
     real: Tensor,
     fake: Tensor,
@@ -38,11 +60,13 @@ def binary_discriminator_loss(
     return up / 2 + down / 3
 
 
+@in_float32
 def binary_generator_loss(*logits: Tensor) -> Tensor:
     """−log sigmoid, averaged over each of the logits' tensors and summed over them: G wants all judged real."""
     return torch.stack([_binary(values, 1.0) for values in logits]).sum()
 
 
+@in_float32
 def kl_to_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
     """Mean over all values of KL(N(μ, σ²) ‖ N(0, 1)) = (μ² + σ² − 1 − log σ²) / 2; mu, log σ² of one shape -> scalar.
 
@@ -77,6 +101,7 @@ def word_attention(regions: Tensor, words: Tensor, lengths: Tensor, gamma1: floa
     return attention.unflatten(2, regions.shape[2:])
 
 
+@in_float32
 def word_loss(
     regions: Tensor,
     words: Tensor,
@@ -106,6 +131,7 @@ def word_loss(
     return _matching_loss(gamma3 * matching, class_ids)
 
 
+@in_float32
 def sentence_loss(
     code: Tensor, sentence: Tensor, class_ids: Tensor | None = None, gamma3: float = 10.0
 ) -> tuple[Tensor, Tensor]:
@@ -117,6 +143,7 @@ def sentence_loss(
     return _matching_loss(gamma3 * similarity, class_ids)
 
 
+@in_float32
 def semantic_distance(a: Tensor, b: Tensor) -> Tensor:
     """SEM(a, b) = 1 − cos(a, b), in [0, 2]: our reading of SEMA's distance. (N, D), (N, D) -> (N,)."""
     return 1 - F.cosine_similarity(a, b, dim=1, eps=1e-8)

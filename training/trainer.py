@@ -42,6 +42,13 @@ from training.ema import EMA
 from training.evaluation import Evaluation, check_same_held_out, split_records
 from training.progress import Progress, StopSignal
 from training.run_dir import RunDir
+from training.stepping import (
+    Stepper,
+    check_accumulation,
+    checkpoint_activations,
+    compile_networks,
+    use_channels_last,
+)
 
 STOP_ASKED_EVERY = 10  # steps, where several processes train
 DRAWING = ("generator", "generator_ema", "text_encoder")  # what a checkpoint for drawing holds
@@ -77,15 +84,24 @@ class Trainer:
 
     def __init__(self, cfg: Mapping, world: World, checkpoint: dict | None = None):
         self.cfg, self.world, self.device = cfg, world, world.device
-        check_batch_size(cfg.TRAIN.BATCH_SIZE, world.size)
+        train = cfg.TRAIN
+        check_batch_size(train.BATCH_SIZE, world.size)
+        check_accumulation(train.BATCH_SIZE, world.size, train.ACCUMULATE)
         if checkpoint is not None:
             check_resumable(checkpoint, cfg)
         seed_everything(cfg.SEED)  # the initial weights
         networks, self.vocabulary = self._networks(checkpoint)
         self.networks = {part: distributed.synchronise(net.to(self.device), world) for part, net in networks.items()}
+        if train.CHANNELS_LAST:
+            use_channels_last(self.networks)
         self.average = EMA(self.networks["generator"], cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY > 0 else None
         self.system = build_system(cfg, self.networks)
         self.system.train()
+        self.stepper = Stepper(self.system, world, train.PRECISION, train.ACCUMULATE, train.GLOBAL_DAMSM)
+        if train.ACTIVATION_CHECKPOINTING:
+            checkpoint_activations(self.networks["generator"])
+        if train.COMPILE:
+            compile_networks(self.networks)
         groups = self.system.optimizers()
         self.parameters = {group: parameters for group, (parameters, _, _) in groups.items()}
         self.optimizers = {
@@ -101,7 +117,7 @@ class Trainer:
         self.step, self.changes = 0, []
         self.evaluation = None
         if held_out is not None and world.is_main:
-            size, train = self.networks["generator"].image_size, cfg.TRAIN
+            size = self.networks["generator"].image_size
             options = (train.EVAL_MEASURE, train.EVAL_IMAGES, cfg.SEED, cfg.SKIP_BROKEN)
             self.evaluation = Evaluation(held_out, size, self.device, *options)
         if checkpoint is not None:
@@ -216,10 +232,8 @@ class Trainer:
         seed_everything(self.cfg.SEED, self.step, self.world.rank)  # dropout, where encoders are fine-tuned with it
         noise_dim = self.networks["generator"].noise_dim
         noise = noise_for(self.cfg.SEED, epoch, batch.indices.tolist(), noise_dim).to(self.device, non_blocking=True)
-        for update in self.system.updates(batch, noise):
+        for update in self.stepper.updates(batch, noise, self.optimizers):
             optimizer, parameters = self.optimizers[update.optimizer], self.parameters[update.optimizer]
-            optimizer.zero_grad(set_to_none=True)
-            torch.stack(list(update.losses.values())).sum().backward()
             for parameter in parameters:  # Adam moves on past gradients, too, where the present one is zero
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
