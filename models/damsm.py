@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import inception_v3
 
+from miscc.distributed import all_rows
 from miscc.losses import sentence_loss, word_loss
 from models.types import TextFeatures
 
@@ -151,8 +152,10 @@ def matching_losses(
 ) -> dict[str, Tensor]:
     """How badly images (N, 3, H, W) in [-1, 1] fit their captions: {"words", "sentence"}, both directions each summed.
 
-    batch: its lengths (N,) of the captions and class_ids (N,), see miscc.losses.word_loss.
+    batch: its lengths (N,) of the captions and class_ids (N,), see miscc.losses.word_loss. Inside
+    `miscc.distributed.matching_jointly` over the images and captions of all processes.
     """
-    regions, code = image_encoder(images)
-    words = word_loss(regions, text.words, batch.lengths, batch.class_ids, gamma1, gamma2, gamma3)
-    return {"words": sum(words), "sentence": sum(sentence_loss(code, text.sentence, batch.class_ids, gamma3))}
+    rows = (*image_encoder(images), text.words, text.sentence, batch.lengths, batch.class_ids)
+    regions, code, words, sentence, lengths, class_ids = all_rows(*rows)
+    by_word = word_loss(regions, words, lengths, class_ids, gamma1, gamma2, gamma3)
+    return {"words": sum(by_word), "sentence": sum(sentence_loss(code, sentence, class_ids, gamma3))}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from miscc.losses import hinge_discriminator_loss, matching_aware_gradient_penalty
 from models.layers import FusionBlock, OneWayDiscriminator, doublings
-from models.types import GeneratorOutput, TextFeatures, Update, frozen
+from models.types import GeneratorOutput, TextFeatures, Update, exactly, frozen
 
 CHANNELS = (8, 8, 8, 8, 4, 2, 1)  # of nf: of the 4×4 features, then after each block at 256 px
 
@@ -127,15 +127,18 @@ class DFGAN:
         The penalty differentiates the same logits of real pairs that the hinge uses: one forward serves both.
         """
         discriminator = self.networks["discriminator"]
-        images, own = real_images.detach().requires_grad_(), sentence.detach().requires_grad_()
-        features = discriminator.features(images)
-        real_logits = discriminator.logits(features, own)
+        images = real_images.detach().requires_grad_()
+        own = sentence.detach().to(images.dtype).requires_grad_()
+        with exactly(images.device):
+            features = discriminator.features(images)
+            real_logits = discriminator.logits(features, own)
+            penalty = matching_aware_gradient_penalty(real_logits, images, own, **self.penalty)
         # Mismatched pairs: each caption with the image of the next one, the last with the first's.
         mismatched_logits = discriminator.logits(features.roll(-1, dims=0), sentence)
         fake_logits = discriminator(fake_images, sentence)
         losses = {
             "hinge": hinge_discriminator_loss(real_logits, fake_logits, mismatched_logits),
-            "penalty": matching_aware_gradient_penalty(real_logits, images, own, **self.penalty),
+            "penalty": penalty,
         }
         logits = {"real": real_logits, "fake": fake_logits, "mismatched": mismatched_logits}
         stats = {f"{name}_logits": value.detach().mean() for name, value in logits.items()}

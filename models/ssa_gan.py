@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from miscc.losses import hinge_discriminator_loss, matching_aware_gradient_penalty
 from models.damsm import matching_losses
 from models.layers import doublings
-from models.types import GeneratorOutput, TextFeatures, Update, frozen
+from models.types import GeneratorOutput, TextFeatures, Update, exactly, frozen
 
 CHANNELS = (8, 8, 8, 8, 4, 2, 1)  # of nf, block by block at 256 px
 
@@ -282,9 +282,11 @@ class SSAGAN:
         return {"hinge": hinge}, stats
 
     def _penalty(self, real_images: Tensor, sentence: Tensor) -> Tensor:
-        real_images, sentence = real_images.detach().requires_grad_(), sentence.detach().requires_grad_()
-        logits = self.networks["discriminator"](real_images, sentence)
-        return matching_aware_gradient_penalty(logits, real_images, sentence, **self.penalty)
+        real_images = real_images.detach().requires_grad_()
+        sentence = sentence.detach().to(real_images.dtype).requires_grad_()
+        with exactly(real_images.device):
+            logits = self.networks["discriminator"](real_images, sentence)
+            return matching_aware_gradient_penalty(logits, real_images, sentence, **self.penalty)
 
     def _damsm(self, images: Tensor, text: TextFeatures, batch: Any) -> dict[str, Tensor]:
         return matching_losses(self.networks["image_encoder"], images, text, batch, **self.gammas)

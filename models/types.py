@@ -132,6 +132,14 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def exactly(device: torch.device) -> Iterator[None]:
+    """`with exactly(images.device):` no autocast and nothing compiled inside: for what is differentiated twice, as compilers
+    cannot, and for penalties, whose high power would amplify rounding."""
+    with torch.autocast(device.type, enabled=False), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
     """`with evaluating(G):` eval mode inside, the former mode afterwards."""
     modes = [module.training for module in modules]
