@@ -134,7 +134,7 @@ def test_pretraining_resumes_exactly(damsm_settings, tmp_path):
     from datasets.text_image import training_loader
 
     batches = iter(training_loader(trainer.dataset, 8, 100, trainer.step))
-    trainer.train_step(next(batches), 1)
+    trainer.train_step(next(batches).to("cpu"), 1)
     save_checkpoint(tmp_path / "parts" / "last.pth", trainer.checkpoint())
     assert pretrain(damsm_settings(3), CPU, tmp_path / "parts", resume=True) == 0
     assert_same_state(state(tmp_path / "whole"), state(tmp_path / "parts"))
@@ -199,7 +199,7 @@ def test_a_loss_that_is_not_finite_is_named(damsm_settings):
     trainer.image_encoder.code_head.weight.data.fill_(float("nan"))
     from datasets.text_image import training_loader
 
-    batch = next(iter(training_loader(trainer.dataset, 8, 100)))
+    batch = next(iter(training_loader(trainer.dataset, 8, 100))).to("cpu")
     with pytest.raises(TrainingError, match=r"the loss `sentence` is not finite at step 1 \(epoch 1\)"):
         trainer.train_step(batch, 0)
 
@@ -208,7 +208,7 @@ def test_the_learning_rate_falls_to_a_tenth(damsm_settings):
     trainer = EncoderTrainer(damsm_settings(), CPU)
     from datasets.text_image import training_loader
 
-    batch = next(iter(training_loader(trainer.dataset, 8, 100)))
+    batch = next(iter(training_loader(trainer.dataset, 8, 100))).to("cpu")
     rates = []
     for epoch in (0, 1, 500):
         trainer.train_step(batch, epoch)
@@ -220,6 +220,6 @@ def test_training_lowers_the_loss(damsm_settings):
     trainer = EncoderTrainer(damsm_settings(), CPU)
     from datasets.text_image import training_loader
 
-    batch = next(iter(training_loader(trainer.dataset, 8, 100)))
+    batch = next(iter(training_loader(trainer.dataset, 8, 100))).to("cpu")
     losses = [sum(trainer.train_step(batch, 0).values()).item() for _ in range(15)]
     assert losses[-1] < 0.8 * losses[0]

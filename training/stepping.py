@@ -174,13 +174,13 @@ class _Recomputed:
 
     @contextmanager
     def _again(self) -> Iterator[None]:
-        """Batch norm must not count a batch twice: no running statistics while a block is computed again."""
+        """Batch norm must not count a batch twice: it writes into copies of its statistics while a block runs again."""
         norms = [part for part in self.block.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-        counting = [part for part in norms if part.training and part.track_running_stats]
-        for part in counting:
-            part.track_running_stats = False
+        kept = [(part, dict(part._buffers)) for part in norms]
+        for part, buffers in kept:
+            part._buffers.update({name: None if value is None else value.clone() for name, value in buffers.items()})
         try:
             yield
         finally:
-            for part in counting:
-                part.track_running_stats = True
+            for part, buffers in kept:
+                part._buffers.update(buffers)
