@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from miscc.losses import binary_discriminator_loss, binary_generator_loss, kl_to_standard_normal
+from models.adversarial import AdversarialSystem
 from models.attn_discriminator import StageDiscriminator, initialise
 from models.damsm import matching_losses
 from models.layers import doublings
@@ -184,7 +185,7 @@ class AttnDCGenerator(AttnGenerator):
     draws_every_stage = False
 
 
-class AttnGAN:
+class AttnGAN(AdversarialSystem):
     """The objective: every stage's D judges images alone and with their caption; G adds KL and the DAMSM loss.
 
     networks: generator, discriminator (of all stages), text_encoder and, where the DAMSM loss has a weight,
@@ -221,24 +222,10 @@ class AttnGAN:
         gamma2: float = 5.0,
         gamma3: float = 10.0,
     ):
-        self.networks = networks
+        super().__init__(networks, generator_lr, discriminator_lr, betas)
         self.image_sizes = [stage.image_size for stage in networks["discriminator"].stages]
-        self.generator_lr, self.discriminator_lr, self.betas = generator_lr, discriminator_lr, tuple(betas)
         self.damsm_weight = damsm_weight * damsm_factor
         self.gammas = {"gamma1": gamma1, "gamma2": gamma2, "gamma3": gamma3}
-
-    def optimizers(self) -> dict[str, tuple[list[nn.Parameter], float, tuple[float, float]]]:
-        generator, discriminator = self.networks["generator"], self.networks["discriminator"]
-        return {
-            "discriminator": (list(discriminator.parameters()), self.discriminator_lr, self.betas),
-            "generator": (list(generator.parameters()), self.generator_lr, self.betas),
-        }
-
-    def train(self) -> None:
-        self.networks["generator"].train()
-        self.networks["discriminator"].train()
-        for encoder in self._encoders():
-            encoder.eval().requires_grad_(False)
 
     def updates(self, batch: Any, noise: Tensor) -> Iterator[Update]:
         """Discriminators of all stages, then the generator."""
@@ -256,7 +243,7 @@ class AttnGAN:
         stats |= self._by_size("discriminator", losses)
         yield Update("discriminator", {"discriminator": torch.stack(losses).sum()}, stats)
 
-        with frozen(discriminator, *self._encoders()):
+        with frozen(discriminator, *self.encoders()):
             losses = [adversarial_loss(stage, images, text.sentence) for stage, images in stages]
             stats = self._by_size("adversarial", losses) | {"sigma_mean": (fake.logvar.detach() / 2).exp().mean()}
             total = {"adversarial": torch.stack(losses).sum(), "kl": kl_to_standard_normal(fake.mu, fake.logvar)}
@@ -268,9 +255,6 @@ class AttnGAN:
     def _by_size(self, name: str, losses: list[Tensor]) -> dict[str, Tensor]:
         """The losses of the single stages, for the log."""
         return {f"loss/{name}_{size}": loss.detach() for size, loss in zip(self.image_sizes, losses, strict=True)}
-
-    def _encoders(self) -> list[nn.Module]:
-        return [self.networks[name] for name in ("text_encoder", "image_encoder") if name in self.networks]
 
 
 class AttnDCGAN(AttnGAN):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miscc.losses import hinge_discriminator_loss, matching_aware_gradient_penalty
+from models.adversarial import AdversarialSystem, logit_stats
 from models.layers import FusionBlock, OneWayDiscriminator, doublings
 from models.types import GeneratorOutput, TextFeatures, Update, exactly, frozen
 
@@ -59,7 +60,7 @@ class DFDiscriminator(OneWayDiscriminator):
         super().__init__(nf, image_size, sentence_dim, multipliers, spectral_normalisation)
 
 
-class DFGAN:
+class DFGAN(AdversarialSystem):
     """The objective: matching-aware hinge and MA-GP in one step of D, then the adversarial loss of G. No DAMSM loss.
 
     networks: generator, discriminator, text_encoder (frozen; another encoder that is there is not looked at). Other
@@ -91,23 +92,8 @@ class DFGAN:
         penalty_weight: float = 2.0,
         penalty_power: float = 6.0,
     ):
-        self.networks = networks
-        self.image_sizes = [networks["generator"].image_size]
-        self.generator_lr, self.discriminator_lr, self.betas = generator_lr, discriminator_lr, tuple(betas)
+        super().__init__(networks, generator_lr, discriminator_lr, betas)
         self.penalty = {"weight": penalty_weight, "power": penalty_power}
-
-    def optimizers(self) -> dict[str, tuple[list[nn.Parameter], float, tuple[float, float]]]:
-        generator, discriminator = self.networks["generator"], self.networks["discriminator"]
-        return {
-            "discriminator": (list(discriminator.parameters()), self.discriminator_lr, self.betas),
-            "generator": (list(generator.parameters()), self.generator_lr, self.betas),
-        }
-
-    def train(self) -> None:
-        for part, network in self.networks.items():
-            trained = part not in ("text_encoder", "image_encoder")
-            network.train(trained)
-            network.requires_grad_(trained)
 
     def updates(self, batch: Any, noise: Tensor) -> Iterator[Update]:
         """Discriminator, then generator."""
@@ -141,6 +127,4 @@ class DFGAN:
             "penalty": penalty,
         }
         logits = {"real": real_logits, "fake": fake_logits, "mismatched": mismatched_logits}
-        stats = {f"{name}_logits": value.detach().mean() for name, value in logits.items()}
-        stats |= {f"{name}_sign": value.detach().sign().mean() for name, value in logits.items()}
-        return losses, stats
+        return losses, logit_stats(logits)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from miscc.losses import hinge_discriminator_loss, matching_aware_gradient_penalty
+from models.adversarial import AdversarialSystem, logit_stats
 from models.damsm import matching_losses
 from models.layers import doublings
 from models.types import GeneratorOutput, TextFeatures, Update, exactly, frozen
@@ -160,7 +161,7 @@ class SSAGenerator(nn.Module):
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
-class SSAGAN:
+class SSAGAN(AdversarialSystem):
     """The objective: hinge with mismatched captions, MA-GP in a step of its own, DAMSM; optional fine-tuning.
 
     networks: generator, discriminator, text_encoder and, where the DAMSM loss has a weight, image_encoder. Other
@@ -206,9 +207,7 @@ class SSAGAN:
         finetune_lr: float = 4e-5,
         finetune_mode: str = "eval",
     ):
-        self.networks = networks
-        self.image_sizes = [networks["generator"].image_size]
-        self.generator_lr, self.discriminator_lr, self.betas = generator_lr, discriminator_lr, tuple(betas)
+        super().__init__(networks, generator_lr, discriminator_lr, betas)
         self.damsm_weight = damsm_weight * damsm_factor
         self.gammas = {"gamma1": gamma1, "gamma2": gamma2, "gamma3": gamma3}
         self.penalty = {"weight": penalty_weight, "power": penalty_power}
@@ -217,11 +216,7 @@ class SSAGAN:
         self.finetune_mode = finetune_mode
 
     def optimizers(self) -> dict[str, tuple[list[nn.Parameter], float, tuple[float, float]]]:
-        generator, discriminator = self.networks["generator"], self.networks["discriminator"]
-        groups = {
-            "discriminator": (list(discriminator.parameters()), self.discriminator_lr, self.betas),
-            "generator": (list(generator.parameters()), self.generator_lr, self.betas),
-        }
+        groups = super().optimizers()
         if self.finetune_encoders:
             text_encoder, image_encoder = self.networks["text_encoder"], self.networks["image_encoder"]
             trained = [*text_encoder.parameters(), *image_encoder.head_parameters()]
@@ -229,13 +224,11 @@ class SSAGAN:
         return groups
 
     def train(self) -> None:
-        self.networks["generator"].train()
-        self.networks["discriminator"].train()
+        super().train()
         batch_statistics = self.finetune_encoders and self.finetune_mode == "train"
-        for encoder in self._encoders():
+        for encoder in self.encoders():
             encoder.batch_statistics = batch_statistics
             encoder.train(batch_statistics)
-            encoder.requires_grad_(False)
         if self.finetune_encoders:
             self.networks["text_encoder"].requires_grad_(True)
             for parameter in self.networks["image_encoder"].head_parameters():
@@ -259,7 +252,7 @@ class SSAGAN:
             yield Update("discriminator", losses, stats)
             yield Update("discriminator", {"penalty": self._penalty(real_images, text.sentence)})
 
-        with frozen(discriminator, *self._encoders()):
+        with frozen(discriminator, *self.encoders()):
             losses = {"adversarial": -discriminator(fake.images[-1], text.sentence).mean()}
             if self.damsm_weight > 0:
                 damsm = self._damsm(fake.images[-1], text, batch)
@@ -277,9 +270,7 @@ class SSAGAN:
         fake_logits = discriminator(fake_images, sentence)
         hinge = hinge_discriminator_loss(real_logits, fake_logits, mismatched_logits)
         logits = {"real": real_logits, "fake": fake_logits, "mismatched": mismatched_logits}
-        stats = {f"{name}_logits": value.detach().mean() for name, value in logits.items()}
-        stats |= {f"{name}_sign": value.detach().sign().mean() for name, value in logits.items()}
-        return {"hinge": hinge}, stats
+        return {"hinge": hinge}, logit_stats(logits)
 
     def _penalty(self, real_images: Tensor, sentence: Tensor) -> Tensor:
         real_images = real_images.detach().requires_grad_()
@@ -290,6 +281,3 @@ class SSAGAN:
 
     def _damsm(self, images: Tensor, text: TextFeatures, batch: Any) -> dict[str, Tensor]:
         return matching_losses(self.networks["image_encoder"], images, text, batch, **self.gammas)
-
-    def _encoders(self) -> list[nn.Module]:
-        return [self.networks[name] for name in ("text_encoder", "image_encoder") if name in self.networks]
