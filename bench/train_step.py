@@ -18,19 +18,23 @@ from bench.common import Clock
 from bench.reference import REFERENCES
 from datasets.text_image import Batch
 from miscc.config import load_config
+from miscc.distributed import World
 from miscc.errors import ConfigError, run_command
 from models import IMAGE_ENCODERS, SYSTEMS, TEXT_ENCODERS
 from training.build import build_networks, build_system
 from training.ema import EMA
+from training.stepping import Stepper, checkpoint_activations, compile_networks, use_channels_last
 
 NUM_WORDS, NUM_CLASSES = 5450, 200  # CUB's
+OURS_ALONE = ("TRAIN.PRECISION", "TRAIN.COMPILE", "TRAIN.CHANNELS_LAST", "TRAIN.ACTIVATION_CHECKPOINTING")
 
 
 class Step:
     """One training step of a system as the trainer does it: every update with its optimizer, then the average."""
 
-    def __init__(self, system, device: torch.device, batch: Batch, noise: Tensor):
+    def __init__(self, system, device: torch.device, batch: Batch, noise: Tensor, precision: str = "tf32"):
         self.system, self.device, self.batch, self.noise = system, device, batch, noise
+        self.stepper = Stepper(system, World(0, 1, device), precision)
         groups = system.optimizers()
         self.parameters = {name: parameters for name, (parameters, _, _) in groups.items()}
         self.optimizers = {
@@ -38,11 +42,16 @@ class Step:
             for name, (parameters, lr, betas) in groups.items()
         }
         self.average = EMA(system.networks["generator"], 0.999)
+        self.compiled = False
 
     def __call__(self, clock: Callable[[str], None] = lambda phase: None) -> None:
         """Run it; `clock(phase)` is called at the end of each phase."""
         updates = iter(self.system.updates(self.batch, self.noise))
-        while (update := next(updates, None)) is not None:
+        while True:
+            with self.stepper.computing():
+                update = next(updates, None)
+            if update is None:
+                break
             part = phase_of(update)
             clock(f"{part} forward")
             optimizer, parameters = self.optimizers[update.optimizer], self.parameters[update.optimizer]
@@ -58,7 +67,9 @@ class Step:
         clock("optimizers, average")
 
     def phases(self) -> dict[str, float]:
-        """Seconds of each phase of one step."""
+        """Seconds of each phase of one step; none of a compiled one, where hooks would cut up what is compiled."""
+        if self.compiled:
+            return {}
         clock = Clock(self.device)
         with watched(self.system, clock):
             self(clock)
@@ -116,13 +127,13 @@ def watched(system, clock: Clock) -> Iterator[None]:
             handle.remove()
 
 
-def build(options: argparse.Namespace, device: torch.device) -> Step:
+def build(options: argparse.Namespace, device: torch.device, changed: list[tuple[str, str]]) -> Step:
     """Fresh networks, random images and captions, the objective, as the options say."""
     changes = [("GAN.NAME", options.system), ("TREE.BASE_SIZE", str(options.image_size)), ("TRAIN.NF", str(options.nf))]
     with tempfile.TemporaryDirectory() as folder:
         empty = Path(folder) / "bench.yml"
         empty.write_text("")
-        cfg = load_config(empty, [*changes, *(options.set or [])], systems=SYSTEMS)
+        cfg = load_config(empty, [*changes, *changed], systems=SYSTEMS)
     return step_of(cfg, options.encoder, options.batch, device)
 
 
@@ -145,7 +156,18 @@ def step_of(cfg: Mapping, encoder: str, batch_size: int, device: torch.device) -
     system = build_system(cfg, {name: network.to(device) for name, network in networks.items()})
     system.train()
     batch = random_batch(batch_size, system.image_sizes, cfg.TEXT.WORDS_NUM, device)
-    return Step(system, device, batch, torch.randn(batch_size, generator.noise_dim, device=device))
+    if cfg.TRAIN.ACCUMULATE > 1:
+        raise ConfigError("TRAIN.ACCUMULATE: a single pass is timed here; leave it at 1")
+    if cfg.TRAIN.CHANNELS_LAST:
+        use_channels_last(networks)
+    noise = torch.randn(batch_size, generator.noise_dim, device=device)
+    step = Step(system, device, batch, noise, cfg.TRAIN.PRECISION)
+    if cfg.TRAIN.ACTIVATION_CHECKPOINTING:
+        checkpoint_activations(generator)
+    if cfg.TRAIN.COMPILE:
+        compile_networks(networks)
+    step.compiled = cfg.TRAIN.COMPILE
+    return step
 
 
 def random_batch(number: int, image_sizes: list[int], num_words: int, device: torch.device) -> Batch:
@@ -161,13 +183,16 @@ def random_batch(number: int, image_sizes: list[int], num_words: int, device: to
 
 def measure(options: argparse.Namespace, device: torch.device) -> dict:
     """Seconds of whole steps and of their phases, operations and memory, of ours and of the reference in turn."""
-    steps = {"ours": build(options, device)}
+    steps = {"ours": build(options, device, options.set or [])}
     if options.reference:
         if options.system not in REFERENCES:
             raise ConfigError(f"--reference: there is no plain form of {options.system} (of: {', '.join(REFERENCES)})")
         ours = steps["ours"]
-        plain = REFERENCES[options.system](ours.system)
-        steps["reference"] = Step(plain, device, ours.batch, ours.noise)
+        # Eager, in the default layout, in float32 or, as far as ours may use it, TF32: how the originals run today.
+        kept = [(key, value) for key, value in options.set or [] if key not in OURS_ALONE]
+        plain = REFERENCES[options.system](build(options, device, kept).system)
+        precision = "fp32" if ours.stepper.precision == "fp32" else "tf32"
+        steps["reference"] = Step(plain, device, ours.batch, ours.noise, precision)
     wholes = common.take_turns(steps, options.rounds, options.warm_up, device)
     phases: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     for _ in range(options.rounds):
@@ -176,7 +201,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict:
     results = {}
     for name, step in steps.items():
         names = list(phases[name][0])
-        flops = common.count_flops(step)
+        with torch.compiler.set_stance("force_eager"):  # a compiled pass hides its operations from the counter
+            flops = common.count_flops(step)
         results[name] = {
             "seconds": common.summary(wholes[name]),
             "runs": wholes[name],
