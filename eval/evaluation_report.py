@@ -90,7 +90,8 @@ def lines(record: Mapping[str, Any]) -> list[str]:
     quick = f", NOT its own numbers: {changed}" if changed else ""
     checkpoint = record.get("checkpoint") or {}
     made_by = f" of {checkpoint['path']} (step {checkpoint['step']})" if record["judged"] == "generated" else ""
-    title = f"{record['num_images']} {record['judged']} images{made_by} by protocol {protocol['name']}{quick}"
+    judged = record["judged"].removesuffix(" images")
+    title = f"{record['num_images']} {judged} images{made_by} by protocol {protocol['name']}{quick}"
     against = f"against {real['num_images']} of {real['data_set']}'s {real['split']} set, {protocol['real_crop']} crop"
     table = [title if made_by else f"{title}, no generator", against]
     width = max(len(score["name"]) for score in record["scores"])

@@ -299,6 +299,7 @@ def test_the_command_adds_a_record_beside_the_checkpoint(checkpoint, capsys, tmp
     assert {"torch", "torchvision"} <= set(first["versions"]) and first["date"] and "cpu" in first["device"]
     assert "git_commit" in first and first["real"]["data_dir"] == str(drawn_folder)
     printed = capsys.readouterr().out
+    assert "12 the same real images by protocol quick, no generator" in printed
     assert "by protocol quick\n" in printed and "NOT its own numbers: num_images 10" in printed
     assert "not computed: diversity" in printed and "FD[tiny" in printed and "written to" in printed
 
