@@ -25,7 +25,7 @@ def in_float32(loss: Callable) -> Callable:
     @functools.wraps(loss)
     def computed(*arguments: Any, **keywords: Any) -> Any:
         device = next((a.device.type for a in (*arguments, *keywords.values()) if isinstance(a, Tensor)), "cpu")
-        with torch.autocast(device, enabled=False):
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # autocast knows no meta device
             return loss(*map(widened, arguments), **{name: widened(value) for name, value in keywords.items()})
 
     return computed
