@@ -1,4 +1,4 @@
-"""How many images a second the data path gives on one core: `python -m bench.data`.
+"""How many images a second the data path gives, on one core or with --workers: `python -m bench.data`.
 
 Batches as training takes them, without and with the cache, against a plain path in PIL and numpy as the originals have
 it: decode, scale the shorter side, crop, flip, to floats in [-1, 1], one sample at a time.
@@ -70,12 +70,17 @@ def measure(options, folder: Path) -> dict:
     records = write_photographs(folder, options.images)
     cache = ImageCache.open(records, options.image_size, folder / "cache", progress=False)
     plain = torch.utils.data.DataLoader(
-        PlainDataset(records, options.image_size), options.batch, shuffle=True, drop_last=True
+        PlainDataset(records, options.image_size),
+        options.batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=options.workers,
+        persistent_workers=options.workers > 0,
     )
 
     def ours(cache: ImageCache | None, as_bytes: bool):
         dataset = TextImageDataset(records, [options.image_size], MAX_WORDS, cache=cache, as_bytes=as_bytes)
-        return iter(training_loader(dataset, options.batch, seed=0))
+        return iter(training_loader(dataset, options.batch, seed=0, workers=options.workers))
 
     loaders = {
         "ours": ours(None, True),
@@ -108,11 +113,16 @@ def measure(options, folder: Path) -> dict:
     }
 
 
+def _where(workers: int) -> str:
+    return f"with {workers} workers" if workers else "on one core"
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = common.parser(__doc__.splitlines()[0])
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--images", type=int, default=192)
     parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--workers", type=int, default=0, help="reading processes beside the main one")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "name")}
@@ -125,8 +135,8 @@ def main(arguments: list[str] | None = None) -> None:
         for name, row in results["paths"].items()
     ]  # fmt: skip
     text = (
-        f"# Data: images a second on one core\n\n{common.machine_line(results['machine'])}. JPEGs of {WIDTH}×{HEIGHT} "
-        f"scaled and cropped to {options.image_size} px, batches of {options.batch}; {options.rounds} epochs of "
+        f"# Data: images a second {_where(options.workers)}\n\n{common.machine_line(results['machine'])}. "
+        f"JPEGs of {WIDTH}×{HEIGHT} scaled and cropped to {options.image_size} px, batches of {options.batch}; {options.rounds} epochs of "
         f"{options.images} images, taking turns. Bytes become floats on the training's device.\n\n"
     )
     header = ["path", "median", "fastest", "ratio of medians", "of fastest"]
