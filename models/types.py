@@ -135,7 +135,8 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 def exactly(device: torch.device) -> Iterator[None]:
     """`with exactly(images.device):` no autocast and nothing compiled inside: for what is differentiated twice, as compilers
     cannot, and for penalties, whose high power would amplify rounding."""
-    with torch.autocast(device.type, enabled=False), torch.compiler.set_stance("force_eager"):
+    kind = "cpu" if device.type == "meta" else device.type  # autocast knows no meta device
+    with torch.autocast(kind, enabled=False), torch.compiler.set_stance("force_eager"):
         yield
 
 
