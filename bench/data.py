@@ -136,8 +136,8 @@ def main(arguments: list[str] | None = None) -> None:
     ]  # fmt: skip
     text = (
         f"# Data: images a second {_where(options.workers)}\n\n{common.machine_line(results['machine'])}. "
-        f"JPEGs of {WIDTH}×{HEIGHT} scaled and cropped to {options.image_size} px, batches of {options.batch}; {options.rounds} epochs of "
-        f"{options.images} images, taking turns. Bytes become floats on the training's device.\n\n"
+        f"JPEGs of {WIDTH}×{HEIGHT} scaled and cropped to {options.image_size} px, batches of {options.batch}; "
+        f"{options.rounds} epochs of {options.images} images, taking turns. Bytes become floats on the training's device.\n\n"
     )
     header = ["path", "median", "fastest", "ratio of medians", "of fastest"]
     common.report(options, results, text + common.markdown_table(header, rows))

@@ -1,0 +1,83 @@
+"""The benchmarks measure what they say: counts and tables; how fast something is depends on the machine and is no test."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import common, data, gpu_table, losses, train_step
+
+CPU = torch.device("cpu")
+
+
+def test_operations_are_counted_through_a_double_backward():
+    a, b = torch.randn(4, 5, requires_grad=True), torch.randn(5, 6)
+
+    def run():
+        (gradient,) = torch.autograd.grad((a @ b).square().sum(), a, create_graph=True)
+        gradient.sum().backward()
+
+    # Products of 2·4·5·6 operations: forward, its gradient by a, and two more by the gradient's own.
+    assert common.count_flops(run) == 4 * 2 * 4 * 5 * 6
+    assert common.count_flops(lambda: a + 1) == 0
+
+
+def test_ratios_and_spread():
+    found = common.ratio([4.0, 2.0, 6.0], [1.0, 2.0, 2.0])
+    assert found == {"of_medians": 2.0, "of_fastest": 2.0, "by_round": 3.0}
+    assert common.summary([1.0, 2.0, 3.0]) == {"median": 2.0, "fastest": 1.0, "spread": 1.0}
+
+
+def test_ways_take_turns():
+    order = []
+    seconds = common.take_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, warm_up=1)
+    assert order == list("ababab") and [len(runs) for runs in seconds.values()] == [2, 2]
+
+
+def test_memory_is_what_a_call_needs_beyond_what_was_held():
+    held = torch.ones(2**20)
+    found = common.peak_bytes(lambda: torch.ones(2**24).sum(), CPU)
+    if found is None:
+        pytest.skip("this system does not say")
+    assert 0.8 * 2**26 < found < 1.5 * 2**26 and held.sum() == 2**20
+
+
+@pytest.mark.parametrize("extra", [["--reference"], ["--system", "df_gan"], ["--set", "TRAIN.PRECISION", "bf16"]])
+def test_a_step_is_measured_phase_by_phase(tmp_path, capsys, extra):
+    tiny = "--gpu -1 --image-size 16 --nf 2 --batch 3 --rounds 1 --warm-up 1".split()
+    train_step.main([*tiny, "--json", str(tmp_path / "step-tf32.json"), *extra])
+    found = json.loads((tmp_path / "step-tf32.json").read_text())
+    ours = found["steps"]["ours"]
+    assert ours["flops"] > 0 and set(found["peak_flops"]) == {"float32"}
+    wanted = {"G forward", "D forward", "D backward", "optimizers, average", "D for G forward", "G backward"}
+    assert wanted <= ours["phases"].keys()
+    assert "**whole step**" in capsys.readouterr().out
+    if extra == ["--reference"]:
+        assert {"penalty forward", "penalty backward", "DAMSM forward"} <= ours["phases"].keys()
+        plain = found["steps"]["reference"]
+        assert plain["phases"].keys() == ours["phases"].keys() and plain["flops"] > 0
+        gpu_table.main([str(tmp_path)])
+        table = capsys.readouterr().out
+        assert "| tf32 |" in table and "| plain, tf32 |" in table and "not measured: step-fp32" in table
+
+
+def test_projected_hours():
+    assert gpu_table.hours(1000.0) == pytest.approx(600 * 8855 / 1000 / 3600)
+
+
+def test_losses_are_compared_in_value_and_gradient():
+    for ways in (losses.hinge_ways(4, CPU), losses.penalty_ways(2, 16, 2, CPU)):
+        found = losses.compare(ways, 2, CPU)
+        assert found["difference"]["value"] < 1e-4 and found["difference"]["gradient"] < 2e-2
+    apart = losses.compare({"ours": lambda: [torch.ones(1)] * 2, "plain": lambda: [2 * torch.ones(1)] * 2}, 1, CPU)
+    assert apart["difference"] == {"value": 0.5, "gradient": 0.5}
+
+
+def test_every_data_path_hands_over_every_image(tmp_path):
+    options = SimpleNamespace(images=4, image_size=32, batch=2, rounds=1, workers=0)
+    found = data.measure(options, tmp_path)
+    assert set(found) == {"plain", "ours", "ours, floats by the loader", "ours with the cache",
+                          "ours with the cache, floats by the loader"}  # fmt: skip
+    plain = data.PlainDataset(data.write_photographs(tmp_path, 1), 32)[0]
+    assert plain[0].shape == (3, 32, 32) and -1 <= plain[0].min() and plain[0].max() <= 1
