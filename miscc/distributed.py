@@ -211,7 +211,9 @@ def all_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     world = _MATCHING.get()
     if world is None or world.size == 1:
         return tensors
-    return tuple(_GatherRows.apply(tensor.to(world.device), world.rank, world.size) for tensor in tensors)
+    return tuple(
+        _GatherRows.apply(tensor.to(world.device, non_blocking=True), world.rank, world.size) for tensor in tensors
+    )
 
 
 class _GatherRows(torch.autograd.Function):
@@ -224,9 +226,9 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        grad = grad.contiguous()
-        dist.all_reduce(grad)
-        return grad[ctx.rows], None, None
+        total = grad.clone(memory_format=torch.contiguous_format)  # autograd may hand the same gradient to others
+        dist.all_reduce(total)
+        return total[ctx.rows], None, None
 
 
 def _allow_tf32() -> None:

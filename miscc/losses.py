@@ -41,6 +41,12 @@ def hinge_discriminator_loss(real: Tensor, fake: Tensor, mismatched: Tensor) -> 
 
 
 @in_float32
+def hinge_generator_loss(fake: Tensor) -> Tensor:
+    """What G adds to the hinge (Tao et al. 2022, eq. 1): fake images with their captions up. Logits of any shape -> scalar."""
+    return -fake.mean()
+
+
+@in_float32
 def binary_discriminator_loss(
     real: Tensor,
     fake: Tensor,
@@ -124,6 +130,7 @@ def word_loss(
     else:
         parts = []
         for rows, longest in groups:
+            rows = rows.to(words.device, non_blocking=True)  # indexing by a CPU's numbers would wait for the GPU
             own = words[rows, :, :longest], padding[rows, :longest]
             parts.append(_bounded_matching(regions, products, *own, gamma1, gamma2))
         back = torch.cat([rows for rows, _ in groups]).argsort().to(words.device, non_blocking=True)

@@ -117,8 +117,9 @@ class AttnDiscriminator(nn.Module):
         shared = [{**stage.arguments, "image_size": None} for stage in chosen]
         if any(arguments != shared[0] for arguments in shared) or chosen[0].judges_alone != self.judges_alone:
             raise ValueError("the discriminators are not of one training of this system")
+        theirs = {name: shared[0][name] for name in ("df_dim", "sentence_dim", "spectral_normalisation")}
         with torch.device("meta"):  # its own stages are thrown away
-            network = type(self)(**(self.arguments | {name: shared[0][name] for name in ("df_dim", "sentence_dim")}))
+            network = type(self)(**(self.arguments | theirs))
         network.stages = nn.ModuleList(chosen)
         return network
 

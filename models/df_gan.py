@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miscc.losses import hinge_discriminator_loss, matching_aware_gradient_penalty
+from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, matching_aware_gradient_penalty
 from models.adversarial import AdversarialSystem, logit_stats
 from models.layers import FusionBlock, OneWayDiscriminator, doublings
 from models.types import GeneratorOutput, TextFeatures, Update, exactly, frozen
@@ -103,7 +103,8 @@ class DFGAN(AdversarialSystem):
         losses, stats = self.discriminator_losses(batch.images, fake_images.detach(), text.sentence)
         yield Update("discriminator", losses, stats)
         with frozen(discriminator):
-            yield Update("generator", {"adversarial": -discriminator(fake_images, text.sentence).mean()})
+            adversarial = hinge_generator_loss(discriminator(fake_images, text.sentence))
+            yield Update("generator", {"adversarial": adversarial})
 
     def discriminator_losses(
         self, real_images: Tensor, fake_images: Tensor, sentence: Tensor

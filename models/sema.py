@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miscc.losses import semantic_distance
+from miscc.losses import hinge_generator_loss, semantic_distance
 from models.df_gan import CHANNELS, DFGAN
 from models.layers import FusionBlock, doublings
 from models.types import GeneratorOutput, TextFeatures, Update, frozen
@@ -138,7 +138,7 @@ class SEMA(DFGAN):
     def generator_losses(self, real_images: Tensor, fake_images: Tensor, sentence: Tensor) -> dict[str, Tensor]:
         """G's: −D(x̂, s), and weighted SEM(R(x̂), s) and SEM(F(x̂), F(x)), x the real image of the same caption."""
         networks = self.networks
-        losses = {"adversarial": -networks["discriminator"](fake_images, sentence).mean()}
+        losses = {"adversarial": hinge_generator_loss(networks["discriminator"](fake_images, sentence))}
         if self.redescription_weight > 0:
             distance = semantic_distance(networks["redescriber"](fake_images), sentence)
             losses["redescription"] = self.redescription_weight * distance.mean()

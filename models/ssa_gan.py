@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from miscc.losses import hinge_discriminator_loss, matching_aware_gradient_penalty
+from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, matching_aware_gradient_penalty
 from models.adversarial import AdversarialSystem, logit_stats
 from models.damsm import matching_losses
 from models.layers import doublings
@@ -253,7 +253,7 @@ class SSAGAN(AdversarialSystem):
             yield Update("discriminator", {"penalty": self._penalty(real_images, text.sentence)})
 
         with frozen(discriminator, *self.encoders()):
-            losses = {"adversarial": -discriminator(fake.images[-1], text.sentence).mean()}
+            losses = {"adversarial": hinge_generator_loss(discriminator(fake.images[-1], text.sentence))}
             if self.damsm_weight > 0:
                 damsm = self._damsm(fake.images[-1], text, batch)
                 losses |= {name: self.damsm_weight * loss for name, loss in damsm.items()}

@@ -213,6 +213,14 @@ def test_a_stored_discriminator_is_rebuilt_without_drawing_weights(spectral_norm
     assert all(parameter.requires_grad and parameter.device.type == "cpu" for parameter in again.parameters())
 
 
+def test_a_network_around_given_stages_is_built_again_whatever_the_settings_said():
+    given = AttnDiscriminator(1, 8, 2, 8)
+    network = AttnDiscriminator(2, 8, 2, 8, spectral_normalisation=True).with_stages(given.stages)
+    again = rebuild(record("attn_gan", network), {"attn_gan": AttnDiscriminator})
+    assert not again.arguments["spectral_normalisation"]
+    assert again.state_dict().keys() == given.state_dict().keys()
+
+
 # -- updates ----------------------------------------------------------------------------------------------------------
 
 

@@ -111,6 +111,8 @@ def test_bf16_stays_near_and_the_penalty_is_exact():
     near = run(floats(make_system()), batch, NOISE.float(), steps=False, precision="bf16")
     for (losses, _), (others, _) in zip(exact, near, strict=True):
         assert losses == pytest.approx(others, rel=0.1)
+    adversarial = near[2][0]["adversarial"]  # the mean of the logits is not rounded to 16 bits
+    assert torch.tensor(adversarial).bfloat16().item() != adversarial
     assert exact[0][0]["hinge"] != near[0][0]["hinge"]  # autocast was at work
     # The penalty sees bf16 in the sentence alone, which the text encoder computes.
     assert exact[1][0]["penalty"] == pytest.approx(near[1][0]["penalty"], rel=0.03)
@@ -143,6 +145,21 @@ def test_compiled_networks_take_the_same_step(monkeypatch):
     compile_networks(compiled.networks)
     assert len(calls) == 2  # D's features and logits
     assert_same(run(plain), run(compiled), rtol=1e-7, atol=1e-10)
+
+
+def test_every_judge_is_compiled_where_steps_call_it(monkeypatch):
+    """AttnGAN's in its stages; SEMA's F in its forward, too, which is not made of compiled methods."""
+    from models.attn_discriminator import AttnDiscriminator
+    from models.sema_modules import FeatureExtractor
+
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda method: compiled.append((method.__self__, method.__name__)) or method)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append((self, "forward")))
+    discriminator = AttnDiscriminator(df_dim=1, base_size=8, num_stages=2, sentence_dim=4)
+    extractor = FeatureExtractor(nf=1, image_size=8)
+    compile_networks({"discriminator": discriminator, "feature_extractor": extractor, "text_encoder": extractor})
+    by_stage = [(stage, name) for stage in discriminator.stages for name in ("features", "logits", "unconditional")]
+    assert compiled == [*by_stage, (extractor, "logits"), (extractor, "forward")]
 
 
 @pytest.mark.parametrize(

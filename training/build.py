@@ -19,7 +19,7 @@ from miscc.config import lookup
 from miscc.errors import CheckpointError, ConfigError, DataError, UserError
 from models import NETWORKS, SYSTEMS
 from models.mixed_text import mixed_text_encoder
-from models.released import holds, load_discriminator, load_discriminator_files, load_generator, network_name
+from models.released import holds, load_discriminator, load_discriminator_files, load_generator, naming, network_name
 from models.types import rebuild
 
 logger = logging.getLogger(__name__)
@@ -74,9 +74,10 @@ def given_networks(cfg: Mapping, fresh: Mapping[str, nn.Module]) -> dict[str, nn
             parts = tuple(fresh) if train.B_NET_D else ("generator",)
             networks = {part: rebuild(stored[part], NETWORKS[part]) for part in parts if part in stored}
         else:
-            networks["generator"] = load_generator(content)
-            if train.B_NET_D and not train.NET_D and holds(content, "discriminator"):
-                networks["discriminator"] = load_discriminator(content)
+            with naming(train.NET_G):
+                networks["generator"] = load_generator(content)
+                if train.B_NET_D and not train.NET_D and holds(content, "discriminator"):
+                    networks["discriminator"] = load_discriminator(content)
     if train.NET_D:
         networks["discriminator"] = load_discriminator_files(train.NET_D, fresh["discriminator"])
     if networks and "discriminator" not in networks:
@@ -87,7 +88,15 @@ def given_networks(cfg: Mapping, fresh: Mapping[str, nn.Module]) -> dict[str, nn
             raise CheckpointError(
                 f"{key}: holds the {part} of {network_name(network)}, the settings are for {cfg.GAN.NAME}; set GAN.NAME"
             )
-        for argument in ("image_size", "base_size", "num_stages", "z_dim", "condition_dim", "sentence_dim"):
+        for argument in (
+            "image_size",
+            "base_size",
+            "num_stages",
+            "z_dim",
+            "condition_dim",
+            "sentence_dim",
+            "spectral_normalisation",
+        ):
             theirs, ours = network.arguments.get(argument), fresh[part].arguments.get(argument)
             if theirs != ours:
                 raise CheckpointError(
@@ -228,4 +237,7 @@ def problems(cfg: Mapping) -> list[str]:
         read_records(cfg, "train", vocabulary)
     except UserError as error:
         found.append(str(error))
+    for key in ("NET_G", "NET_D"):
+        if cfg.TRAIN[key] and not Path(cfg.TRAIN[key]).is_file():
+            found.append(f"TRAIN.{key}: {cfg.TRAIN[key]}: no such weight file")
     return found

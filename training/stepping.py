@@ -17,7 +17,7 @@ from miscc.distributed import World, matching_jointly
 from miscc.errors import ConfigError
 from models.types import System, Update
 
-COMPILED_METHODS = ("features", "logits", "unconditional")  # of a discriminator; all else is compiled as it is called
+COMPILED_METHODS = ("features", "logits", "unconditional")  # of judges, which steps call part by part
 
 
 class Stepper:
@@ -132,10 +132,13 @@ def compile_networks(networks: Mapping[str, nn.Module]) -> None:
     for part, network in networks.items():
         if part == "text_encoder":
             continue
-        methods = [name for name in COMPILED_METHODS if callable(getattr(network, name, None))]
-        for name in methods:
-            setattr(network, name, torch.compile(getattr(network, name)))
-        if not methods:
+        found = set()
+        for module in network.modules():  # AttnGAN's are in the stages
+            for name in COMPILED_METHODS:
+                if callable(getattr(module, name, None)):
+                    found.add(name)
+                    setattr(module, name, torch.compile(getattr(module, name)))
+        if "features" not in found:  # else forward is nothing beside these
             network.compile()
 
 
