@@ -160,6 +160,10 @@ def test_every_judge_is_compiled_where_steps_call_it(monkeypatch):
     compile_networks({"discriminator": discriminator, "feature_extractor": extractor, "text_encoder": extractor})
     by_stage = [(stage, name) for stage in discriminator.stages for name in ("features", "logits", "unconditional")]
     assert compiled == [*by_stage, (extractor, "logits"), (extractor, "forward")]
+    generator = make_system().networks["generator"]
+    checkpoint_activations(generator)
+    compile_networks({"generator": generator})
+    assert len(compiled) == 8  # the compiler refuses to follow a checkpointed generator
 
 
 @pytest.mark.parametrize(

@@ -125,12 +125,14 @@ def use_channels_last(networks: Mapping[str, nn.Module]) -> None:
 
 
 def compile_networks(networks: Mapping[str, nn.Module]) -> None:
-    """Let torch.compile fuse what it can: all networks but text encoders, whose packed sequences it cannot follow.
+    """Let torch.compile fuse what it can: all networks but text encoders, whose packed sequences it cannot follow,
+    and a generator with checkpointed activations, whose kept batch statistics it cannot.
 
     A gradient penalty runs uncompiled (models.types.exactly), as compilers cannot differentiate twice.
     """
     for part, network in networks.items():
-        if part == "text_encoder":
+        recomputed = any(isinstance(vars(module).get("forward"), _Recomputed) for module in network.modules())
+        if part == "text_encoder" or recomputed:
             continue
         found = set()
         for module in network.modules():  # AttnGAN's are in the stages
