@@ -19,6 +19,13 @@ logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
 logger = logging.getLogger("main")
 
 
+# Options that only drawing reads. Where nothing asks for a drawing they would start a training of days.
+DRAWING_ONLY = (
+    "checkpoint", "out", "overwrite", "seed", "truncation", "split", "per_caption", "captions_per_image", "num_images",
+    "batch_size", "masks", "attention", "real", "no_average",
+)  # fmt: skip
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = parser_with_settings(__doc__.splitlines()[0], "cfg/bird.yml")
     parser.add_argument("--dry-run", action="store_true", help="say what a training would be, and what is missing")
@@ -51,7 +58,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     draw.add_argument("--attention", action="store_true", help="write where each word looks, too, stage by stage")
     draw.add_argument("--real", action="store_true", help="write the real images of the captions, too")
     draw.add_argument("--no-average", action="store_true", help="draw with G itself, not with its average")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    changed = [name for name in DRAWING_ONLY if getattr(options, name) != parser.get_default(name)]
+    options.drawing_only = ["--" + name.replace("_", "-") for name in changed]
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,10 +82,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.interpolate and (options.caption or options.captions):
         raise ConfigError("--interpolate draws a strip of its own; give --caption and --captions in another call")
+    if options.interpolate and (options.masks or options.attention):
+        raise ConfigError("--interpolate draws one strip, without --masks and --attention; leave them out")
     asked = options.caption or options.captions or options.interpolate or options.each_split
     if asked or cfg.B_VALIDATION or not cfg.TRAIN.FLAG:
         refuse_several_processes("drawing")
         return draw(cfg, options)
+    if options.drawing_only:
+        raise ConfigError(f"{options.drawing_only[0]}: is for drawing, but these settings mean a training; add --set "
+                          f"B_VALIDATION True to draw the test captions, or --caption, --captions or --each-split")  # fmt: skip
     from miscc import distributed
     from training.trainer import train
 
@@ -118,7 +133,7 @@ def draw(cfg: Mapping, options: argparse.Namespace) -> int:
             overwrite=options.overwrite,
             about={"dataset": cfg.DATASET_NAME, "split": records.split if records is not None else None},
         )
-        print(f"{len(requests)} images in {place}")
+        print(f"{len(requests)} image{'s' if len(requests) > 1 else ''} in {place}")
         print(picture)
     return 0
 

@@ -17,7 +17,7 @@ from miscc.images import to_uint8
 from miscc.randomness import noise_for
 from models import NETWORKS
 from models.mixed_text import mixed_text_encoder
-from models.released import load_generator, load_image_encoder, load_text_encoder
+from models.released import load_generator, load_image_encoder, load_text_encoder, naming
 from models.types import GeneratorOutput, TextFeatures, device_of, rebuild
 
 logger = logging.getLogger(__name__)
@@ -62,11 +62,13 @@ def load_encoders(path: str | Path, device: str | torch.device = "cpu", max_word
         text_encoder, image_encoder = networks["text_encoder"], networks.get("image_encoder")
         vocabulary, max_words = Vocabulary(content["vocabulary"]), text_encoder.max_words
     else:
-        text_encoder, vocabulary = load_text_encoder(content), None
+        with naming(path):
+            text_encoder, vocabulary = load_text_encoder(content), None
         text_encoder.max_words = text_encoder.arguments["max_words"] = max_words
         beside = path.with_name(path.name.replace("text_encoder", "image_encoder"))
         found = beside != path and beside.is_file()
-        image_encoder = load_image_encoder(load_file(beside)) if found else None
+        with naming(beside):
+            image_encoder = load_image_encoder(load_file(beside)) if found else None
     for encoder in (text_encoder, image_encoder):
         if encoder is not None:
             encoder.to(device).eval().requires_grad_(False)
@@ -156,7 +158,8 @@ class TextToImage:
         device = choose_device() if device is None else torch.device(device)
         encoders = load_encoders(text_encoder_path, device, max_words)
         vocabulary = encoders.vocabulary or released_vocabulary(data_dir)
-        generator = load_generator(load_file(generator_path)).to(device)
+        with naming(generator_path):
+            generator = load_generator(load_file(generator_path)).to(device)
         text_encoder = encoders.text_encoder
         if transformer:
             text_encoder = mixed_text_encoder(text_encoder, vocabulary.words, transformer).to(device)
@@ -174,6 +177,11 @@ class TextToImage:
     def attends(self) -> bool:
         """Whether the generator's output has word attention; generators with any say so."""
         return bool(getattr(self.generator, "num_attending", 0))
+
+    @property
+    def predicts_masks(self) -> bool:
+        """Whether the generator's output has masks; generators with any say where they come from."""
+        return "mask" in self.generator.arguments
 
     def tokens(self, captions: Sequence[str]) -> EncodedCaptions:
         """Captions as indices; unknown words and cut captions are named in a warning, once each.

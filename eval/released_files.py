@@ -22,6 +22,7 @@ from models.released import (
     load_discriminator,
     load_discriminator_files,
     load_generator,
+    naming,
     network_name,
 )
 from models.types import count_parameters, record
@@ -35,7 +36,8 @@ def describe(path: str | Path) -> list[str]:
     parts = [part for part in LOADERS if holds(content, part)]
     if not parts:
         # The loader says best what is wrong with it: wrapped otherwise, no tensors, unknown names.
-        load_generator(content)
+        with naming(path):
+            load_generator(content)
     return [f"{path}: {_network_line(part, LOADERS[part](content))}" for part in parts]
 
 
@@ -59,7 +61,8 @@ def convert(
     if out.exists() and not overwrite:
         raise UserError(f"{out}: exists already; give --overwrite or another name")
     content = load_file(generator_path)
-    generator = load_generator(content)
+    with naming(generator_path):
+        generator = load_generator(content)
     encoders = load_encoders(encoder_path, max_words=max_words)
     vocabulary = encoders.vocabulary or released_vocabulary(data_dir)
     TextToImage(generator, encoders.text_encoder, vocabulary)  # raises where the vocabulary is of another size

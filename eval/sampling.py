@@ -25,7 +25,7 @@ from eval.attention import caption_words, check_attends, write_strips
 from eval.networks import hash_tensors
 from eval.pipeline import Generated, TextToImage
 from miscc.checkpoint import write_atomically, write_json, write_text
-from miscc.errors import DataError
+from miscc.errors import ConfigError, DataError
 from miscc.images import caption_grid, grid, save_image, to_uint8, unit_to_uint8
 from miscc.randomness import stream
 from models.types import TextFeatures
@@ -90,9 +90,16 @@ def example_requests(data_dir: str | Path) -> list[Request]:
     or without `.txt`, for instance example_captions; each of its lines is drawn once. Raises DataError."""
     root = Path(data_dir)
     requests = []
-    for name in read_captions(root / EXAMPLES):
+    names = _read_lines(root / EXAMPLES)
+    if not names:
+        raise DataError(f"{root / EXAMPLES}: names no file of captions; write one a line, such as example_captions")
+    for name in names:
         key = name.removesuffix(".txt")
-        for number, caption in enumerate(read_captions(root / f"{key}.txt")):
+        try:
+            captions = read_captions(root / f"{key}.txt")
+        except DataError as error:
+            raise DataError(f"{error}, which {root / EXAMPLES} names") from None
+        for number, caption in enumerate(captions):
             requests.append(Request(len(requests), caption, key, number, 0))
     return requests
 
@@ -118,16 +125,20 @@ def each_split_requests(
 
 def read_captions(path: str | Path) -> list[str]:
     """A text file with one caption a line; empty lines are passed over. Raises DataError."""
+    captions = _read_lines(path)
+    if not captions:
+        raise DataError(f"{path}: holds no caption; write one a line")
+    return captions
+
+
+def _read_lines(path: str | Path) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file of captions") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    captions = [line.strip() for line in lines if line.strip()]
-    if not captions:
-        raise DataError(f"{path}: holds no caption; write one a line")
-    return captions
+    return [line.strip() for line in lines if line.strip()]
 
 
 def prepare_folder(folder: str | Path, overwrite: bool) -> Path:
@@ -187,10 +198,12 @@ def sample(
     with_masks: masks of every stage under masks/; with_attention: where the words look, stage by stage, under attention/;
     real: the split whose real images are written under real/, cropped and scaled as in training. Returns the picture's
     path. Raises DataError for captions without a known word, and when samples are there and overwrite is False;
-    ConfigError for attention of a generator that has none.
+    ConfigError for attention or masks of a generator that has none.
     """
     if with_attention:
         check_attends(pipeline)
+    if with_masks and not pipeline.predicts_masks:
+        raise ConfigError("--masks: this generator predicts no masks; SSA-GAN's does")
     pipeline.check([request.caption for request in requests])  # before anything that is there is touched
     folder = prepare_folder(folder, overwrite)
     origin = {name: value for name, value in pipeline.origin.items() if name != "config"}

@@ -100,7 +100,10 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     """Load one of our checkpoints. Raises CheckpointError when the file is of another kind or a newer format."""
     checkpoint = load_file(path, device)
     if not isinstance(checkpoint, dict) or "format" not in checkpoint or "networks" not in checkpoint:
-        raise CheckpointError(f"{path}: is not a checkpoint of this project (`format` and `networks` are missing)")
+        raise CheckpointError(
+            f"{path}: is not a checkpoint of this project (`format` and `networks` are missing); of the authors' weights "
+            f"`python -m models.released {path} --convert OUT --encoder FILE --data DIR` makes one"
+        )
     if checkpoint["format"] > FORMAT:
         raise CheckpointError(
             f"{path}: has format {checkpoint['format']}, this version reads up to {FORMAT}; update the project"

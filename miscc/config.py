@@ -388,10 +388,10 @@ def _convert(name: str, value: Any) -> Any:
             return None
         if key.type is str:
             return ""
-        raise ConfigError(f"{name}: has no value; give a {_type_name(key.type)}, for example {key.default}")
+        raise ConfigError(f"{name}: has no value; give {_type_name(key.type)}, for example {key.default}")
     converted = _as_type(value, key.type)
     if converted is None:
-        raise ConfigError(f"{name}: must be a {_type_name(key.type)}, for example {key.default!r}, not {value!r}")
+        raise ConfigError(f"{name}: must be {_type_name(key.type)}, for example {key.default!r}, not {value!r}")
     return converted
 
 
@@ -419,9 +419,9 @@ def _as_type(value: Any, wanted: type) -> Any:
 def _type_name(wanted: type) -> str:
     names = {
         bool: "True or False",
-        int: "whole number",
-        float: "number",
-        str: "text",
-        list: "list of numbers",
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        list: "a list of numbers",
     }
     return names[wanted]

@@ -6,7 +6,8 @@ and wrapping dicts are seen through.
 
 import re
 import runpy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,16 @@ from miscc.errors import CheckpointError
 from models import DISCRIMINATORS, GENERATORS, IMAGE_ENCODERS, NETWORKS, TEXT_ENCODERS
 from models.released_formats import FORMATS, Format, State
 from models.types import unfilled
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """What a weight file's tensors are refused for is said with the file's name in front."""
+    try:
+        yield
+    except CheckpointError as error:
+        said = str(error)
+        raise CheckpointError(said if said.startswith(str(path)) else f"{path}: {said}") from None
 
 
 def load_generator(state_dict: Mapping[str, Any]) -> nn.Module:
@@ -36,12 +47,14 @@ def load_discriminator_files(path: str | Path, like: nn.Module) -> nn.Module:
     read, too. Raises CheckpointError where a file is broken or a stage is missing.
     """
     path = Path(path)
-    first = load_discriminator(load_file(path))
+    with naming(path):
+        first = load_discriminator(load_file(path))
     if not hasattr(like, "with_stages"):
         return first
     stages = [first]
     while (beside := path.with_name(re.sub(r"D0(?=\D)", f"D{len(stages)}", path.name))).is_file() and beside != path:
-        stages.append(load_discriminator(load_file(beside)))
+        with naming(beside):
+            stages.append(load_discriminator(load_file(beside)))
     try:
         return like.with_stages(stages)
     except ValueError as error:
@@ -118,7 +131,8 @@ def _load(state_dict: Mapping[str, Any], part: str, registry: Mapping[str, type[
     state = unwrap(state_dict, part)
     form = recognise(state)
     if form is None or form.part != part:
-        what = f"of a {form.title}" if form else f"unknown (the first: {_first(state)})"
+        article = "an" if form and form.title.startswith("A") else "a"
+        what = f"of {article} {form.title}" if form else f"unknown (the first: {_first(state)})"
         raise CheckpointError(f"a {part} is wanted, but the tensors are {what}; give the {part}'s own file")
     try:
         module = unfilled(registry[form.network], form.arguments(state))

@@ -205,9 +205,18 @@ def test_examples_are_drawn_with_attention(trained, tmp_path, capsys):
     assert not any((tmp_path / "out" / name).exists() for name in files)
     assert len(list((tmp_path / "out").glob("test*.png"))) == 12
     (data / "text" / "more.txt").unlink()
-    with pytest.raises(DataError, match="text/more.txt: no such file of captions"):
+    with pytest.raises(DataError, match="text/more.txt: no such file of captions, which .*_filenames.txt names"):
+        main([*arguments, "TRAIN.FLAG", "False", "--out", str(tmp_path / "other")])
+    (data / "example_filenames.txt").write_text("\n")
+    with pytest.raises(DataError, match="example_filenames.txt: names no file of captions"):
         main([*arguments, "TRAIN.FLAG", "False", "--out", str(tmp_path / "other")])
     (data / "example_filenames.txt").unlink()
+
+
+def test_masks_of_a_generator_without_them_are_refused(trained, tmp_path):
+    with pytest.raises(ConfigError, match="--masks: this generator predicts no masks"):
+        main([*trained[0], "--caption", "a bird", "--masks", "--out", str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
 
 
 def test_each_split_is_drawn_without_replacement(trained, tmp_path, caplog):

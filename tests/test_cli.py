@@ -85,6 +85,8 @@ def test_a_caption_becomes_a_picture(trained, tmp_path):
         (["--caption", "a bird", "--truncation", "nan"], "must be a number above 0"),
         (["--set", "OUTPUT_DIR", "/proc/nowhere"], "/proc/nowhere"),
         (["--set", "TRAIN.NET_G", "gone.pth"], "gone.pth: no such weight file"),
+        (["--num-images", "5"], "--num-images: is for drawing"),  # and not a training
+        (["--interpolate", "a bird", "a bird", "--masks"], "--interpolate draws one strip"),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else None,
 )
@@ -112,6 +114,8 @@ def test_dry_run_tells_what_is_missing_and_is_no_error(trained):
     assert "NF: 64" in output and "steps per epoch: unknown" in output
     missing = [line for line in output.splitlines() if line.startswith("not there yet")]
     assert len(missing) == 2 and "no such encoders" in missing[0] and "/nowhere: does not exist" in missing[1]
+    output = run("--cfg", trained, "--dry-run", "--set", "TRAIN.NET_G", "gone.pth")
+    assert "not there yet: TRAIN.NET_G: gone.pth: no such weight file" in output
     output = run("--cfg", trained, "--dry-run")
     assert "steps per epoch: 5 (40 images), 10 in all" in output and "data and encoders: found" in output
 

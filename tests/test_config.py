@@ -195,7 +195,7 @@ def test_a_system_that_is_not_there_is_named(tmp_path):
         ("TRAIN: {BATCH_SIZE: 2.5}", "TRAIN.BATCH_SIZE: must be a whole number"),
         ("TRAIN: {GENERATOR_LR: .nan}", "TRAIN.GENERATOR_LR: must be a number"),
         ("TRAIN: {BETAS: [0.9]}", "TRAIN.BETAS: must be two numbers"),
-        ("B_VALIDATION: 1", "B_VALIDATION: must be a True or False"),
+        ("B_VALIDATION: 1", "B_VALIDATION: must be True or False"),
         ("GAN: {SSCBN: papper}", "GAN.SSCBN: must be one of code, paper"),
         ("loss: wgan", "loss: must be one of hinge"),
         ("TRAIN: {MAX_EPOCH: }", "TRAIN.MAX_EPOCH: has no value"),

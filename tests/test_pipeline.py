@@ -272,5 +272,7 @@ def test_encoders_of_the_authors_without_an_image_encoder(released):
     folder, _, _ = released
     encoders = load_encoders(folder / "text_encoder200.pth", max_words=12)
     assert encoders.vocabulary is None and encoders.image_encoder is None and encoders.max_words == 12
-    with pytest.raises(CheckpointError, match="a generator is wanted, but the tensors are of a DAMSM text encoder"):
+    with pytest.raises(
+        CheckpointError, match="text_encoder200.pth: a generator is wanted, but the tensors are of a DAMSM"
+    ):
         TextToImage.from_released(folder / "text_encoder200.pth", folder / "text_encoder200.pth", folder, "cpu")

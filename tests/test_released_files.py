@@ -146,6 +146,9 @@ def test_the_command_says_it_in_one_line(files, tmp_path):
     assert done.returncode == 0 and "discriminator ssa_gan" in done.stdout and not done.stderr
     done = run(tmp_path / "gone.pth")
     assert done.returncode == 2 and done.stderr.strip() == f"error: {tmp_path / 'gone.pth'}: no such weight file"
+    torch.save({"joint_conv.weight": torch.zeros(2)}, tmp_path / "half.pth")
+    done = run(tmp_path / "half.pth")
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path / 'half.pth'}: a generator is wanted")
     done = run(files / "netG.pth", "--convert", tmp_path / "out.pth")
     assert done.returncode == 2 and "--encoder and --data" in done.stderr
 

@@ -380,15 +380,15 @@ def check_resumable(checkpoint: Mapping, cfg: Mapping) -> None:
             raise CheckpointError(f"the checkpoint holds no {part}: resuming needs a last.pth of main.py")
     check_same_held_out(checkpoint["config"], cfg)
     shaping = network_keys(cfg.GAN.NAME) | {"SEED", "TRAIN.BATCH_SIZE"}
-    check_fixed_settings(checkpoint["config"], cfg, sorted(shaping), "without --resume")
+    check_fixed_settings(checkpoint["config"], cfg, sorted(shaping), "without --resume or RESTORE: True")
 
 
 def changed_settings(before: Mapping, now: Mapping) -> list[str]:
     """`KEY: old -> new` for every setting that differs, but for those that any run may have its own way."""
     free = {"RESTORE", "GPU_ID", "WORKERS", "DATA_CACHE", "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS"}
     before, now = flatten(before), flatten(now)
-    names = [name for name in now if name not in free and before.get(name) != now[name]]
-    return [f"{name}: {before.get(name)} -> {now[name]}" for name in names]
+    names = [name for name in now if name in before and name not in free and before[name] != now[name]]
+    return [f"{name}: {before[name]} -> {now[name]}" for name in names]
 
 
 def _memory_mib(device: torch.device) -> float:
