@@ -1,6 +1,6 @@
 """How fast the losses are against their plain forms: `python -m bench.losses`. Values and gradients of both are compared.
 
-DAMSM's word loss at word level against a loop over the captions; MA-GP on a discriminator against the same with stock
+DAMSM's loss at word level against a loop over the captions, lean and as the released programs lay their data out; MA-GP on a discriminator against the same with stock
 operations; the hinge.
 """
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import common
-from bench.reference import plain_copy, plain_word_loss
+from bench.reference import plain_copy, plain_word_loss, released_word_loss
 from miscc.errors import run_command
 from miscc.losses import hinge_discriminator_loss, matching_aware_gradient_penalty, word_loss
 from models.layers import OneWayDiscriminator
@@ -22,7 +22,7 @@ GAMMAS = {"gamma1": 5.0, "gamma2": 5.0, "gamma3": 10.0}
 Ways = dict[str, Callable[[], list[Tensor]]]  # "ours" and "plain": value and gradients, computed anew by each call
 
 
-def word_ways(batch: int, device: torch.device) -> Ways:
+def word_ways(batch: int, plain: Callable, device: torch.device) -> Ways:
     """Forward and backward of the word loss on Inception's 17×17 regions and captions of 9 to 18 words."""
     regions = torch.randn(batch, 256, 17, 17, device=device, requires_grad=True)
     words = torch.randn(batch, 256, 18, device=device)
@@ -35,7 +35,7 @@ def word_ways(batch: int, device: torch.device) -> Ways:
 
         return run
 
-    return {"ours": way(word_loss), "plain": way(plain_word_loss)}
+    return {"ours": way(word_loss), "plain": way(plain)}
 
 
 def penalty_ways(batch: int, image_size: int, nf: int, device: torch.device) -> Ways:
@@ -102,8 +102,11 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     penalty = f"MA-GP, {options.image_size} px, nf {options.nf}, batch {options.batch}"
     cases = {
-        "word loss, batch 24": word_ways(24, device),
-        "word loss, batch 48": word_ways(48, device),
+        **{
+            f"word loss, batch {batch}, against {plain}": word_ways(batch, loss, device)
+            for batch in (24, 48)
+            for plain, loss in {"a lean loop": plain_word_loss, "the released layout": released_word_loss}.items()
+        },
         penalty: penalty_ways(options.batch, options.image_size, options.nf, device),
         f"hinge, batch {options.batch}": hinge_ways(options.batch, device),
     }

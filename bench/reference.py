@@ -104,6 +104,26 @@ def plain_word_loss(
     return plain_matching_loss(gamma3 * torch.stack(columns, dim=1), class_ids)
 
 
+def released_word_loss(
+    regions: Tensor, words: Tensor, lengths: Tensor, class_ids: Tensor, gamma1: float, gamma2: float, gamma3: float
+) -> tuple[Tensor, Tensor]:
+    """The same loop with the data laid out as the released programs have it: a caption's words repeated for every image,
+    regions before words, a copy for each transposition."""
+    number_of_images, columns = len(regions), []
+    flat = regions.flatten(2)
+    for number, length in enumerate(lengths.tolist()):
+        repeated = words[number : number + 1, :, :length].repeat(number_of_images, 1, 1)  # (N, D, T)
+        scores = torch.bmm(flat.transpose(1, 2).contiguous(), repeated)  # (N, R, T)
+        over_words = scores.view(-1, length).softmax(dim=1).view_as(scores)
+        over_regions = (gamma1 * over_words.transpose(1, 2).contiguous().flatten(0, 1)).softmax(dim=1)
+        attention = over_regions.view(number_of_images, length, -1).transpose(1, 2).contiguous()
+        contexts = torch.bmm(flat, attention)  # (N, D, T)
+        pairs = [part.transpose(1, 2).contiguous().flatten(0, 1) for part in (contexts, repeated)]
+        relevance = F.cosine_similarity(*pairs, dim=1).view(number_of_images, length)
+        columns.append(torch.log(torch.exp(gamma2 * relevance).sum(dim=1, keepdim=True)))
+    return plain_matching_loss(gamma3 * torch.cat(columns, dim=1), class_ids)
+
+
 def plain_sentence_loss(code: Tensor, sentence: Tensor, class_ids: Tensor, gamma3: float) -> tuple[Tensor, Tensor]:
     """DAMSM at sentence level (eq. 13)."""
     norms = code.norm(dim=1)[:, None] * sentence.norm(dim=1)[None, :]

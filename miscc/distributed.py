@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from miscc.errors import ConfigError
+
+# The other processes wait while the main one draws and scores thousands of images; torch would give up after 10 minutes.
+LONGEST_WAIT = timedelta(hours=4)
 
 
 class World(NamedTuple):
@@ -65,7 +69,7 @@ def start(gpu: int | None = None, cuda: bool = True) -> World:
         torch.cuda.set_device(device)
         _allow_tf32()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=LONGEST_WAIT)
     return World(dist.get_rank(), size, device)
 
 

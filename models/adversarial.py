@@ -45,5 +45,6 @@ class AdversarialSystem:
 
 def logit_stats(logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """{kind of pair: D's logits (N,)} -> their means, and the means of their signs, for the log."""
-    stats = {f"{name}_logits": value.detach().mean() for name, value in logits.items()}
-    return stats | {f"{name}_sign": value.detach().sign().mean() for name, value in logits.items()}
+    values = {name: value.detach().float() for name, value in logits.items()}
+    stats = {f"{name}_logits": value.mean() for name, value in values.items()}
+    return stats | {f"{name}_sign": value.sign().mean() for name, value in values.items()}

@@ -17,6 +17,10 @@ from miscc.errors import CheckpointError
 from models.damsm import TextEncoder
 from models.types import TextFeatures
 
+# Entries of a Transformer's description that say where its code comes from, or how to run it.
+NOT_TAKEN = ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation",
+             "_attn_implementation_internal", "_attn_implementation_autoset")  # fmt: skip
+
 
 class MixedTextEncoder(nn.Module):
     """Words of the recurrent encoder; sentence = half its own, half the Transformer's. The Transformer is never trained.
@@ -127,8 +131,15 @@ def mixed_text_encoder(text_encoder: nn.Module, words: Sequence[str], folder: st
 
 
 def _untrained(config: Mapping[str, Any]) -> nn.Module:
+    """Of a checkpoint's description, of which nothing is taken that could name code to fetch or to run."""
     transformers = _package()
-    return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**config))
+    plain = {name: value for name, value in config.items() if name not in NOT_TAKEN}
+    try:
+        made = transformers.AutoConfig.for_model(**plain)
+        return transformers.AutoModel.from_config(made, attn_implementation="eager")
+    except (KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"the checkpoint's Transformer cannot be built by this transformers: {reason}") from None
 
 
 def _package() -> Any:

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from miscc.errors import CheckpointError
+
 
 class TextFeatures(NamedTuple):
     """What a text encoder says of N captions: sentence (N, D), words (N, D, T), mask (N, T) with True = padding."""
@@ -94,7 +96,12 @@ def record(name: str, module: nn.Module) -> dict[str, Any]:
 
 
 def rebuild(entry: Mapping[str, Any], registry: Mapping[str, type[nn.Module]]) -> nn.Module:
-    """The network of a `record`, with its weights."""
+    """The network of a `record`, with its weights. Raises CheckpointError for a network that this version does not know."""
+    if entry["name"] not in registry:
+        raise CheckpointError(
+            f"the checkpoint holds a network {entry['name']!r}, which this version does not know (it knows: "
+            f"{', '.join(registry)}); update the project"
+        )
     module = unfilled(registry[entry["name"]], entry["arguments"])
     module.load_state_dict(entry["state"])
     return module

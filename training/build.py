@@ -88,19 +88,11 @@ def given_networks(cfg: Mapping, fresh: Mapping[str, nn.Module]) -> dict[str, nn
             raise CheckpointError(
                 f"{key}: holds the {part} of {network_name(network)}, the settings are for {cfg.GAN.NAME}; set GAN.NAME"
             )
-        for argument in (
-            "image_size",
-            "base_size",
-            "num_stages",
-            "z_dim",
-            "condition_dim",
-            "sentence_dim",
-            "spectral_normalisation",
-        ):
+        for argument, setting in network_settings(cfg.GAN.NAME)[part].items():
             theirs, ours = network.arguments.get(argument), fresh[part].arguments.get(argument)
             if theirs != ours:
                 raise CheckpointError(
-                    f"{key}: the {part}'s {argument} is {theirs}, the settings want {ours}; change them"
+                    f"{key}: the {part}'s {argument} is {theirs}, {setting} says {ours}; set it to {theirs}"
                 )
     return networks
 
