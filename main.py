@@ -84,7 +84,14 @@ def main(arguments: list[str] | None = None) -> int:
         raise ConfigError("--interpolate draws a strip of its own; give --caption and --captions in another call")
     if options.interpolate and (options.masks or options.attention):
         raise ConfigError("--interpolate draws one strip, without --masks and --attention; leave them out")
-    asked = options.caption or options.captions or options.interpolate or options.each_split
+    own = options.caption or options.captions
+    if options.real and (own or options.interpolate):
+        raise ConfigError(
+            "--real writes the real images of a split's captions; captions of one's own have none: leave it out"
+        )
+    if options.each_split and options.split:
+        raise ConfigError("--each-split draws every split; leave --split out")
+    asked = own or options.interpolate or options.each_split
     if asked or cfg.B_VALIDATION or not cfg.TRAIN.FLAG:
         refuse_several_processes("drawing")
         return draw(cfg, options)

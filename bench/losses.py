@@ -1,7 +1,7 @@
 """How fast the losses are against their plain forms: `python -m bench.losses`. Values and gradients of both are compared.
 
-DAMSM's loss at word level against a loop over the captions, lean and as the released programs lay their data out; MA-GP on a discriminator against the same with stock
-operations; the hinge.
+DAMSM's word loss against a loop over the captions, lean and as the released programs lay their data out; MA-GP on a
+discriminator against the same with stock operations; the hinge.
 """
 
 import copy

@@ -21,7 +21,7 @@ from miscc.config import load_config
 from miscc.distributed import World
 from miscc.errors import ConfigError, run_command
 from models import IMAGE_ENCODERS, SYSTEMS, TEXT_ENCODERS
-from training.build import build_networks, build_system
+from training.build import build_networks, build_system, system_keys
 from training.ema import EMA
 from training.stepping import Stepper, checkpoint_activations, compile_networks, use_channels_last
 
@@ -129,7 +129,13 @@ def watched(system, clock: Clock) -> Iterator[None]:
 
 def build(options: argparse.Namespace, device: torch.device, changed: list[tuple[str, str]]) -> Step:
     """Fresh networks, random images and captions, the objective, as the options say."""
-    changes = [("GAN.NAME", options.system), ("TREE.BASE_SIZE", str(options.image_size)), ("TRAIN.NF", str(options.nf))]
+    keys = system_keys(options.system)
+    widths = [key for key in ("TRAIN.NF", "GAN.GF_DIM", "GAN.DF_DIM") if key in keys]
+    # A system of stages starts at a quarter of the size: three stages.
+    stages = [("TREE.BRANCH_NUM", "3")] if "TREE.BRANCH_NUM" in keys else []
+    first_size = options.image_size // 4 if stages else options.image_size
+    changes = [("GAN.NAME", options.system), ("TREE.BASE_SIZE", str(first_size)), *stages]
+    changes += [(key, str(options.nf)) for key in widths]
     with tempfile.TemporaryDirectory() as folder:
         empty = Path(folder) / "bench.yml"
         empty.write_text("")

@@ -11,8 +11,9 @@ from datasets.text_image import Batch
 from miscc.config import to_yaml
 from miscc.errors import UserError
 from models.types import TextFeatures, count_parameters
-from training.build import build_networks, build_system, problems
+from training.build import build_networks, build_system, check_batch_size, problems
 from training.evaluation import split_records
+from training.stepping import check_accumulation
 
 META = torch.device("meta")  # tensors with a size and no values: nothing is computed
 NUM_WORDS, NUM_REGIONS = 18, 8  # of the stand-ins for the encoders
@@ -20,6 +21,8 @@ NUM_WORDS, NUM_REGIONS = 18, 8  # of the stand-ins for the encoders
 
 def describe(cfg: Mapping) -> str:
     """The report as text. Raises ConfigError only for settings that no data could mend."""
+    check_batch_size(cfg.TRAIN.BATCH_SIZE)
+    check_accumulation(cfg.TRAIN.BATCH_SIZE, 1, cfg.TRAIN.ACCUMULATE)
     with META:
         networks = build_networks(cfg)
     lines = [to_yaml(cfg).rstrip(), ""]

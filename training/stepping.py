@@ -24,7 +24,8 @@ class Stepper:
     """Runs the updates of a system: their forward passes in the wanted precision, and their backward passes.
 
     precision: "fp32", "tf32" (float32 whose products on a GPU round to 19 bits) or "bf16" (autocast; penalties and losses
-    stay in float32); accumulate: micro-batches of an update, each with its own mismatched pairs and batch statistics;
+    stay in float32); accumulate: micro-batches of an update, each with its own mismatched pairs and batch statistics (G's
+    graphs live until G's update, so what falls is D's and the penalty's memory; checkpointed activations lower G's);
     joint_matching: DAMSM's losses over the images and captions of all processes.
     """
 
