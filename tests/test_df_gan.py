@@ -14,7 +14,6 @@ from tiny_systems import (
     trains_resumes_and_samples,
 )
 
-from miscc.checkpoint import load_checkpoint
 from miscc.config import load_config
 from miscc.errors import CheckpointError
 from miscc.losses import hinge_discriminator_loss, matching_aware_gradient_penalty
