@@ -2,17 +2,13 @@
 
 import pytest
 import torch
+from tiny_systems import changed_by_a_step, make_batch, text_features
 from torch import nn
 
-from datasets.text_image import Batch
 from models.damsm import SmallImageEncoder, TextEncoder
 from models.layers import OneWayDiscriminator
 from models.ssa_gan import SSAGAN, SSCBN, SSAGenerator, _MaskedAffine
-from models.types import TextFeatures, count_parameters
-
-
-def text_features(number, dim=256):
-    return TextFeatures(torch.randn(number, dim), torch.randn(number, dim, 3), torch.zeros(number, 3, dtype=torch.bool))
+from models.types import count_parameters
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 256, 512])
@@ -102,35 +98,6 @@ def make_system(**settings):
     system = SSAGAN(networks, **settings)
     system.train()
     return system
-
-
-def make_batch(number=4):
-    torch.manual_seed(1)
-    captions, lengths = torch.randint(1, 20, (number, 6)), torch.tensor([6, 4, 5, 3])[:number]
-    images = torch.randn(number, 3, 16, 16).clamp(-1, 1)
-    numbers = torch.arange(number)
-    return Batch(images, captions, lengths, numbers, [str(n) for n in numbers], numbers, numbers)
-
-
-def changed_by_a_step(system, batch, noise):
-    """Run one step with plain SGD; for each update its name, losses, and the networks that then differ."""
-    history = []
-    for update in system.updates(batch, noise):
-        before = {part: [p.clone() for p in net.parameters()] for part, net in system.networks.items()}
-        for net in system.networks.values():
-            net.zero_grad()
-        sum(update.losses.values()).backward()
-        for parameter in system.optimizers()[update.optimizer][0]:
-            if parameter.grad is not None:
-                parameter.data -= 0.1 * parameter.grad
-        moved = {
-            part
-            for part, net in system.networks.items()
-            if any(not torch.equal(a, b) for a, b in zip(before[part], net.parameters(), strict=True))
-        }
-        touched = {part for part, net in system.networks.items() if any(p.grad is not None for p in net.parameters())}
-        history.append((update.optimizer, list(update.losses), moved, touched))
-    return history
 
 
 def test_the_order_of_updates_and_who_moves():

@@ -1,4 +1,4 @@
-"""Tiny networks and a batch of 16 px for the tests of DF-GAN and SEMA, and who moves in a training step. No tests here."""
+"""Tiny networks and a batch of 16 px for the tests of the systems, and who moves in a training step. No tests here."""
 
 from pathlib import Path
 
