@@ -241,8 +241,12 @@ def test_given_weights_must_fit(tiny, encoders, tmp_path):
         Trainer(tiny(("TRAIN.NET_G", str(encoders))), CPU)
     train(tiny(("TRAIN.MAX_STEPS", "1")), CPU)
     last = tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints" / "last.pth"
-    with pytest.raises(CheckpointError, match="TRAIN.NET_G: the generator's z_dim is 100, the settings want 50"):
-        Trainer(tiny(("TRAIN.NET_G", str(last)), ("GAN.Z_DIM", "50")), CPU)
+    for key, value, said in (
+        ("GAN.Z_DIM", "50", "the generator's z_dim is 100, GAN.Z_DIM says 50; set it to 100"),
+        ("GAN.SSCBN", "paper", "the generator's sscbn is code, GAN.SSCBN says paper; set it to code"),
+    ):
+        with pytest.raises(CheckpointError, match=f"TRAIN.NET_G: {said}"):
+            Trainer(tiny(("TRAIN.NET_G", str(last)), (key, value)), CPU)
 
 
 def test_what_a_killed_process_left_unfinished_goes_away(tiny, tmp_path):
