@@ -1,4 +1,4 @@
-"""Data sets by name: our layout, AttnGAN's metadata, CUB and COCO from their downloads."""
+"""Data sets by name: our layout, AttnGAN's metadata, CUB from its download. COCO's is test_coco.py's."""
 
 import json
 import logging
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from dataset_samples import REAL_DATA, python2_pickle, write_cub, write_image
 
-from datasets import DATASETS, birds, coco, load_records
+from datasets import DATASETS, birds, load_records
 from datasets.building import BuildOptions
 from datasets.captions import Vocabulary
 from datasets.layout import Entry, splits_present, write_layout
@@ -382,73 +382,6 @@ def test_cub_with_its_real_captions(tmp_path):
     records, _ = load_records("birds", tmp_path, "train")
     assert len(set(records.class_ids.tolist())) == 150
     assert sum(len(group) for group in records.captions) == 88_550
-
-
-# COCO from its downloads
-
-
-def write_coco(root, counts, nested=True, image_folder=None):
-    folder = root / "annotations" if nested else root
-    folder.mkdir(exist_ok=True)
-    for part, count in counts.items():
-        names = [f"COCO_{part}_{number:012d}.jpg" for number in range(count)]
-        content = {
-            "images": [{"id": number, "file_name": name} for number, name in enumerate(names)],
-            "annotations": [
-                {"image_id": number, "caption": f" Photo {number}\nno. {caption} "}
-                for caption in range(6)
-                for number in range(count)
-            ],
-        }
-        (folder / f"captions_{part}.json").write_text(json.dumps(content))
-        for name in names:
-            write_image(root / (image_folder or part) / name, 4, 4)
-
-
-@pytest.mark.parametrize(("nested", "image_folder"), [(True, None), (False, "images")])
-def test_coco_from_its_downloads(tmp_path, monkeypatch, nested, image_folder):
-    write_coco(tmp_path, {"train2014": 3, "val2014": 2}, nested, image_folder)
-    monkeypatch.setattr(coco, "COUNTS", {"train": 3, "test": 2})
-    splits = coco.build(tmp_path, options("coco"))
-    assert {split: len(entries) for split, entries in splits.items()} == {"train": 3, "test": 2}
-    entry = splits["test"][1]
-    assert entry.key == "COCO_val2014_000000000001" and entry.class_id == 1 and entry.box is None
-    assert entry.image == f"{image_folder or 'val2014'}/COCO_val2014_000000000001.jpg"
-    assert entry.captions == [f"Photo 1 no. {number}" for number in range(5)]  # the first five, in one line each
-
-
-def test_the_counts_of_coco_are_checked(tmp_path, caplog):
-    write_coco(tmp_path, {"train2014": 3, "val2014": 2})
-    with pytest.raises(DataError) as caught:
-        coco.build(tmp_path, options("coco"))
-    assert "train: 3 images instead of 82,783" in str(caught.value)
-    assert "test: 2 images instead of 40,504" in str(caught.value)
-    assert "--allow-partial" in str(caught.value)
-    (tmp_path / "train2014/COCO_train2014_000000000001.jpg").unlink()
-    with pytest.raises(
-        DataError, match=r"1 images that captions_train2014.json lists \(COCO_train2014_000000000001.jpg\)"
-    ):
-        coco.build(tmp_path, options("coco"))
-    with caplog.at_level(logging.WARNING):
-        splits = coco.build(tmp_path, options("coco", allow_partial=True))
-    assert len(splits["train"]) == 2 and "2 images instead of 82,783" in caplog.text
-    assert [entry.class_id for entry in splits["train"]] == [0, 1]
-
-
-def test_coco_lists_everything_missing_at_once(tmp_path):
-    with pytest.raises(DataError) as caught:
-        coco.build(tmp_path, options("coco"))
-    for name in ("captions_train2014.json", "captions_val2014.json", "train2014:", "val2014:"):
-        assert name in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "content", ["{", "[]", '{"images": [], "annotations": [{}]}', '{"images": 3, "annotations": []}']
-)
-def test_another_json_is_not_cocos(tmp_path, content):
-    (tmp_path / "captions.json").write_text(content)
-    with pytest.raises(DataError, match="is not COCO's caption JSON"):
-        coco.read_coco_captions(tmp_path / "captions.json")
 
 
 def test_boxes_for_some_images_only_are_refused(layout):
