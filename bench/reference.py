@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.damsm import InceptionEncoder
+from models.derivatives import Conv2d
 from models.layers import DownBlock, OneWayDiscriminator
-from models.ssa_gan import SSAGAN, SSCBN
+from models.ssa_gan import SSAGAN, SSCBN, SSAGenerator
 from models.types import TextFeatures, Update
 
 
@@ -48,6 +49,13 @@ class PlainDiscriminator(OneWayDiscriminator):
         return self.head[2](hidden).flatten()
 
 
+class PlainGenerator(SSAGenerator):
+    def _double(self, x: Tensor) -> Tensor:
+        if self.upsample == "nearest":
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
 class PlainInceptionEncoder(InceptionEncoder):
     """Inception in the layout that its images come in."""
 
@@ -70,7 +78,9 @@ class PlainInceptionEncoder(InceptionEncoder):
 
 
 PLAIN = {
+    Conv2d: nn.Conv2d,
     SSCBN: PlainSSCBN,
+    SSAGenerator: PlainGenerator,
     DownBlock: PlainDownBlock,
     OneWayDiscriminator: PlainDiscriminator,
     InceptionEncoder: PlainInceptionEncoder,

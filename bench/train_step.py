@@ -23,7 +23,7 @@ from miscc.errors import ConfigError, run_command
 from models import IMAGE_ENCODERS, SYSTEMS, TEXT_ENCODERS
 from training.build import build_networks, build_system, system_keys
 from training.ema import EMA
-from training.stepping import Stepper, checkpoint_activations, compile_networks, use_channels_last
+from training.stepping import Stepper, adam, checkpoint_activations, compile_networks, use_channels_last
 
 NUM_WORDS, NUM_CLASSES = 5450, 200  # CUB's
 OURS_ALONE = ("TRAIN.PRECISION", "TRAIN.COMPILE", "TRAIN.CHANNELS_LAST", "TRAIN.ACTIVATION_CHECKPOINTING")
@@ -32,13 +32,21 @@ OURS_ALONE = ("TRAIN.PRECISION", "TRAIN.COMPILE", "TRAIN.CHANNELS_LAST", "TRAIN.
 class Step:
     """One training step of a system as the trainer does it: every update with its optimizer, then the average."""
 
-    def __init__(self, system, device: torch.device, batch: Batch, noise: Tensor, precision: str = "tf32"):
+    def __init__(
+        self,
+        system,
+        device: torch.device,
+        batch: Batch,
+        noise: Tensor,
+        precision: str = "tf32",
+        stock_adam: bool = False,
+    ):
         self.system, self.device, self.batch, self.noise = system, device, batch, noise
         self.stepper = Stepper(system, World(0, 1, device), precision)
         groups = system.optimizers()
         self.parameters = {name: parameters for name, (parameters, _, _) in groups.items()}
         self.optimizers = {
-            name: torch.optim.Adam(parameters, lr=lr, betas=betas, fused=device.type == "cuda")
+            name: torch.optim.Adam(parameters, lr=lr, betas=betas) if stock_adam else adam(parameters, lr, betas)
             for name, (parameters, lr, betas) in groups.items()
         }
         self.average = EMA(system.networks["generator"], 0.999)
@@ -198,7 +206,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict:
         kept = [(key, value) for key, value in options.set or [] if key not in OURS_ALONE]
         plain = REFERENCES[options.system](build(options, device, kept).system)
         precision = "fp32" if ours.stepper.precision == "fp32" else "tf32"
-        steps["reference"] = Step(plain, device, ours.batch, ours.noise, precision)
+        steps["reference"] = Step(plain, device, ours.batch, ours.noise, precision, stock_adam=True)
     wholes = common.take_turns(steps, options.rounds, options.warm_up, device)
     phases: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     for _ in range(options.rounds):

@@ -14,6 +14,7 @@ from miscc.losses import binary_discriminator_loss, binary_generator_loss, kl_to
 from models.adversarial import AdversarialSystem
 from models.attn_discriminator import StageDiscriminator, initialise
 from models.damsm import matching_losses
+from models.derivatives import Double
 from models.layers import doublings
 from models.types import GeneratorOutput, TextFeatures, Update, frozen
 
@@ -27,7 +28,7 @@ def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
 def up_block(channels_in: int, channels_out: int) -> nn.Sequential:
     """(N, C, H, W) -> (N, C', 2H, 2W): nearest upsampling, convolution, batch norm, gated linear unit."""
     return nn.Sequential(
-        nn.Upsample(scale_factor=2, mode="nearest"),
+        Double(),
         conv3x3(channels_in, 2 * channels_out),
         nn.BatchNorm2d(2 * channels_out),
         nn.GLU(dim=1),

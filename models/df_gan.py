@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, matching_aware_gradient_penalty
 from models.adversarial import AdversarialSystem, logit_stats
+from models.derivatives import double
 from models.layers import FusionBlock, OneWayDiscriminator, doublings
 from models.types import GeneratorOutput, TextFeatures, Update, exactly, frozen
 
@@ -42,7 +42,7 @@ class DFGenerator(nn.Module):
         condition = torch.cat([noise, text.sentence], dim=1)
         x = self.fc(noise).view(len(noise), -1, 4, 4)
         for block in self.blocks:
-            x = block(F.interpolate(x, scale_factor=2, mode="nearest"), condition)
+            x = block(double(x), condition)
         return GeneratorOutput(images=[self.to_rgb(x)])
 
 

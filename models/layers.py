@@ -1,4 +1,4 @@
-"""Layers that at least two systems use: piecewise linear operations, the one-way discriminator, affine fusion blocks."""
+"""Layers that at least two systems use: the one-way discriminator, affine fusion blocks."""
 
 import math
 from collections.abc import Sequence
@@ -8,75 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-
-class _LeakyReLU(torch.autograd.Function):
-    """LeakyReLU whose double backward sends nothing to its input, where torch's own sends a tensor of zeros.
-
-    The second derivative is zero wherever it exists, but torch carries the zeros through a whole convolution backward.
-    `set_materialize_grads(False)` keeps "no gradient" from being turned into zeros again on its way back.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, slope: float) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x)
-        ctx.slope = slope
-        return F.leaky_relu(x, slope)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor | None) -> tuple[Tensor | None, None]:
-        (x,) = ctx.saved_tensors
-        return None if grad is None else _LeakyReLUGradient.apply(grad, x, ctx.slope), None
-
-
-class _LeakyReLUGradient(torch.autograd.Function):
-    """grad where x > 0, slope·grad elsewhere: linear in grad, and constant in x as far as autograd is told."""
-
-    @staticmethod
-    def forward(ctx, grad: Tensor, x: Tensor, slope: float) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x)
-        ctx.slope = slope
-        return torch.ops.aten.leaky_relu_backward(grad, x, slope, False)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
-        (x,) = ctx.saved_tensors
-        return None if grad is None else _LeakyReLUGradient.apply(grad, x, ctx.slope), None, None
-
-
-def leaky_relu(x: Tensor, slope: float = 0.2) -> Tensor:
-    """LeakyReLU for networks under a gradient penalty; same values and gradients as `F.leaky_relu`."""
-    return _LeakyReLU.apply(x, slope)
-
-
-class _HalvingMean(torch.autograd.Function):
-    """2×2 average pooling, with a backward that is linear in the gradient alone (see _LeakyReLU)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.set_materialize_grads(False)
-        return F.avg_pool2d(x, 2)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor | None) -> Tensor | None:
-        return None if grad is None else F.interpolate(grad, scale_factor=2, mode="nearest") * 0.25
-
-
-def halve(x: Tensor) -> Tensor:
-    """2×2 average pooling for networks under a gradient penalty: (N, C, H, W), H and W even -> (N, C, H/2, W/2)."""
-    return _HalvingMean.apply(x)
-
-
-class LeakyReLU(nn.Module):
-    """`leaky_relu` as a layer."""
-
-    def __init__(self, slope: float = 0.2):
-        super().__init__()
-        self.slope = slope
-
-    def forward(self, x: Tensor) -> Tensor:
-        return leaky_relu(x, self.slope)
+from models.derivatives import Conv2d, LeakyReLU, halve
 
 
 class DownBlock(nn.Module):
@@ -85,13 +17,13 @@ class DownBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__()
         self.residual = nn.Sequential(
-            nn.Conv2d(channels_in, channels_out, 4, stride=2, padding=1, bias=False),
+            Conv2d(channels_in, channels_out, 4, stride=2, padding=1, bias=False),
             LeakyReLU(),
-            nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False),
+            Conv2d(channels_out, channels_out, 3, padding=1, bias=False),
             LeakyReLU(),
         )
         # The released weights hold this convolution also where channels stay the same and it has no effect.
-        self.shortcut = nn.Conv2d(channels_in, channels_out, 1)
+        self.shortcut = Conv2d(channels_in, channels_out, 1)
         self.gate = nn.Parameter(torch.zeros(1))
         self.changes_channels = channels_in != channels_out
 
@@ -125,12 +57,12 @@ class OneWayDiscriminator(nn.Module):
         num_blocks = doublings(image_size)
         multipliers = [1, *multipliers] + [multipliers[-1]] * num_blocks
         channels = [nf * multiplier for multiplier in multipliers[: num_blocks + 1]]
-        self.from_rgb = nn.Conv2d(3, nf, 3, padding=1)
+        self.from_rgb = Conv2d(3, nf, 3, padding=1)
         self.blocks = nn.ModuleList(DownBlock(a, b) for a, b in zip(channels, channels[1:], strict=False))
         self.head = nn.Sequential(
-            nn.Conv2d(channels[-1] + sentence_dim, 2 * nf, 3, padding=1, bias=False),
+            Conv2d(channels[-1] + sentence_dim, 2 * nf, 3, padding=1, bias=False),
             LeakyReLU(),
-            nn.Conv2d(2 * nf, 1, 4, bias=False),
+            Conv2d(2 * nf, 1, 4, bias=False),
         )
         if spectral_normalisation:
             for module in list(self.modules()):

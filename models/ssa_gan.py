@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, matching_aware_gradient_penalty
 from models.adversarial import AdversarialSystem, logit_stats
 from models.damsm import matching_losses
+from models.derivatives import double
 from models.layers import doublings
 from models.types import GeneratorOutput, TextFeatures, Update, exactly, frozen
 
@@ -157,7 +158,7 @@ class SSAGenerator(nn.Module):
 
     def _double(self, x: Tensor) -> Tensor:
         if self.upsample == "nearest":
-            return F.interpolate(x, scale_factor=2, mode="nearest")
+            return double(x)
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 

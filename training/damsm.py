@@ -34,6 +34,7 @@ from training.build import (
 )
 from training.progress import Progress, StopSignal
 from training.run_dir import EncoderDir
+from training.stepping import adam
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class EncoderTrainer:
         parameters = [*self.text_encoder.parameters(), *self.image_encoder.head_parameters()]
         for parameter in parameters:
             parameter.requires_grad_(True)
-        self.optimizer = torch.optim.Adam(parameters, lr=cfg.TRAIN.ENCODER_LR, betas=tuple(cfg.TRAIN.BETAS))
+        self.optimizer = adam(parameters, cfg.TRAIN.ENCODER_LR, cfg.TRAIN.BETAS)
         self.dataset = make_dataset(cfg, self.records, [cfg.TREE.BASE_SIZE], augment=True)
         self.steps_per_epoch = max(1, len(self.dataset) // cfg.TRAIN.BATCH_SIZE)
         self.step, self.best_loss, self.best_epoch = 0, float("inf"), 0

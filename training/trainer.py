@@ -44,6 +44,7 @@ from training.progress import Progress, StopSignal
 from training.run_dir import RunDir
 from training.stepping import (
     Stepper,
+    adam,
     check_accumulation,
     checkpoint_activations,
     compile_networks,
@@ -104,10 +105,7 @@ class Trainer:
             compile_networks(self.networks)
         groups = self.system.optimizers()
         self.parameters = {group: parameters for group, (parameters, _, _) in groups.items()}
-        self.optimizers = {
-            group: torch.optim.Adam(parameters, lr=lr, betas=betas, fused=self.device.type == "cuda")
-            for group, (parameters, lr, betas) in groups.items()
-        }
+        self.optimizers = {group: adam(parameters, lr, betas) for group, (parameters, lr, betas) in groups.items()}
         self.records, held_out = split_records(cfg, self.vocabulary)
         self.dataset = make_dataset(cfg, self.records, self.system.image_sizes, augment=True)
         # Built once here for its checks: of the batch against the data and the processes.
@@ -358,7 +356,7 @@ class Trainer:
         for name, optimizer in self.optimizers.items():
             if name in checkpoint["optimizers"]:
                 saved = checkpoint["optimizers"][name]
-                # Rates and betas are the settings', should they have changed; `fused` is the present device's.
+                # Rates and betas are the settings', should they have changed; older checkpoints were not fused.
                 groups = [
                     old | {key: new[key] for key in ("lr", "betas", "fused")}
                     for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True)
