@@ -50,10 +50,12 @@ class PlainDiscriminator(OneWayDiscriminator):
 
 
 class PlainGenerator(SSAGenerator):
-    def _double(self, x: Tensor) -> Tensor:
+    """Features are doubled before they go into a block."""
+
+    def _enlarged(self, x: Tensor) -> Tensor:
         if self.upsample == "nearest":
             return F.interpolate(x, scale_factor=2, mode="nearest")
-        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+        return super()._enlarged(x)
 
 
 class PlainInceptionEncoder(InceptionEncoder):

@@ -193,6 +193,11 @@ class JointBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_var.lerp_(variance, share)
 
 
+def processes_of(norm: nn.Module) -> int:
+    """Over how many processes a batch norm takes its statistics: 1, unless `synchronise` has seen it."""
+    return dist.get_world_size() if isinstance(norm, (nn.SyncBatchNorm, JointBatchNorm)) else 1
+
+
 _MATCHING: ContextVar[World | None] = ContextVar("matching", default=None)
 
 

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from miscc.distributed import processes_of
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, matching_aware_gradient_penalty
 from models.adversarial import AdversarialSystem, logit_stats
 from models.damsm import matching_losses
-from models.derivatives import double
+from models.derivatives import double, halve
 from models.layers import doublings
 from models.types import GeneratorOutput, TextFeatures, Update, exactly, frozen
 
@@ -26,6 +27,7 @@ class SSCBN(nn.Module):
     """Semantic-spatial condition batch norm: normalise, then shift and scale by the sentence where the mask says so.
 
     x̃ = x̂·(1 + m·γ(s)) + m·β(s) ("code" and the paper's figure), or m·(γ(s)·x̂ + β(s)) ("paper", its text, eq. 5).
+    Features half as large as the mask are doubled on the way, after batch norm, to which repeated pixels say nothing new.
     """
 
     def __init__(self, channels: int, sentence_dim: int, form: str):
@@ -43,13 +45,37 @@ class SSCBN(nn.Module):
         return head
 
     def forward(self, x: Tensor, sentence: Tensor, mask: Tensor) -> Tensor:
-        # (N, C, H, W), (N, D), (N, 1, H, W) -> (N, C, H, W)
-        normalised = self.norm(x)
+        # (N, C, H, W) or (N, C, H/2, W/2), (N, D), (N, 1, H, W) -> (N, C, H, W)
+        doubles = x.shape[2:] != mask.shape[2:]
+        by_hand = (
+            self.form == "code" and not torch.compiler.is_compiling()
+        )  # a compiler fuses the plain form, and better
+        if doubles and not by_hand:
+            x, doubles = double(x), False
+        normalised = self._normalised_before_doubling(x) if doubles else self.norm(x)
         gamma, beta, mask = (value.to(normalised.dtype) for value in (self.gamma(sentence), self.beta(sentence), mask))
-        if self.form == "code" and not torch.compiler.is_compiling():  # a compiler fuses the plain form, and better
-            return _MaskedAffine.apply(normalised, gamma, beta, mask)
+        if by_hand:
+            return (_DoubledMaskedAffine if doubles else _MaskedAffine).apply(normalised, gamma, beta, mask)
         shift = torch.addcmul(beta[:, :, None, None], normalised, gamma[:, :, None, None])
         return mask * shift if self.form == "paper" else torch.addcmul(normalised, mask, shift)
+
+    def _normalised_before_doubling(self, x: Tensor) -> Tensor:
+        """(N, C, h, w): what normalising the doubled features would give, before they are doubled, and the same statistics.
+
+        Repeated pixels change neither mean nor variance, only the n / (n - 1) that the running variance counts with.
+        """
+        if not self.norm.training:
+            return self.norm(x)
+        variance = self.norm.running_var
+        self.norm.running_var = variance.clone()  # autograd watches the one that batch norm was given
+        normalised = self.norm(x)
+        counted, self.norm.running_var = self.norm.running_var, variance
+        with torch.no_grad():
+            number = x.numel() // x.shape[1] * processes_of(self.norm)
+            correction = (number - 1) / (number - 1 / 4)
+            kept = variance * (1 - self.norm.momentum)
+            variance.copy_(kept + (counted - kept) * correction)
+        return normalised
 
 
 class _MaskedAffine(torch.autograd.Function):
@@ -77,8 +103,46 @@ class _MaskedAffine(torch.autograd.Function):
         return torch.addcmul(grad, grad, scale), by_gamma, by_beta, by_mask.view_as(mask)
 
 
+class _DoubledMaskedAffine(torch.autograd.Function):
+    """_MaskedAffine of doubled features: x (N, C, h, w), γ and β (N, C), m (N, 1, 2h, 2w) -> (N, C, 2h, 2w).
+
+    What depends on the features alone is computed and kept at their size.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gamma, beta, mask)
+        shift = torch.addcmul(beta[:, :, None, None], x, gamma[:, :, None, None])
+        out = x.new_empty(*x.shape[:2], *mask.shape[2:])
+        torch.addcmul(_twice(x), _rows_paired(mask), _twice(shift), out=_rows_paired(out))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, gamma, beta, mask = ctx.saved_tensors
+        gamma, beta = gamma[:, :, None, None], beta[:, :, None, None]
+        masked = halve(grad * mask) * 4  # (N, C, h, w): summed over the pixels that share a feature
+        by_x = torch.addcmul(halve(grad) * 4, masked, gamma)
+        by_mask = (_rows_paired(grad) * _twice(torch.addcmul(beta, x, gamma))).flatten(2).sum(dim=1)
+        return by_x, (masked * x).sum(dim=(2, 3)), masked.sum(dim=(2, 3)), by_mask.view_as(mask)
+
+
+def _twice(x: Tensor) -> Tensor:
+    """(N, C, h, w) -> (N, C, h, 1, 2w): every column twice, ready to be spread over pairs of rows."""
+    return torch.stack((x, x), dim=-1).flatten(3).unsqueeze(3)
+
+
+def _rows_paired(x: Tensor) -> Tensor:
+    """(N, C, 2h, 2w) -> (N, C, h, 2, 2w)."""
+    return x.unflatten(2, (-1, 2))
+
+
 class SSABlock(nn.Module):
-    """out = shortcut(x) + gate · residual(x), both SSCBN under one mask; predicts the next block's mask logits."""
+    """out = shortcut(x) + gate · residual(x), both SSCBN under one mask; predicts the next block's mask logits.
+
+    Features half as large as the mask come out doubled (nearest): the first SSCBN and the shortcut work before doubling.
+    """
 
     def __init__(self, channels_in: int, channels_out: int, sentence_dim: int, form: str, predicts_mask: bool):
         super().__init__()
@@ -91,10 +155,11 @@ class SSABlock(nn.Module):
         self.mask_predictor = mask_predictor(channels_out) if predicts_mask else None
 
     def forward(self, x: Tensor, sentence: Tensor, mask: Tensor) -> Tensor:
-        # (N, C, H, W), (N, D), (N, 1, H, W) -> (N, C', H, W)
+        # (N, C, H, W) or (N, C, H/2, W/2), (N, D), (N, 1, H, W) -> (N, C', H, W)
         residual = self.conv1(F.relu(self.sscbn1(x, sentence, mask), inplace=True))
         residual = self.conv2(F.relu(self.sscbn2(residual, sentence, mask), inplace=True))
-        return self.shortcut(x) + self.gate * residual
+        shortcut = self.shortcut(x)
+        return torch.addcmul(shortcut if x.shape[2:] == mask.shape[2:] else double(shortcut), self.gate, residual)
 
 
 def mask_predictor(channels: int) -> nn.Sequential:
@@ -149,16 +214,17 @@ class SSAGenerator(nn.Module):
         masks = []
         for number, block in enumerate(self.blocks):
             if number > 0:
-                x = self._double(x)
+                x = self._enlarged(x)
                 mask_logits = F.interpolate(mask_logits, scale_factor=2, mode="bilinear", align_corners=True)
             masks.append(torch.ones_like(mask_logits) if self.mask == "ones" else torch.sigmoid(mask_logits))
             x = block(x, sentence, masks[-1])
             mask_logits = block.mask_predictor(x) if block.mask_predictor is not None else mask_logits
         return GeneratorOutput(images=[self.to_rgb(x)], masks=masks)
 
-    def _double(self, x: Tensor) -> Tensor:
+    def _enlarged(self, x: Tensor) -> Tensor:
+        """What a block is given: features at the size of its mask, or as they are, where it doubles them itself."""
         if self.upsample == "nearest":
-            return double(x)
+            return x
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 

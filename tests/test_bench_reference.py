@@ -62,6 +62,9 @@ def test_the_plain_step_is_the_same_step(sscbn):
         assert all(value != 0 for value in losses.values())
         for a, b in zip(gradients, their_gradients, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-11)
+    buffers = [dict(system.networks["generator"].named_buffers()) for system in (ours, plain)]
+    for name, buffer in buffers[0].items():  # batch norm's statistics, counted as those of doubled features
+        torch.testing.assert_close(buffer, buffers[1][name], rtol=1e-9, atol=1e-11)
 
 
 def test_a_plain_copy_shares_nothing_with_the_original():
