@@ -15,7 +15,7 @@ from models.adversarial import AdversarialSystem
 from models.attn_discriminator import StageDiscriminator, initialise
 from models.damsm import matching_losses
 from models.derivatives import Double
-from models.layers import doublings
+from models.layers import convolve_doubled, doublings
 from models.types import GeneratorOutput, TextFeatures, Update, frozen
 
 WIDEST = 16  # channels at 4×4 are at most this times gf_dim, as at the published 64 px
@@ -25,14 +25,16 @@ def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
 
 
-def up_block(channels_in: int, channels_out: int) -> nn.Sequential:
+class UpBlock(nn.Sequential):
     """(N, C, H, W) -> (N, C', 2H, 2W): nearest upsampling, convolution, batch norm, gated linear unit."""
-    return nn.Sequential(
-        Double(),
-        conv3x3(channels_in, 2 * channels_out),
-        nn.BatchNorm2d(2 * channels_out),
-        nn.GLU(dim=1),
-    )
+
+    def __init__(self, channels_in: int, channels_out: int):
+        convolution = conv3x3(channels_in, 2 * channels_out)
+        super().__init__(Double(), convolution, nn.BatchNorm2d(2 * channels_out), nn.GLU(dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, convolution, norm, gate = self  # the upsampling is the convolution's business
+        return gate(norm(convolve_doubled(convolution, x)))
 
 
 class ConditioningAugmentation(nn.Module):
@@ -58,7 +60,7 @@ class FirstStage(nn.Module):
         channels = [gf_dim * min(2**steps, WIDEST) for steps in range(num_blocks, -1, -1)]
         width = channels[0] * 4 * 4
         self.fc = nn.Sequential(nn.Linear(input_dim, 2 * width, bias=False), nn.BatchNorm1d(2 * width), nn.GLU(dim=1))
-        self.blocks = nn.Sequential(*(up_block(a, b) for a, b in zip(channels, channels[1:], strict=False)))
+        self.blocks = nn.Sequential(*(UpBlock(a, b) for a, b in zip(channels, channels[1:], strict=False)))
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C + Z) -> (N, gf_dim, base_size, base_size)
         return self.blocks(self.fc(x).view(len(x), -1, 4, 4))
@@ -109,7 +111,7 @@ class Refinement(nn.Module):
         super().__init__()
         self.attention = WordAttention(gf_dim, word_dim, attends)
         self.residual = nn.Sequential(*(ResidualBlock(2 * gf_dim) for _ in range(r_num)))
-        self.up = up_block(2 * gf_dim, gf_dim)
+        self.up = UpBlock(2 * gf_dim, gf_dim)
 
     def forward(self, x: Tensor, text: TextFeatures) -> tuple[Tensor, Tensor]:
         # (N, C, H, W) -> (N, C, 2H, 2W), attention (N, T, H, W)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, matching_aware_gradient_penalty
 from models.adversarial import AdversarialSystem, logit_stats
-from models.derivatives import double
 from models.layers import FusionBlock, OneWayDiscriminator, doublings
 from models.types import GeneratorOutput, TextFeatures, Update, exactly, frozen
 
@@ -42,7 +41,7 @@ class DFGenerator(nn.Module):
         condition = torch.cat([noise, text.sentence], dim=1)
         x = self.fc(noise).view(len(noise), -1, 4, 4)
         for block in self.blocks:
-            x = block(double(x), condition)
+            x = block(x, condition, True)
         return GeneratorOutput(images=[self.to_rgb(x)])
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from models.derivatives import Conv2d, LeakyReLU, halve
+from models.derivatives import Conv2d, LeakyReLU, double, halve
 
 
 class DownBlock(nn.Module):
@@ -119,8 +119,9 @@ class AffineFusion(nn.Module):
 
 
 class FusionBlock(nn.Module):
-    """out = shortcut(x) + residual(x), residual = fusion, Conv3×3, fusion, Conv3×3 (DF-GAN's UpBlock without its upsampling).
+    """out = shortcut(x) + residual(x), residual = fusion, Conv3×3, fusion, Conv3×3 (DF-GAN's UpBlock).
 
+    doubles: of features that are doubled first; fusion and shortcut treat pixels alike, and work before the doubling.
     hidden: width of the layers that predict γ and β; None: as many as the features have channels.
     """
 
@@ -132,10 +133,26 @@ class FusionBlock(nn.Module):
         self.fusion2 = AffineFusion(channels_out, condition_dim, hidden or channels_out)
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # (N, C, H, W), (N, D) -> (N, C', H, W)
-        residual = self.conv1(self.fusion1(x, condition))
+    def forward(self, x: Tensor, condition: Tensor, doubles: bool = False) -> Tensor:
+        # (N, C, H, W), (N, D) -> (N, C', H, W), or (N, C', 2H, 2W) if it doubles
+        fused, shortcut = self.fusion1(x, condition), self.shortcut(x)
+        residual = convolve_doubled(self.conv1, fused) if doubles else self.conv1(fused)
         residual = self.conv2(self.fusion2(residual, condition))
-        return self.shortcut(x) + residual
+        return (double(shortcut) if doubles else shortcut) + residual
+
+
+def convolve_doubled(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    """convolution(double(x)) of a 3×3 convolution that keeps the size: (N, C, H, W) -> (N, C', 2H, 2W).
+
+    Each of its products meets a pixel of x two or four times; the weights that do so are added up first. What is left is
+    a transposed 4×4 convolution with 16 products for 36.
+    """
+    if min(x.shape[2:]) < 8:  # too small to pay
+        return convolution(double(x))
+    flipped = convolution.weight.flip(2, 3).transpose(0, 1)
+    columns = F.pad(flipped, (0, 1)) + F.pad(flipped, (1, 0))
+    weight = F.pad(columns, (0, 0, 0, 1)) + F.pad(columns, (0, 0, 1, 0))  # (C, C', 4, 4)
+    return F.conv_transpose2d(x, weight, convolution.bias, stride=2, padding=1)
 
 
 def doublings(image_size: int) -> int:

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miscc.losses import hinge_generator_loss, semantic_distance
-from models.derivatives import double
 from models.df_gan import CHANNELS, DFGAN
 from models.layers import FusionBlock, doublings
 from models.types import GeneratorOutput, TextFeatures, Update, frozen
@@ -53,7 +52,7 @@ class SEMAGenerator(nn.Module):
         condition = torch.cat([noise, text.sentence], dim=1)
         x = self.fc(noise).view(len(noise), -1, 4, 4)
         for number, block in enumerate(self.blocks):
-            x = block(double(x) if number else x, condition)
+            x = block(x, condition, number > 0)
         return GeneratorOutput(images=[self.to_rgb(x)])
 
 

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.layers import DownBlock, OneWayDiscriminator, doublings
+from models.derivatives import double
+from models.layers import DownBlock, FusionBlock, OneWayDiscriminator, convolve_doubled, doublings
 
 
 def test_the_penalty_sends_nothing_through_the_forward_convolutions():
@@ -42,6 +43,31 @@ def test_down_block_equals_the_plain_form(channels):
         torch.autograd.grad(ours.square().sum(), used), torch.autograd.grad(plain.square().sum(), used), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (8, 8), (8, 10)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_of_doubled_features_without_doubling_them(size, bias):
+    torch.manual_seed(4)
+    convolution = nn.Conv2d(3, 5, 3, padding=1, bias=bias).double()
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *convolution.parameters()]
+    ours = convolve_doubled(convolution, x)
+    plain = convolution(F.interpolate(x, scale_factor=2, mode="nearest"))
+    torch.testing.assert_close(ours, plain)
+    for a, b in zip(
+        torch.autograd.grad(ours.square().sum(), wanted), torch.autograd.grad(plain.square().sum(), wanted), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_block_that_doubles_equals_one_of_doubled_features():
+    torch.manual_seed(5)
+    block = FusionBlock(4, 6, condition_dim=3).double()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x, condition = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    torch.testing.assert_close(block(x, condition, True), block(double(x), condition))
 
 
 @pytest.mark.parametrize(("size", "steps"), [(8, 1), (32, 3), (256, 6), (512, 7)])
