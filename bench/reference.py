@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from miscc.errors import ConfigError
 from models.damsm import InceptionEncoder
 from models.derivatives import Conv2d
 from models.layers import DownBlock, OneWayDiscriminator
@@ -96,6 +98,8 @@ def plain_copy(module: nn.Module) -> nn.Module:
     """
     copied = copy.deepcopy(module)
     for part in copied.modules():
+        if parametrize.is_parametrized(part):
+            raise ConfigError("--reference: there is no plain form of spectral normalisation; leave USE_SN off")
         part.__class__ = PLAIN.get(type(part), type(part))
     return copied
 

@@ -87,7 +87,7 @@ class _Convolution(torch.autograd.Function):
     """A convolution (N, C, H, W), (C', C, k, k), (C',) or None -> (N, C', H', W').
 
     Where a gradient is taken that will be differentiated again (create_graph), it is the input's: a penalty wants no
-    other, and nobody can ask at this place which are wanted. The weight's is not a number then, should anybody use it.
+    other, and torch does not tell a Function which ones are wanted. The weight's is NaN then, should anybody use it.
     """
 
     @staticmethod
@@ -156,7 +156,12 @@ def leaky_relu(x: Tensor, slope: float = 0.2) -> Tensor:
 
 
 def halve(x: Tensor) -> Tensor:
-    """2×2 average pooling: (N, C, H, W), H and W even -> (N, C, H/2, W/2); may be differentiated any number of times."""
+    """2×2 average pooling: (N, C, H, W) -> (N, C, H/2, W/2); may be differentiated any number of times.
+
+    Raises ValueError for an odd size.
+    """
+    if x.shape[2] % 2 or x.shape[3] % 2:
+        raise ValueError(f"only even sizes can be halved, not {x.shape[2]}×{x.shape[3]}")
     return _Halve.apply(x)
 
 
@@ -184,13 +189,20 @@ class Double(nn.Module):
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution for networks under a gradient penalty: undilated, ungrouped, padded with zeros.
+    """A convolution for networks under a gradient penalty.
 
     A gradient that is itself differentiated (create_graph=True) is right by the inputs alone; the weights' is NaN.
     """
 
+    def __init__(
+        self, channels_in: int, channels_out: int, kernel: int, stride: int = 1, padding: int = 0, bias: bool = True
+    ):
+        super().__init__(channels_in, channels_out, kernel, stride, padding, bias=bias)
+
     def forward(self, x: Tensor) -> Tensor:
         # Compilers and autocast have their own ways with a convolution; penalties run under neither (types.exactly).
-        if torch.compiler.is_compiling() or (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)):
+        # Anomaly detection would stumble over the NaN.
+        autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+        if autocast or torch.compiler.is_compiling() or torch.is_anomaly_enabled():
             return super().forward(x)
         return _Convolution.apply(x, self.weight, self.bias, list(self.stride), list(self.padding))

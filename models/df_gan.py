@@ -41,7 +41,7 @@ class DFGenerator(nn.Module):
         condition = torch.cat([noise, text.sentence], dim=1)
         x = self.fc(noise).view(len(noise), -1, 4, 4)
         for block in self.blocks:
-            x = block(x, condition, True)
+            x = block(x, condition, doubles=True)
         return GeneratorOutput(images=[self.to_rgb(x)])
 
 

@@ -1,4 +1,4 @@
-"""Layers that at least two systems use: the one-way discriminator, affine fusion blocks."""
+"""Layers that at least two systems use: the one-way discriminator, affine fusion blocks, convolution of doubled features."""
 
 import math
 from collections.abc import Sequence
@@ -144,8 +144,8 @@ class FusionBlock(nn.Module):
 def convolve_doubled(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     """convolution(double(x)) of a 3×3 convolution that keeps the size: (N, C, H, W) -> (N, C', 2H, 2W).
 
-    Each of its products meets a pixel of x two or four times; the weights that do so are added up first. What is left is
-    a transposed 4×4 convolution with 16 products for 36.
+    The 9 weights meet 4 pixels of x; those that meet the same one are added up first. What is left is a transposed 4×4
+    convolution: 16 products for 36.
     """
     if min(x.shape[2:]) < 8:  # too small to pay
         return convolution(double(x))

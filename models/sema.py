@@ -52,7 +52,7 @@ class SEMAGenerator(nn.Module):
         condition = torch.cat([noise, text.sentence], dim=1)
         x = self.fc(noise).view(len(noise), -1, 4, 4)
         for number, block in enumerate(self.blocks):
-            x = block(x, condition, number > 0)
+            x = block(x, condition, doubles=number > 0)
         return GeneratorOutput(images=[self.to_rgb(x)])
 
 

@@ -27,7 +27,7 @@ class SSCBN(nn.Module):
     """Semantic-spatial condition batch norm: normalise, then shift and scale by the sentence where the mask says so.
 
     x̃ = x̂·(1 + m·γ(s)) + m·β(s) ("code" and the paper's figure), or m·(γ(s)·x̂ + β(s)) ("paper", its text, eq. 5).
-    Features half as large as the mask are doubled on the way, after batch norm, to which repeated pixels say nothing new.
+    Features half as large as the mask are doubled on the way.
     """
 
     def __init__(self, channels: int, sentence_dim: int, form: str):
@@ -47,9 +47,8 @@ class SSCBN(nn.Module):
     def forward(self, x: Tensor, sentence: Tensor, mask: Tensor) -> Tensor:
         # (N, C, H, W) or (N, C, H/2, W/2), (N, D), (N, 1, H, W) -> (N, C, H, W)
         doubles = x.shape[2:] != mask.shape[2:]
-        by_hand = (
-            self.form == "code" and not torch.compiler.is_compiling()
-        )  # a compiler fuses the plain form, and better
+        # A compiler fuses the plain form, and better.
+        by_hand = self.form == "code" and not torch.compiler.is_compiling()
         if doubles and not by_hand:
             x, doubles = double(x), False
         normalised = self._normalised_before_doubling(x) if doubles else self.norm(x)
@@ -66,15 +65,12 @@ class SSCBN(nn.Module):
         """
         if not self.norm.training:
             return self.norm(x)
-        variance = self.norm.running_var
-        self.norm.running_var = variance.clone()  # autograd watches the one that batch norm was given
+        kept = self.norm.running_var * (1 - self.norm.momentum)
         normalised = self.norm(x)
-        counted, self.norm.running_var = self.norm.running_var, variance
-        with torch.no_grad():
-            number = x.numel() // x.shape[1] * processes_of(self.norm)
-            correction = (number - 1) / (number - 1 / 4)
-            kept = variance * (1 - self.norm.momentum)
-            variance.copy_(kept + (counted - kept) * correction)
+        number = x.numel() // x.shape[1] * processes_of(self.norm)
+        # By .data: autograd watches the statistics, though batch norm's backward in training does not read them.
+        variance = self.norm.running_var.data
+        variance.copy_(kept + (variance - kept) * ((number - 1) / (number - 1 / 4)))
         return normalised
 
 
@@ -113,7 +109,8 @@ class _DoubledMaskedAffine(torch.autograd.Function):
     def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(x, gamma, beta, mask)
         shift = torch.addcmul(beta[:, :, None, None], x, gamma[:, :, None, None])
-        out = x.new_empty(*x.shape[:2], *mask.shape[2:])
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        out = torch.empty(*x.shape[:2], *mask.shape[2:], dtype=x.dtype, device=x.device, memory_format=layout)
         torch.addcmul(_twice(x), _rows_paired(mask), _twice(shift), out=_rows_paired(out))
         return out
 
@@ -159,7 +156,7 @@ class SSABlock(nn.Module):
         residual = self.conv1(F.relu(self.sscbn1(x, sentence, mask), inplace=True))
         residual = self.conv2(F.relu(self.sscbn2(residual, sentence, mask), inplace=True))
         shortcut = self.shortcut(x)
-        return torch.addcmul(shortcut if x.shape[2:] == mask.shape[2:] else double(shortcut), self.gate, residual)
+        return (shortcut if x.shape[2:] == mask.shape[2:] else double(shortcut)) + self.gate * residual
 
 
 def mask_predictor(channels: int) -> nn.Sequential:

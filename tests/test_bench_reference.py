@@ -5,6 +5,7 @@ import torch
 
 from bench.reference import PlainSSAGAN, plain_copy, plain_system
 from datasets.text_image import Batch
+from miscc.errors import ConfigError
 from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder
 from models.layers import OneWayDiscriminator
 from models.ssa_gan import SSAGAN, SSAGenerator
@@ -74,6 +75,11 @@ def test_a_plain_copy_shares_nothing_with_the_original():
     plain.from_rgb.weight.data.zero_()
     assert ours.from_rgb.weight.abs().max() > 0
     assert {type(part).__name__ for part in plain.modules()} >= {"PlainDiscriminator", "PlainDownBlock"}
+
+
+def test_there_is_no_plain_form_of_spectral_normalisation():
+    with pytest.raises(ConfigError, match="USE_SN"):
+        plain_copy(OneWayDiscriminator(nf=2, image_size=8, spectral_normalisation=True))
 
 
 def test_plain_inception_gives_the_same_features():

@@ -13,7 +13,13 @@ PIECEWISE_LINEAR = {
     "double": (double, lambda x: F.interpolate(x, scale_factor=2, mode="nearest")),
 }
 # channels in, channels out, kernel, stride, padding, bias: what a discriminator has
-CONVOLUTIONS = [(3, 4, 3, 1, 1, True), (4, 5, 4, 2, 1, False), (4, 5, 1, 1, 0, True), (6, 1, 4, 1, 0, False)]
+CONVOLUTIONS = [
+    (3, 4, 3, 1, 1, True),
+    (4, 5, 4, 2, 1, False),
+    (4, 5, 1, 1, 0, True),
+    (6, 1, 4, 1, 0, False),
+    (2, 3, 3, 2, 0, True),
+]
 
 
 def second_gradients(function, x, weight):
@@ -42,6 +48,11 @@ def test_gradients_by_finite_differences(name):
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(function, (x,))
     assert torch.autograd.gradgradcheck(function, (x,))
+
+
+def test_only_even_sizes_can_be_halved():
+    with pytest.raises(ValueError, match="not 3×4"):
+        halve(torch.zeros(1, 1, 3, 4))
 
 
 def convolutions(settings):
@@ -96,6 +107,14 @@ def test_a_weights_gradient_that_cannot_be_differentiated_again_is_not_mistaken_
     assert gradients[0].isfinite().all()
     assert gradients[1].isnan().all() and gradients[1].shape == ours.weight.shape
     assert gradients[2].isnan().all() and gradients[2].shape == ours.bias.shape
+
+
+def test_anomaly_detection_finds_no_anomaly():
+    ours, _, x = convolutions(CONVOLUTIONS[0])
+    with torch.autograd.detect_anomaly(check_nan=True):
+        (gradient,) = torch.autograd.grad(ours(x).square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+    assert ours.weight.grad.isfinite().all()
 
 
 def test_autocast_has_its_own_way_with_a_convolution():

@@ -61,13 +61,21 @@ def test_a_convolution_of_doubled_features_without_doubling_them(size, bias):
         torch.testing.assert_close(a, b)
 
 
-def test_a_block_that_doubles_equals_one_of_doubled_features():
+@pytest.mark.parametrize("channels_out", [4, 6])
+def test_a_block_that_doubles_equals_one_of_doubled_features(channels_out):
     torch.manual_seed(5)
-    block = FusionBlock(4, 6, condition_dim=3).double()
+    block = FusionBlock(4, channels_out, condition_dim=3).double()
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
-    x, condition = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
-    torch.testing.assert_close(block(x, condition, True), block(double(x), condition))
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    condition = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    ours, plain = block(x, condition, doubles=True), block(double(x), condition)
+    torch.testing.assert_close(ours, plain)
+    wanted = [x, condition, *block.parameters()]
+    for a, b in zip(
+        torch.autograd.grad(ours.square().sum(), wanted), torch.autograd.grad(plain.square().sum(), wanted), strict=True
+    ):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize(("size", "steps"), [(8, 1), (32, 3), (256, 6), (512, 7)])

@@ -6,8 +6,9 @@ from tiny_systems import changed_by_a_step, make_batch, text_features
 from torch import nn
 
 from models.damsm import SmallImageEncoder, TextEncoder
+from models.derivatives import double
 from models.layers import OneWayDiscriminator
-from models.ssa_gan import SSAGAN, SSCBN, SSAGenerator, _MaskedAffine
+from models.ssa_gan import SSAGAN, SSCBN, SSAGenerator, _DoubledMaskedAffine, _MaskedAffine
 from models.types import count_parameters
 
 
@@ -67,6 +68,31 @@ def test_the_masked_affine_equals_its_formula_and_its_finite_differences():
     plain = x * (1 + mask * gamma[:, :, None, None]) + mask * beta[:, :, None, None]
     torch.testing.assert_close(_MaskedAffine.apply(*inputs), plain)
     assert torch.autograd.gradcheck(_MaskedAffine.apply, inputs)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_the_masked_affine_of_doubled_features(layout):
+    torch.manual_seed(3)
+    x, gamma, beta, mask = (
+        torch.randn(*shape, dtype=torch.float64).requires_grad_()
+        for shape in ((2, 3, 2, 4), (2, 3), (2, 3), (2, 1, 4, 8))
+    )
+    inputs = (x.detach().to(memory_format=layout).requires_grad_(), gamma, beta, mask)
+    ours = _DoubledMaskedAffine.apply(*inputs)
+    torch.testing.assert_close(ours, _MaskedAffine.apply(double(x), gamma, beta, mask))
+    assert ours.is_contiguous(memory_format=layout)
+    assert torch.autograd.gradcheck(_DoubledMaskedAffine.apply, inputs)
+
+
+def test_batch_norm_before_doubling_leaves_autograd_alone():
+    """A graph made in eval mode outlives a pass in training mode, as with torch's own batch norm."""
+    torch.manual_seed(4)
+    sscbn = SSCBN(3, 4, "code")
+    x, sentence, mask = torch.randn(2, 3, 2, 2, requires_grad=True), torch.randn(2, 4), torch.rand(2, 1, 4, 4)
+    drawn = sscbn.eval()(x, sentence, mask)
+    sscbn.train()(x, sentence, mask)
+    drawn.sum().backward()
+    assert x.grad.isfinite().all()
 
 
 def test_masks_of_ones_switch_the_spatial_part_off():

@@ -12,9 +12,11 @@ from miscc.losses import hinge_discriminator_loss, hinge_generator_loss
 from models.types import exactly
 from training.stepping import (
     Stepper,
+    adam,
     check_accumulation,
     checkpoint_activations,
     compile_networks,
+    restore_adam,
     split_batch,
     use_channels_last,
 )
@@ -97,6 +99,36 @@ def test_channels_last_is_a_matter_of_layout():
     plain, other = make_system(), make_system()
     use_channels_last(other.networks)
     assert_same(run(plain), run(other), rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "layouts", [(torch.contiguous_format, torch.channels_last), (torch.channels_last, torch.contiguous_format)]
+)
+def test_adam_goes_on_in_another_layout(layouts):
+    """The fused form goes over the memory as it lies; a restored average in another order would be mixed up."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(4, 3, 3, 3), torch.randn(2, 4, 3, 3, 3)
+
+    def optimised(layout):
+        parameter = torch.nn.Parameter(start.to(memory_format=layout))
+        return parameter, adam([parameter], 0.1, [0.5, 0.9])
+
+    def descend(parameter, optimizer, gradient):
+        parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        optimizer.step()
+
+    stock = torch.nn.Parameter(start.clone())
+    expected = torch.optim.Adam([stock], lr=0.1, betas=(0.5, 0.9))
+    for gradient in gradients:
+        stock.grad = gradient
+        expected.step()
+    first, optimizer = optimised(layouts[0])
+    descend(first, optimizer, gradients[0])
+    second, restored = optimised(layouts[1])
+    second.data.copy_(first.data)
+    restore_adam(restored, optimizer.state_dict())
+    descend(second, restored, gradients[1])
+    torch.testing.assert_close(second.data, stock.data)
 
 
 def test_the_mean_of_16_bit_logits_is_not_rounded_to_16_bits():

@@ -34,7 +34,7 @@ from training.build import (
 )
 from training.progress import Progress, StopSignal
 from training.run_dir import EncoderDir
-from training.stepping import adam
+from training.stepping import adam, restore_adam
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ class EncoderTrainer:
                  "TRAIN.HELD_OUT", "TRAIN.BATCH_SIZE")  # fmt: skip
         check_fixed_settings(checkpoint["config"], self.cfg, fixed, "--overwrite")
         check_same_data(checkpoint, self.records, self.cfg.DATA_DIR)
-        self.optimizer.load_state_dict(checkpoint["optimizers"]["encoders"])
+        restore_adam(self.optimizer, checkpoint["optimizers"]["encoders"])
         self.step = checkpoint["step"]
         self.best_loss, self.best_epoch = checkpoint["best"]["loss"], checkpoint["best"]["epoch"]
 

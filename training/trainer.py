@@ -48,6 +48,7 @@ from training.stepping import (
     check_accumulation,
     checkpoint_activations,
     compile_networks,
+    restore_adam,
     use_channels_last,
 )
 
@@ -355,13 +356,7 @@ class Trainer:
         check_same_data(checkpoint, self.records, self.cfg.DATA_DIR)
         for name, optimizer in self.optimizers.items():
             if name in checkpoint["optimizers"]:
-                saved = checkpoint["optimizers"][name]
-                # Rates and betas are the settings', should they have changed; older checkpoints were not fused.
-                groups = [
-                    old | {key: new[key] for key in ("lr", "betas", "fused")}
-                    for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True)
-                ]
-                optimizer.load_state_dict(saved | {"param_groups": groups})
+                restore_adam(optimizer, checkpoint["optimizers"][name])
         if self.average is not None and "generator_ema" in checkpoint["networks"]:
             self.average.module.load_state_dict(checkpoint["networks"]["generator_ema"]["state"])
             self.average.num_updates = checkpoint["num_averaged"]
