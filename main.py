@@ -125,6 +125,8 @@ def draw(cfg: Mapping, options: argparse.Namespace) -> int:
         save_image(strip, path)
         print(path)
         return 0
+    # AttnGAN's examples come with attention, as far as the system has any.
+    attention = options.attention or (pipeline.attends and draws_examples(cfg, options))
     for requests, place, records in drawings(cfg, options, pipeline, folder):
         picture = sample(
             pipeline,
@@ -134,13 +136,15 @@ def draw(cfg: Mapping, options: argparse.Namespace) -> int:
             truncation=truncation,
             batch_size=options.batch_size,
             with_masks=options.masks,
-            # AttnGAN's examples come with attention, as far as the system has any.
-            with_attention=options.attention or (pipeline.attends and draws_examples(cfg, options)),
+            with_attention=attention,
             real=records if options.real else None,
             overwrite=options.overwrite,
             about={"dataset": cfg.DATASET_NAME, "split": records.split if records is not None else None},
         )
         print(f"{len(requests)} image{'s' if len(requests) > 1 else ''} in {place}")
+        for kind, written in (("masks", options.masks), ("attention", attention), ("real", options.real)):
+            if written:
+                print(Path(place) / kind)
         print(picture)
     return 0
 

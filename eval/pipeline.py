@@ -51,8 +51,8 @@ def load_encoders(path: str | Path, device: str | torch.device = "cpu", max_word
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(
-            f"{path}: no such encoders; train them with `python pretrain_DAMSM.py --cfg cfg/DAMSM/bird.yml` (or the file "
-            f"of your data set), or point TEXT.DAMSM_NAME at a released text_encoder200.pth"
+            f"{path}: no such encoders; train them with `python pretrain_DAMSM.py --cfg cfg/DAMSM/...` and the file of your "
+            f"data set (bird.yml, coco.yml, folder.yml), or point TEXT.DAMSM_NAME at a released text_encoder200.pth"
         )
     content = load_file(path)
     if isinstance(content, dict) and "networks" in content:
