@@ -58,6 +58,17 @@ def measure(options, device: torch.device) -> dict:
     }
 
 
+def ceiling(ways: dict, images: int, device: torch.device) -> str:
+    """What writing costs, and the share of the generator's rate that is left where both share the cores."""
+    alone, plain = (images / ways[name]["images_per_second"] for name in ("generator alone", "plain: draw, then write"))
+    writing, threads = plain - alone, torch.get_num_threads()
+    text = f"\nEncoding and writing an image takes one core {writing / images * 1e3:.2f} ms."
+    if device.type != "cpu":
+        return text + "\n"
+    share = alone / (alone + writing / threads)
+    return text + f" The generator runs on the same {threads}: at best {share:.0%} of its rate is left.\n"
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = common.parser(__doc__.splitlines()[0])
     parser.add_argument("--image-size", type=int, default=64)
@@ -77,8 +88,9 @@ def main(arguments: list[str] | None = None) -> None:
         f"{options.nf}, {options.images} images in batches of {options.batch}, {num_writers()} writing threads; "
         f"{options.rounds} rounds, taking turns; medians.\n\n"
     )
+    text_after = ceiling(results["ways"], options.images, device)
     header = ["way", "images/s", "of the generator's own"]
-    common.report(options, results, text + common.markdown_table(header, rows))
+    common.report(options, results, text + common.markdown_table(header, rows) + text_after)
 
 
 if __name__ == "__main__":
