@@ -34,8 +34,8 @@ def test_the_table_of_two_systems(tmp_path, capsys):
 
 def test_operations_of_drawing_are_those_of_the_layers(tmp_path):
     """Beside the text encoder's: 2 a weight of each linear layer, and 2 a weight and pixel of each convolution."""
-    cfg = load_config(tiny(tmp_path, "df_gan"), systems=SYSTEMS)
-    found = systems.measure({"df": cfg}, "small", 2, 1, torch.device("cpu"))["df"]
+    cfg = load_config(tiny(tmp_path, "ssa_gan"), systems=SYSTEMS)
+    found = systems.measure({"ssa": cfg}, "small", 2, 1, torch.device("cpu"))["ssa"]
     step = step_of(cfg, "small", 2, torch.device("cpu"))
     generator, text_encoder = (step.system.networks[part] for part in ("generator", "text_encoder"))
     counts = []
