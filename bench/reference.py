@@ -54,10 +54,10 @@ class PlainDiscriminator(OneWayDiscriminator):
 class PlainGenerator(SSAGenerator):
     """Features are doubled before they go into a block."""
 
-    def _enlarged(self, x: Tensor) -> Tensor:
+    def _sized_for_block(self, x: Tensor) -> Tensor:
         if self.upsample == "nearest":
             return F.interpolate(x, scale_factor=2, mode="nearest")
-        return super()._enlarged(x)
+        return super()._sized_for_block(x)
 
 
 class PlainInceptionEncoder(InceptionEncoder):

@@ -88,9 +88,10 @@ def main(arguments: list[str] | None = None) -> None:
         f"{options.nf}, {options.images} images in batches of {options.batch}, {num_writers()} writing threads; "
         f"{options.rounds} rounds, taking turns; medians.\n\n"
     )
-    text_after = ceiling(results["ways"], options.images, device)
     header = ["way", "images/s", "of the generator's own"]
-    common.report(options, results, text + common.markdown_table(header, rows) + text_after)
+    common.report(
+        options, results, text + common.markdown_table(header, rows) + ceiling(results["ways"], options.images, device)
+    )
 
 
 if __name__ == "__main__":

@@ -211,14 +211,14 @@ class SSAGenerator(nn.Module):
         masks = []
         for number, block in enumerate(self.blocks):
             if number > 0:
-                x = self._enlarged(x)
+                x = self._sized_for_block(x)
                 mask_logits = F.interpolate(mask_logits, scale_factor=2, mode="bilinear", align_corners=True)
             masks.append(torch.ones_like(mask_logits) if self.mask == "ones" else torch.sigmoid(mask_logits))
             x = block(x, sentence, masks[-1])
             mask_logits = block.mask_predictor(x) if block.mask_predictor is not None else mask_logits
         return GeneratorOutput(images=[self.to_rgb(x)], masks=masks)
 
-    def _enlarged(self, x: Tensor) -> Tensor:
+    def _sized_for_block(self, x: Tensor) -> Tensor:
         """What a block is given: features at the size of its mask, or as they are, where it doubles them itself."""
         if self.upsample == "nearest":
             return x
