@@ -4,8 +4,8 @@ import errno
 import json
 import os
 import pickle
+import secrets
 import struct
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +17,6 @@ from miscc.errors import CheckpointError, UserError
 
 FORMAT = 1  # of our checkpoints; raised when an older reader would misread a newer file
 
-_UMASK = os.umask(0)  # it can only be read by setting it, which other threads must not see
-os.umask(_UMASK)
-
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], flush: bool = True) -> None:
     """Call `write(stream)` on a temporary file beside `path`, flush it to the disk, then put it in place.
@@ -28,24 +25,32 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], flu
     after a kill, but perhaps not after a power cut; for thousands of small files that can be made again.
     """
     path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        stream = _create(temporary)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with stream:
             write(stream)
             if flush:
                 stream.flush()
                 os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp's 0600 would lock colleagues out
         os.replace(temporary, path)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(f"{path}: cannot be written ({error.strerror}); what was there before is kept") from None
         raise
+
+
+def _create(path: Path) -> IO[bytes]:
+    """A new file, and its folder if need be: asking for it each time would cost more than writing a small image."""
+    try:
+        return path.open("xb")
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("xb")
 
 
 def remove_unfinished(folder: str | Path) -> None:

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import common, data, gpu_table, losses, train_step
+from bench import common, data, gpu_table, losses, sample, train_step
+from miscc.errors import ConfigError
 
 CPU = torch.device("cpu")
 
@@ -81,3 +82,17 @@ def test_every_data_path_hands_over_every_image(tmp_path):
                           "ours with the cache, floats by the loader"}  # fmt: skip
     plain = data.PlainDataset(data.write_photographs(tmp_path, 1), 32)[0]
     assert plain[0].shape == (3, 32, 32) and -1 <= plain[0].min() and plain[0].max() <= 1
+
+
+def test_sampling_is_measured_where_it_writes(tmp_path, capsys):
+    folder, figures = tmp_path / "disk", tmp_path / "sample.json"
+    folder.mkdir()
+    size = "--gpu -1 --image-size 16 --nf 2 --images 6 --batch 4 --rounds 2".split()
+    sample.main([*size, "--folder", str(folder), "--json", str(figures)])
+    found = json.loads(figures.read_text())
+    assert found["ways"]["generator alone"]["of_the_generators"] == 1.0 and len(found["ways"]) == 3
+    assert all(row["images_per_second"] > 0 for row in found["ways"].values())
+    assert found["seconds"].keys() == {"encoding", "creating"} and min(found["seconds"].values()) > 0
+    assert str(folder) in capsys.readouterr().out and not list(folder.iterdir())
+    with pytest.raises(ConfigError, match="--folder: there is no folder"):
+        sample.main([*size, "--folder", str(tmp_path / "none")])

@@ -1,5 +1,7 @@
 """Files written whole or not at all, images and their ranges, stateless randomness, devices."""
 
+import io
+import os
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from miscc.errors import CheckpointError, ConfigError, DataError, UserError, run
 from miscc.images import (
     attention_picture,
     caption_grid,
+    encode_png,
     from_uint8,
     grid,
     open_rgb,
@@ -35,7 +38,15 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     with pytest.raises(RuntimeError):
         write_atomically(path, fail)
     assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file"]
-    assert path.stat().st_mode & 0o600 == 0o600
+
+
+def test_colleagues_may_read_what_is_written(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "file", "ours")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
 
 
 def test_checkpoints(tmp_path):
@@ -67,6 +78,15 @@ def test_ranges_by_hand():
     every = torch.arange(256, dtype=torch.uint8)
     assert to_uint8(from_uint8(every).view(1, 1, 16, 16)).flatten().tolist() == every.tolist()
     assert unit_to_uint8(np.array([-0.1, 0.0, 0.5, 1.0, 1.1])).tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (64, 64, 3)])
+def test_quickly_encoded_pixels_are_the_same(shape):
+    for pixels in (np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), np.full(shape, 7, dtype=np.uint8)):
+        encoded = encode_png(pixels)
+        with Image.open(io.BytesIO(encoded)) as image:
+            assert image.format == "PNG" and np.array_equal(np.asarray(image), pixels)
+        assert len(encoded) < 1.05 * pixels.size + 100
 
 
 def test_image_modes(tmp_path):
