@@ -38,7 +38,7 @@ step() { # name, seconds at most, settings
 
 step tf32 60 PRECISION=tf32
 step bf16-channels-last 60 PRECISION=bf16 CHANNELS_LAST=True
-step bf16-channels-last-compiled 150 PRECISION=bf16 CHANNELS_LAST=True COMPILE=True
+step bf16-channels-last-compiled 200 PRECISION=bf16 CHANNELS_LAST=True COMPILE=True
 step bf16 60 PRECISION=bf16
 step fp32 60 PRECISION=fp32
 step bf16-checkpointing 60 PRECISION=bf16 CHANNELS_LAST=True ACTIVATION_CHECKPOINTING=True

@@ -46,7 +46,8 @@ def measure(pipeline: TextToImage, options, device: torch.device) -> dict:
         drawn = []
         for start in range(0, len(requests), options.batch):
             part = requests[start : start + options.batch]
-            drawn.append(pipeline.generate([r.caption for r in part], 0, None, options.batch, [r.index for r in part]))
+            captions, indices = [r.caption for r in part], [r.index for r in part]
+            drawn.append(pipeline.generate(captions, 0, None, options.batch, indices, with_masks=False))
         return drawn
 
     def write(folder: str) -> None:

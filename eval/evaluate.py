@@ -89,13 +89,15 @@ def evaluate(
     real = real_images_of(protocol, real, num_images)
     requests = requests_of(protocol, prompts, num_images)
     several = _several(protocol, prompts, first=len(requests))
+    drawing = {"seed": protocol.seed, "truncation": protocol.truncation, "batch_size": tools.batch_size}
+    drawing["with_masks"] = "mask_iou" in protocol.metrics
 
     def draw(wanted: Sequence[Request]) -> Iterator[Generated]:
         for start in range(0, len(wanted), tools.batch_size):
             part = wanted[start : start + tools.batch_size]
             captions, indices = [r.caption for r in part], [r.index for r in part]
             with quiet_pipeline():
-                drawn = pipeline.generate(captions, protocol.seed, protocol.truncation, tools.batch_size, indices)
+                drawn = pipeline.generate(captions, indices=indices, **drawing)
             yield drawn
 
     judged = Judged(

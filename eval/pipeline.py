@@ -227,11 +227,13 @@ class TextToImage:
         batch_size: int = 32,
         indices: Sequence[int] | None = None,
         with_attention: bool = False,
+        with_masks: bool = True,
     ) -> Generated:
         """Draw one image for each caption.
 
         seed: the i-th image's noise is a function of (seed, i), or of (seed, indices[i]), so that a long list can be drawn
-        in parts; truncation: cut the noise at ±2 and scale it by this; with_attention: keep the word attention.
+        in parts; truncation: cut the noise at ±2 and scale it by this; with_attention: keep the word attention; with_masks:
+        keep the masks, which are more bytes than the images are.
         Raises DataError for an empty list, and for a caption of which no word is known.
         """
         if isinstance(captions, str):
@@ -247,7 +249,8 @@ class TextToImage:
                 text = self.text_encoder(encoded.tokens[rows].to(self.device), encoded.lengths[rows])
                 output = self.synthesize(text, self.noise(seed, indices[rows], truncation))
             images.append(to_uint8(output.images[-1]))
-            masks.append([mask[:, 0].float().cpu().numpy() for mask in output.masks])
+            if with_masks:
+                masks.append([mask[:, 0].float().cpu().numpy() for mask in output.masks])
             if with_attention:
                 attention.append([maps.float().cpu().numpy() for maps in output.attention])
                 last = len(output.images) - 1  # AttnDCGAN attends at every stage, but draws at the last alone

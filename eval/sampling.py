@@ -9,8 +9,10 @@ import logging
 import os
 import re
 import zlib
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -210,31 +212,27 @@ def sample(
     lines = [_describe(request, f"{file_stem(request)}.png", seed) for request in requests]
     write_text(folder / CAPTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     write_json(folder / ABOUT, settings | {"finished": False})
-    futures, pictured, first = [], [], None
-    with ThreadPoolExecutor(num_writers()) as writers, tqdm(total=len(requests), desc="sampling", unit="image") as bar:
-        for start in range(0, len(requests), batch_size):
-            batch = requests[start : start + batch_size]
+    batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
+    first = None
+    with _writing(4 * batch_size) as write, tqdm(total=len(requests), desc="sampling", unit="image") as bar:
+        for batch in batches:
             captions, indices = [r.caption for r in batch], [r.index for r in batch]
-            drawn = pipeline.generate(captions, seed, truncation, batch_size, indices, with_attention)
-            if with_attention:
-                stems = [folder / "attention" / file_stem(request) for request in batch]
-                write_strips(drawn, caption_words(pipeline, captions), stems, _write_png)
-            for row, request in enumerate(batch):
-                stem = file_stem(request)
-                futures.append(writers.submit(_write_png, drawn.images[row], folder / f"{stem}.png"))
-                if with_masks:
-                    futures += _write_masks(writers, drawn, row, folder / "masks" / stem)
+            shows_masks = with_masks or first is None  # the first batch's are in the picture
+            drawn = pipeline.generate(captions, seed, truncation, batch_size, indices, with_attention, shows_masks)
             first = drawn if first is None else first
-            if len(pictured) < MOST_PICTURED and start == 0:
-                pictured = [request.caption for request in batch[:MOST_PICTURED]]
-            while len(futures) > 4 * batch_size:
-                futures.pop(0).result()
+            stems = [file_stem(request) for request in batch]
+            for image, stem in zip(drawn.images, stems, strict=True):
+                write(image, folder / f"{stem}.png")
+            if with_masks:
+                _write_masks(drawn, [folder / "masks" / stem for stem in stems], write)
+            if with_attention:
+                places = [folder / "attention" / stem for stem in stems]
+                write_strips(drawn, caption_words(pipeline, captions), places, write)
             bar.update(len(batch))
-        for future in futures:
-            future.result()
     if real is not None:
         _write_real(real, requests, folder / "real", pipeline.image_size)
     write_json(folder / ABOUT, settings | {"finished": True})
+    pictured = [request.caption for request in batches[0][:MOST_PICTURED]]
     save_image(generated_picture(pictured, first), folder / PICTURE)
     return folder / PICTURE
 
@@ -300,12 +298,28 @@ def _write_png(pixels: np.ndarray, path: Path) -> None:
     write_atomically(path, lambda stream: stream.write(encoded), flush=False)
 
 
-def _write_masks(writers: ThreadPoolExecutor, drawn: Generated, row: int, stem: Path) -> list[Future]:
-    futures = []
+@contextmanager
+def _writing(most: int) -> Iterator[Callable[[np.ndarray, Path], None]]:
+    """`with _writing(100) as write:` write(pixels, path) leaves encoding and writing to threads, but waits for the oldest
+    where more than `most` are under way; at the end all are written."""
+    waiting: deque[Future] = deque()
+    with ThreadPoolExecutor(num_writers()) as threads:
+
+        def write(pixels: np.ndarray, path: Path) -> None:
+            waiting.append(threads.submit(_write_png, pixels, path))
+            if len(waiting) > most:
+                waiting.popleft().result()
+
+        yield write
+        for future in waiting:
+            future.result()
+
+
+def _write_masks(drawn: Generated, stems: Sequence[Path], write: Callable[[np.ndarray, Path], None]) -> None:
+    """The masks of each image and stage as `<stem>_<h>px.png`."""
     for stage in drawn.masks:
-        mask = unit_to_uint8(stage[row])
-        futures.append(writers.submit(_write_png, mask, stem.with_name(f"{stem.name}_{mask.shape[0]}px.png")))
-    return futures
+        for mask, stem in zip(unit_to_uint8(stage), stems, strict=True):
+            write(mask, stem.with_name(f"{stem.name}_{mask.shape[0]}px.png"))
 
 
 def _write_real(records: Records, requests: Sequence[Request], folder: Path, image_size: int) -> None:

@@ -153,7 +153,7 @@ class Evaluation:
                 part = self.requests[start : start + BATCH_SIZE]
                 captions, indices = [r.caption for r in part], [r.index for r in part]
                 with quiet_pipeline():
-                    drawn = pipeline.generate(captions, self.seed, None, BATCH_SIZE, indices)
+                    drawn = pipeline.generate(captions, self.seed, None, BATCH_SIZE, indices, with_masks=False)
                 streamed.update(self.network.look(list(drawn.images))[0])
                 bar.update(len(part))
         return distance(self.real, streamed.result(self.network.protocol()))
