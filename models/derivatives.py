@@ -6,6 +6,9 @@ Values and derivatives are torch's (tests/test_derivatives.py); what changes is 
 - torch's double backward of a convolution finds the weight's gradient by a convolution whose kernel is as large as the
   image; here the ordinary backward for weights does it;
 - torch's average pooling and nearest upsampling on CPUs are several times slower than sums and copies of slices.
+
+Compilers get torch's operations: they fuse them and never see a second derivative (models.types.exactly); and torch 2.11's
+takes a wrong gradient, without a word, where a Function ends in an operation in place, as _Halve does.
 """
 
 import torch
@@ -152,7 +155,7 @@ def _gradients(
 
 def leaky_relu(x: Tensor, slope: float = 0.2) -> Tensor:
     """LeakyReLU for networks under a gradient penalty; same values and gradients as `F.leaky_relu`."""
-    return _LeakyReLU.apply(x, slope)
+    return F.leaky_relu(x, slope) if torch.compiler.is_compiling() else _LeakyReLU.apply(x, slope)
 
 
 def halve(x: Tensor) -> Tensor:
@@ -162,11 +165,13 @@ def halve(x: Tensor) -> Tensor:
     """
     if x.shape[2] % 2 or x.shape[3] % 2:
         raise ValueError(f"only even sizes can be halved, not {x.shape[2]}×{x.shape[3]}")
-    return _Halve.apply(x)
+    return F.avg_pool2d(x, 2) if torch.compiler.is_compiling() else _Halve.apply(x)
 
 
 def double(x: Tensor) -> Tensor:
     """Nearest upsampling: (N, C, H, W) -> (N, C, 2H, 2W); may be differentiated any number of times."""
+    if torch.compiler.is_compiling():
+        return F.interpolate(x, scale_factor=2, mode="nearest")
     return _Double.apply(x)
 
 
