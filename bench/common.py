@@ -53,13 +53,21 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 
 
 def take_turns(
-    ways: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1, device: torch.device | None = None
+    ways: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int = 1,
+    device: torch.device | None = None,
+    prepare: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, the ways one after the other in every round, so that a busy machine slows all of them."""
+    """Seconds of each call, the ways one after the other in every round, so that a busy machine slows all of them.
+
+    prepare(name) runs before each of them and does not count.
+    """
     device = device or torch.device("cpu")
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(warm_up + rounds):
         for name, run in ways.items():
+            prepare(name)
             value = seconds_of(run, device)
             if number >= warm_up:
                 seconds[name].append(value)

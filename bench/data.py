@@ -4,8 +4,10 @@ Batches as training takes them, without and with the cache, against a plain path
 it: decode, scale the shorter side, crop, flip, to floats in [-1, 1], one sample at a time.
 """
 
+import functools
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,13 @@ from PIL import Image
 from bench import common
 from datasets.cache import ImageCache
 from datasets.captions import Vocabulary
-from datasets.text_image import Batch, Records, TextImageDataset, training_loader
+from datasets.text_image import Records, TextImageDataset, training_loader
 from miscc.errors import run_command
 from miscc.randomness import stream
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90  # the size of most of CUB's photographs
 MAX_WORDS = 18
+PREFETCHED = 2  # batches of each worker, torch's default
 
 
 def write_photographs(folder: Path, count: int) -> Records:
@@ -65,41 +68,55 @@ class PlainDataset(torch.utils.data.Dataset):
         return pixels, caption, len(tokens), self.records.class_ids[index], self.records.keys[index]
 
 
-def measure(options, folder: Path) -> dict:
-    """Seconds for so many batches of each path, in turn."""
+def paths_of(options, folder: Path) -> tuple[dict[str, Callable[[], Iterator]], int]:
+    """Each way to read as a function that starts it anew and gives its endless batches; and the batches of an epoch."""
     records = write_photographs(folder, options.images)
     cache = ImageCache.open(records, options.image_size, folder / "cache", progress=False)
-    plain = torch.utils.data.DataLoader(
-        PlainDataset(records, options.image_size),
-        options.batch,
-        shuffle=True,
-        drop_last=True,
-        num_workers=options.workers,
-        persistent_workers=options.workers > 0,
-    )
 
-    def ours(cache: ImageCache | None, as_bytes: bool):
+    def plain() -> Iterator:
+        loader = torch.utils.data.DataLoader(
+            PlainDataset(records, options.image_size),
+            options.batch,
+            shuffle=True,
+            drop_last=True,
+            num_workers=options.workers,
+            persistent_workers=options.workers > 0,
+        )
+        while True:
+            yield from loader
+
+    def ours(cache: ImageCache | None, as_bytes: bool) -> Iterator:
         dataset = TextImageDataset(records, [options.image_size], MAX_WORDS, cache=cache, as_bytes=as_bytes)
         return iter(training_loader(dataset, options.batch, seed=0, workers=options.workers))
 
-    loaders = {
-        "ours": ours(None, True),
-        "ours, floats by the loader": ours(None, False),
-        "ours with the cache": ours(cache, True),
-        "ours with the cache, floats by the loader": ours(cache, False),
+    paths = {
+        "plain": plain,
+        "ours": lambda: ours(None, True),
+        "ours, floats by the loader": lambda: ours(None, False),
+        "ours with the cache": lambda: ours(cache, True),
+        "ours with the cache, floats by the loader": lambda: ours(cache, False),
     }
-    steps = len(records) // options.batch
+    return paths, len(records) // options.batch
 
-    def epoch_of(batches) -> Batch | None:
-        batch = None
+
+def measure(options, folder: Path) -> dict:
+    """Seconds for so many batches of each path, in turn."""
+    paths, steps = paths_of(options, folder)
+    reading: dict[str, Iterator] = {}
+
+    def start(name: str) -> None:
+        reading.clear()  # or the workers of the one before would read on beside this one's
+        reading[name] = paths[name]()
+        for _ in range(1 + PREFETCHED * options.workers):  # what workers have read in advance must not count
+            next(reading[name])
+
+    def epoch(name: str) -> None:
         for _ in range(steps):
-            batch = next(batches)
-        return batch
+            next(reading[name])
 
-    ways = {"plain": lambda: list(plain)[-1]} | {
-        name: (lambda batches=batches: epoch_of(batches)) for name, batches in loaders.items()
-    }
-    seconds = common.take_turns(ways, options.rounds)
+    ways = {name: functools.partial(epoch, name) for name in paths}
+    seconds = common.take_turns(ways, options.rounds, prepare=start)
+    reading.clear()
     count = steps * options.batch
     return {
         name: {

@@ -34,6 +34,8 @@ def test_ways_take_turns():
     order = []
     seconds = common.take_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, warm_up=1)
     assert order == list("ababab") and [len(runs) for runs in seconds.values()] == [2, 2]
+    common.take_turns({"a": lambda: order.append("a")}, 2, 0, prepare=lambda name: order.append(f"for {name}"))
+    assert order[6:] == ["for a", "a"] * 2
 
 
 def test_memory_is_what_a_call_needs_beyond_what_was_held():
@@ -75,8 +77,9 @@ def test_losses_are_compared_in_value_and_gradient():
     assert apart["difference"] == {"value": 0.5, "gradient": 0.5}
 
 
-def test_every_data_path_hands_over_every_image(tmp_path):
-    options = SimpleNamespace(images=4, image_size=32, batch=2, rounds=1, workers=0)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_every_data_path_hands_over_every_image(tmp_path, workers):
+    options = SimpleNamespace(images=4, image_size=32, batch=2, rounds=1, workers=workers)
     found = data.measure(options, tmp_path)
     assert set(found) == {"plain", "ours", "ours, floats by the loader", "ours with the cache",
                           "ours with the cache, floats by the loader"}  # fmt: skip
