@@ -69,21 +69,15 @@ class PlainDataset(torch.utils.data.Dataset):
 
 
 def paths_of(options, folder: Path) -> tuple[dict[str, Callable[[], Iterator]], int]:
-    """Each way to read as a function that starts it anew and gives its endless batches; and the batches of an epoch."""
+    """Each way to read as a function that starts it anew and gives its endless batches; and how many of them to time."""
     records = write_photographs(folder, options.images)
     cache = ImageCache.open(records, options.image_size, folder / "cache", progress=False)
 
     def plain() -> Iterator:
-        loader = torch.utils.data.DataLoader(
-            PlainDataset(records, options.image_size),
-            options.batch,
-            shuffle=True,
-            drop_last=True,
-            num_workers=options.workers,
-            persistent_workers=options.workers > 0,
-        )
-        while True:
-            yield from loader
+        dataset = PlainDataset(records, options.image_size)
+        # Without end, as the pause between two epochs of so few images would be most of the time.
+        endless = torch.utils.data.RandomSampler(dataset, num_samples=2**31)
+        return iter(torch.utils.data.DataLoader(dataset, options.batch, sampler=endless, num_workers=options.workers))
 
     def ours(cache: ImageCache | None, as_bytes: bool) -> Iterator:
         dataset = TextImageDataset(records, [options.image_size], MAX_WORDS, cache=cache, as_bytes=as_bytes)
@@ -96,7 +90,8 @@ def paths_of(options, folder: Path) -> tuple[dict[str, Callable[[], Iterator]], 
         "ours with the cache": lambda: ours(cache, True),
         "ours with the cache, floats by the loader": lambda: ours(cache, False),
     }
-    return paths, len(records) // options.batch
+    # Workers deliver in bursts: a stretch of many deliveries from each.
+    return paths, max(len(records) // options.batch, 10 * options.workers)
 
 
 def measure(options, folder: Path) -> dict:
@@ -110,11 +105,11 @@ def measure(options, folder: Path) -> dict:
         for _ in range(1 + PREFETCHED * options.workers):  # what workers have read in advance must not count
             next(reading[name])
 
-    def epoch(name: str) -> None:
+    def read(name: str) -> None:
         for _ in range(steps):
             next(reading[name])
 
-    ways = {name: functools.partial(epoch, name) for name in paths}
+    ways = {name: functools.partial(read, name) for name in paths}
     seconds = common.take_turns(ways, options.rounds, prepare=start)
     reading.clear()
     count = steps * options.batch
@@ -154,7 +149,8 @@ def main(arguments: list[str] | None = None) -> None:
     text = (
         f"# Data: images a second {_where(options.workers)}\n\n{common.machine_line(results['machine'])}. "
         f"JPEGs of {WIDTH}×{HEIGHT} scaled and cropped to {options.image_size} px, batches of {options.batch}; "
-        f"{options.rounds} epochs of {options.images} images, taking turns. Bytes become floats on the training's device.\n\n"
+        f"{options.images} different images, {options.rounds} rounds, taking turns. Bytes become floats on the training's "
+        f"device.\n\n"
     )
     header = ["path", "median", "fastest", "ratio of medians", "of fastest"]
     common.report(options, results, text + common.markdown_table(header, rows))

@@ -44,7 +44,7 @@ step fp32 60 PRECISION=fp32
 step bf16-checkpointing 60 PRECISION=bf16 CHANNELS_LAST=True ACTIVATION_CHECKPOINTING=True
 measure losses 30 bench.losses --image-size 256 --nf 64
 measure data 40 bench.data --rounds 5
-measure data-workers 40 bench.data --rounds 5 --images 480 --workers "$(nproc)"
+measure data-workers 70 bench.data --rounds 3 --images 480 --workers "$(nproc)"
 measure sample 40 bench.sample --image-size 256 --nf 64 --images 1024 --batch 64 --rounds 2
 
 if [ "$birds" -gt 0 ]; then

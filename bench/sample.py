@@ -1,9 +1,10 @@
 """Images a second into a folder of PNGs against the generator's own: `python -m bench.sample --image-size 64 --nf 16`.
 
-Encoding and writing go on in threads while the next images are drawn; without that the three would add up. Fresh weights.
-What a new file costs is the disk's affair: --folder names another, such as /dev/shm.
+Encoding and writing go on in threads while the next images are drawn; on a CPU these threads share the generator's cores.
+Fresh weights. The cost of a new file depends on the disk: --folder names another, such as /dev/shm.
 """
 
+import itertools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from bench import common
 from datasets.captions import Vocabulary
 from eval.pipeline import TextToImage
 from eval.sampling import caption_requests, file_stem, num_writers, sample
+from miscc.checkpoint import write_atomically
 from miscc.errors import ConfigError, run_command
 from miscc.images import encode_png
 from models.damsm import TextEncoder
@@ -29,7 +31,9 @@ def fresh_pipeline(options, device: torch.device) -> TextToImage:
     """A generator that has learnt nothing, which takes no less time, and a text encoder likewise."""
     torch.manual_seed(0)
     generator = SSAGenerator(nf=options.nf, image_size=options.image_size).to(device).eval()
-    with torch.no_grad():  # blocks start switched off, and smooth colours are no work for PNG: photographs' noise is
+    with (
+        torch.no_grad()
+    ):  # untrained, it draws smooth colours, which PNG encodes too easily: now as noisy as photographs
         for name, parameter in generator.named_parameters():
             if name.endswith("gate"):
                 parameter.fill_(1)
@@ -81,21 +85,27 @@ def measure(pipeline: TextToImage, options, device: torch.device) -> dict:
 
 
 def writing_costs(images: np.ndarray, options) -> dict[str, float]:
-    """Seconds of one core that encoding one of the images (N, H, W, 3) takes, and creating an empty file in the folder."""
-    cpu = torch.device("cpu")
-    encoding = common.seconds_of(lambda: [encode_png(pixels) for pixels in images], cpu)
+    """Seconds that encoding one of the images (N, H, W, 3) takes, and writing it to the folder: medians of the rounds."""
+    encoded = [encode_png(pixels) for pixels in images]
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        paths = [Path(folder) / f"{number}.png" for number in range(512)]
-        creating = common.seconds_of(lambda: [path.touch() for path in paths], cpu)
-    return {"encoding": encoding / len(images), "creating": creating / len(paths)}
+        numbers = itertools.count()
+
+        def write() -> None:
+            for content in encoded:
+                path = Path(folder) / f"{next(numbers)}.png"
+                write_atomically(path, lambda stream, content=content: stream.write(content), flush=False)
+
+        ways = {"encoding": lambda: [encode_png(pixels) for pixels in images], "writing": write}
+        seconds = common.take_turns(ways, options.rounds)
+    return {name: common.summary(values)["median"] / len(images) for name, values in seconds.items()}
 
 
 def ceiling(ways: dict, costs: dict[str, float], device: torch.device) -> str:
     """What writing costs, and the share of the generator's rate that is left where both share the cores."""
-    writing, threads = costs["encoding"] + costs["creating"], torch.get_num_threads()
+    writing, threads = costs["encoding"] + costs["writing"], torch.get_num_threads()
     text = (
-        f"\nEncoding an image takes {costs['encoding'] * 1e3:.2f} ms of one core, creating an empty file there "
-        f"{costs['creating'] * 1e3:.2f} ms."
+        f"\nEncoding an image takes {costs['encoding'] * 1e3:.2f} ms of one core, writing its file there "
+        f"{costs['writing'] * 1e3:.2f} ms."
     )
     if device.type != "cpu":
         return text + "\n"

@@ -6,6 +6,7 @@ Protocols are in protocols.py, the numbers come from judging.py and measures.py,
 """
 
 import argparse
+import functools
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -89,26 +90,27 @@ def evaluate(
     real = real_images_of(protocol, real, num_images)
     requests = requests_of(protocol, prompts, num_images)
     several = _several(protocol, prompts, first=len(requests))
-    drawing = {"seed": protocol.seed, "truncation": protocol.truncation, "batch_size": tools.batch_size}
-    drawing["with_masks"] = "mask_iou" in protocol.metrics
+    generate = functools.partial(
+        pipeline.generate, seed=protocol.seed, truncation=protocol.truncation, batch_size=tools.batch_size
+    )
 
-    def draw(wanted: Sequence[Request]) -> Iterator[Generated]:
+    def draw(wanted: Sequence[Request], with_masks: bool) -> Iterator[Generated]:
         for start in range(0, len(wanted), tools.batch_size):
             part = wanted[start : start + tools.batch_size]
             captions, indices = [r.caption for r in part], [r.index for r in part]
             with quiet_pipeline():
-                drawn = pipeline.generate(captions, indices=indices, **drawing)
+                drawn = generate(captions, indices=indices, with_masks=with_masks)
             yield drawn
 
     judged = Judged(
         what="generated",
         requests=requests,
-        batches=lambda rows: draw(requests[rows.start : rows.stop]),
+        batches=lambda rows: draw(requests[rows.start : rows.stop], "mask_iou" in protocol.metrics),
         image_size=pipeline.image_size,
         vocabulary=pipeline.vocabulary,
         text_encoder_hash=hash_tensors(pipeline.text_encoder.state_dict()),
         data_set=(pipeline.origin.get("config") or {}).get("DATASET_NAME"),
-        diverse=(lambda: ([r.caption for r in several], draw(several))) if several else None,
+        diverse=(lambda: ([r.caption for r in several], draw(several, False))) if several else None,
     )
     record = judge(judged, protocol, real, pipeline.device, tools, world)
     if record is None:

@@ -77,8 +77,8 @@ def load_encoders(path: str | Path, device: str | torch.device = "cpu", max_word
 
 class Generated(NamedTuple):
     """images: (N, H, W, 3) uint8; masks: of each stage (N, h, w) float32 in [0, 1], coarse to fine, empty where the
-    system predicts none; where asked for, attention: of each stage that attends (N, T, h, w) float32, coarse to fine, and
-    stages: the images (N, h', w', 3) uint8 that were drawn with it."""
+    system predicts none or nobody asked for them; where asked for, attention: of each stage that attends (N, T, h, w)
+    float32, coarse to fine, and stages: the images (N, h', w', 3) uint8 that were drawn with it."""
 
     images: np.ndarray
     masks: list[np.ndarray]
@@ -232,8 +232,8 @@ class TextToImage:
         """Draw one image for each caption.
 
         seed: the i-th image's noise is a function of (seed, i), or of (seed, indices[i]), so that a long list can be drawn
-        in parts; truncation: cut the noise at ±2 and scale it by this; with_attention: keep the word attention; with_masks:
-        keep the masks, which are more bytes than the images are.
+        in parts; truncation: cut the noise at ±2 and scale it by this; with_attention: keep the word attention; with_masks
+        False: leave the masks, which are more bytes than the images, where they are.
         Raises DataError for an empty list, and for a caption of which no word is known.
         """
         if isinstance(captions, str):

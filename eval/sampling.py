@@ -294,7 +294,7 @@ def num_writers() -> int:
 
 
 def _write_png(pixels: np.ndarray, path: Path) -> None:
-    encoded = encode_png(pixels)  # first, so that nothing but the file's own cost is left
+    encoded = encode_png(pixels)  # in memory first: PIL would write the file in many small pieces
     write_atomically(path, lambda stream: stream.write(encoded), flush=False)
 
 

@@ -35,8 +35,8 @@ def side_by_side(
     for name, pipeline in pipelines.items():
         for sample in range(per_caption):
             indices = [row * per_caption + sample for row in range(len(captions))]
-            drawn = pipeline.generate(captions, seed=seed, truncation=truncation, indices=indices)
-            shows_masks = masks and bool(drawn.masks)
+            drawn = pipeline.generate(captions, seed, truncation, indices=indices, with_masks=masks)
+            shows_masks = bool(drawn.masks)
             headings += [name if sample == 0 else "", *(["mask"] if shows_masks else [])]
             for row, cell in enumerate(cells):
                 cell.append(drawn.images[row])

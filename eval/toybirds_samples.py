@@ -79,9 +79,10 @@ def generate_birds(
     with tqdm(total=number, desc="generating", unit="image", leave=False) as bar:
         for start in range(0, number, batch_size):
             rows = range(start, min(start + batch_size, number))
-            drawn = pipeline.generate([captions[i] for i in rows], seed, truncation, batch_size, indices=rows)
+            texts = [captions[i] for i in rows]
+            drawn = pipeline.generate(texts, seed, truncation, batch_size, indices=rows, with_masks=with_masks)
             images.append(drawn.images)
-            masks.append(drawn.masks if with_masks else [])
+            masks.append(drawn.masks)
             bar.update(len(rows))
     origin = {name: value for name, value in pipeline.origin.items() if name != "config"}
     origin |= {"seed": seed, "truncation": truncation, "per_caption": per_caption, "captions": "toybirds test"}

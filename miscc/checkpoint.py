@@ -45,7 +45,7 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], flu
 
 
 def _create(path: Path) -> IO[bytes]:
-    """A new file, and its folder if need be: asking for it each time would cost more than writing a small image."""
+    """A new file. Its folder is made only when missing: asking for it each time costs more than writing a small image."""
     try:
         return path.open("xb")
     except FileNotFoundError:

@@ -190,10 +190,10 @@ def _heat(picture: Image.Image, attention: np.ndarray) -> Image.Image:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """(H, W) or (H, W, 3) uint8 as a PNG file, for thousands of images: three to four times as fast as PIL's defaults.
+    """(H, W) or (H, W, 3) uint8 as a PNG file, for thousands of images: 1.3 to 7 times as fast as PIL's defaults.
 
-    What PNG's filters leave of an image hardly repeats but for runs, so that looking for runs alone makes files of about
-    the same size.
+    After PNG's filters an image has few repetitions other than runs, so a search for runs alone suffices: images are as
+    large within a few per cent, masks and pictures with flat areas up to a half larger.
     """
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)

@@ -8,7 +8,7 @@ Values and derivatives are torch's (tests/test_derivatives.py); what changes is 
 - torch's average pooling and nearest upsampling on CPUs are several times slower than sums and copies of slices.
 
 Compilers get torch's operations: they fuse them and never see a second derivative (models.types.exactly); and torch 2.11's
-takes a wrong gradient, without a word, where a Function ends in an operation in place, as _Halve does.
+compiler silently computes wrong gradients of a Function whose forward ends in an operation in place, such as _Halve's mul_.
 """
 
 import torch

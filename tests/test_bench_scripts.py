@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: counts and tables; how fast something is depends on the machine and is no test."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -77,6 +78,30 @@ def test_losses_are_compared_in_value_and_gradient():
     assert apart["difference"] == {"value": 0.5, "gradient": 0.5}
 
 
+def test_what_workers_read_in_advance_does_not_count(monkeypatch, tmp_path):
+    taken, open_paths = {"plain": 0, "ours": 0}, []
+
+    def path(name):
+        open_paths.append(name)
+        assert open_paths == [name]  # the one before has been stopped
+        try:
+            while True:
+                taken[name] += 1
+                yield taken[name]
+        finally:
+            open_paths.remove(name)
+
+    monkeypatch.setattr(data, "paths_of", lambda *_: ({name: lambda name=name: path(name) for name in taken}, 5))
+    timed = []
+    monkeypatch.setattr(
+        common, "seconds_of", lambda run, device: timed.append((sum(taken.values()), run(), sum(taken.values()))) or 1.0
+    )
+    found = data.measure(SimpleNamespace(batch=2, rounds=1, workers=3), tmp_path)
+    assert [after - before for before, _, after in timed] == [5] * 4 and not open_paths
+    assert set(taken.values()) == {2 * (1 + 2 * 3 + 5)}  # a round to warm up, and one that counts
+    assert found["plain"]["images_per_second"] == 10 and found["ours"]["ratio"]["of_medians"] == 1
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_every_data_path_hands_over_every_image(tmp_path, workers):
     options = SimpleNamespace(images=4, image_size=32, batch=2, rounds=1, workers=workers)
@@ -87,15 +112,20 @@ def test_every_data_path_hands_over_every_image(tmp_path, workers):
     assert plain[0].shape == (3, 32, 32) and -1 <= plain[0].min() and plain[0].max() <= 1
 
 
-def test_sampling_is_measured_where_it_writes(tmp_path, capsys):
+def test_sampling_is_measured_where_it_writes(tmp_path, capsys, monkeypatch):
     folder, figures = tmp_path / "disk", tmp_path / "sample.json"
     folder.mkdir()
+    original, places = sample.sample, []
+    monkeypatch.setattr(
+        sample, "sample", lambda *given, **named: places.append(Path(given[2]).parent) or original(*given, **named)
+    )
     size = "--gpu -1 --image-size 16 --nf 2 --images 6 --batch 4 --rounds 2".split()
     sample.main([*size, "--folder", str(folder), "--json", str(figures)])
     found = json.loads(figures.read_text())
     assert found["ways"]["generator alone"]["of_the_generators"] == 1.0 and len(found["ways"]) == 3
     assert all(row["images_per_second"] > 0 for row in found["ways"].values())
-    assert found["seconds"].keys() == {"encoding", "creating"} and min(found["seconds"].values()) > 0
+    assert found["seconds"].keys() == {"encoding", "writing"} and min(found["seconds"].values()) > 0
+    assert places == [folder] * 3  # once to warm up
     assert str(folder) in capsys.readouterr().out and not list(folder.iterdir())
     with pytest.raises(ConfigError, match="--folder: there is no folder"):
         sample.main([*size, "--folder", str(tmp_path / "none")])

@@ -86,7 +86,8 @@ def test_quickly_encoded_pixels_are_the_same(shape):
         encoded = encode_png(pixels)
         with Image.open(io.BytesIO(encoded)) as image:
             assert image.format == "PNG" and np.array_equal(np.asarray(image), pixels)
-        assert len(encoded) < 1.05 * pixels.size + 100
+        # Runs are found, and noise grows by no more than its headers.
+        assert len(encoded) < (pixels.size / 20 + 100 if pixels.min() == pixels.max() else 1.02 * pixels.size + 100)
 
 
 def test_image_modes(tmp_path):

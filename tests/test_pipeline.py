@@ -10,6 +10,7 @@ from PIL import Image
 
 from datasets.captions import Vocabulary
 from datasets.toybirds import ToyBirds
+from eval import sampling
 from eval.networks import hash_tensors
 from eval.pipeline import TextToImage, load_encoders
 from eval.sampling import (
@@ -22,7 +23,7 @@ from eval.sampling import (
 )
 from main import main
 from miscc.distributed import World
-from miscc.errors import CheckpointError, DataError
+from miscc.errors import CheckpointError, DataError, UserError
 from models.damsm import TextEncoder
 from models.ssa_gan import SSAGenerator
 from training.build import read_records
@@ -121,6 +122,28 @@ def test_a_checkpoint_is_all_that_drawing_needs(trained, encoders, drawn_folder)
     assert not torch.equal(plain.generator.fc.weight, pipeline.generator.fc.weight)
     with pytest.raises(CheckpointError, match="holds no generator but"):
         TextToImage.load(encoders, device="cpu")
+
+
+def test_masks_are_left_out_where_nobody_looks(trained):
+    pipeline = TextToImage.load(trained, device="cpu")
+    drawn, without = (pipeline.generate(CAPTIONS, with_masks=wanted) for wanted in (True, False))
+    assert without.masks == [] and [len(stage) for stage in drawn.masks] == [3] * 3
+    assert np.array_equal(without.images, drawn.images)
+
+
+@pytest.mark.parametrize("broken", [0, 19])  # waited for while others are drawn, or at the very end
+def test_a_failed_write_ends_the_sampling(pipeline, tmp_path, monkeypatch, broken):
+    written = sampling._write_png
+
+    def write(pixels, path):
+        if path.name == f"caption{broken:03d}_c0_s0.png":
+            raise UserError("the disk is full")
+        written(pixels, path)
+
+    monkeypatch.setattr(sampling, "_write_png", write)
+    with pytest.raises(UserError, match="the disk is full"):
+        sample(pipeline, caption_requests(["a red bird"] * 20), tmp_path / "samples", batch_size=2)
+    assert json.loads((tmp_path / "samples" / "samples.json").read_text())["finished"] is False
 
 
 def test_sampling_a_split(trained, tiny, tmp_path):
