@@ -232,12 +232,16 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict:
 def table(results: dict) -> str:
     """The results as Markdown."""
     ours, reference, settings = results["steps"]["ours"], results["steps"].get("reference"), results["settings"]
+    changed = "".join(f", {key} {value}" for key, value in settings["set"] or [])
+    whole = (
+        "" if ours["phases"] else " A compiled step is not cut into phases; its operations are those of the eager one."
+    )
     lines = [
         f"# Training step: {settings['system']}, {settings['image_size']} px, nf {settings['nf']}, batch "
-        f"{settings['batch']}, image encoder {settings['encoder']}",
+        f"{settings['batch']}, image encoder {settings['encoder']}{changed}",
         "",
         f"{common.machine_line(results['machine'])}. {settings['rounds']} rounds, in each a step of every kind; medians, "
-        f"± half the distance between the quarters.",
+        f"± half the distance between the quarters.{whole}",
         "",
     ]
     rows = []
@@ -248,7 +252,7 @@ def table(results: dict) -> str:
     rows.append(["images/s", *(f"{side['images_per_second']:.2f}" for side in sides), ""])
     rows.append(["GFLOP", *(f"{side['flops'] / 1e9:.1f}" for side in sides), ""])
     for name, peak in results["peak_flops"].items():
-        rows.append([f"of the measured {name} peak, {peak / 1e12:.2f} TFLOP/s",
+        rows.append([f"of a {name} matrix product's rate, {peak / 1e12:.2f} TFLOP/s",
                      *(f"{side['flops_per_second'] / peak:.0%}" for side in sides), ""])  # fmt: skip
     if all(side["peak_bytes"] is not None for side in sides):
         rows.append(["peak memory, MiB", *(f"{side['peak_bytes'] / 2**20:.0f}" for side in sides), ""])
