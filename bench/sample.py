@@ -31,9 +31,8 @@ def fresh_pipeline(options, device: torch.device) -> TextToImage:
     """A generator that has learnt nothing, which takes no less time, and a text encoder likewise."""
     torch.manual_seed(0)
     generator = SSAGenerator(nf=options.nf, image_size=options.image_size).to(device).eval()
-    with (
-        torch.no_grad()
-    ):  # untrained, it draws smooth colours, which PNG encodes too easily: now as noisy as photographs
+    # Untrained, it draws smooth colours, which PNG encodes too easily: now they are as noisy as photographs.
+    with torch.no_grad():
         for name, parameter in generator.named_parameters():
             if name.endswith("gate"):
                 parameter.fill_(1)

@@ -233,15 +233,13 @@ def table(results: dict) -> str:
     """The results as Markdown."""
     ours, reference, settings = results["steps"]["ours"], results["steps"].get("reference"), results["settings"]
     changed = "".join(f", {key} {value}" for key, value in settings["set"] or [])
-    whole = (
-        "" if ours["phases"] else " A compiled step is not cut into phases; its operations are those of the eager one."
-    )
+    compiled = " A compiled step is not cut into phases; its operations are those of the eager one."
     lines = [
         f"# Training step: {settings['system']}, {settings['image_size']} px, nf {settings['nf']}, batch "
         f"{settings['batch']}, image encoder {settings['encoder']}{changed}",
         "",
         f"{common.machine_line(results['machine'])}. {settings['rounds']} rounds, in each a step of every kind; medians, "
-        f"± half the distance between the quarters.{whole}",
+        f"± half the distance between the quarters.{'' if ours['phases'] else compiled}",
         "",
     ]
     rows = []

@@ -217,8 +217,8 @@ def sample(
     with _writing(4 * batch_size) as write, tqdm(total=len(requests), desc="sampling", unit="image") as bar:
         for batch in batches:
             captions, indices = [r.caption for r in batch], [r.index for r in batch]
-            shows_masks = with_masks or first is None  # the first batch's are in the picture
-            drawn = pipeline.generate(captions, seed, truncation, batch_size, indices, with_attention, shows_masks)
+            wanted = {"with_attention": with_attention, "with_masks": with_masks or first is None}  # for the picture
+            drawn = pipeline.generate(captions, seed, truncation, batch_size, indices, **wanted)
             first = drawn if first is None else first
             stems = [file_stem(request) for request in batch]
             for image, stem in zip(drawn.images, stems, strict=True):
