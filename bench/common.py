@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from miscc import distributed
 from miscc.checkpoint import write_json, write_text
+from miscc.command_line import positive
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -179,7 +180,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument(
         "--gpu", type=int, metavar="N", help="number of the GPU; -1: CPU; default: a GPU if there is one"
     )
-    options.add_argument("--rounds", type=int, default=7, metavar="N", help="measured rounds, after those to warm up")
+    options.add_argument(
+        "--rounds", type=positive, default=7, metavar="N", help="measured rounds, after those to warm up"
+    )
     options.add_argument("--json", metavar="FILE", help="write all figures there, and the table beside it as .md")
     options.add_argument("--name", help="the same under bench/results, e.g. train-step-cpu")
     return options

@@ -18,7 +18,8 @@ from bench import common
 from datasets.cache import ImageCache
 from datasets.captions import Vocabulary
 from datasets.text_image import Records, TextImageDataset, training_loader
-from miscc.errors import run_command
+from miscc.command_line import positive
+from miscc.errors import ConfigError, run_command
 from miscc.randomness import stream
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90  # the size of most of CUB's photographs
@@ -131,11 +132,15 @@ def _where(workers: int) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = common.parser(__doc__.splitlines()[0])
-    parser.add_argument("--image-size", type=int, default=256)
-    parser.add_argument("--images", type=int, default=192)
-    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--image-size", type=positive, default=256)
+    parser.add_argument("--images", type=positive, default=192)
+    parser.add_argument("--batch", type=positive, default=24)
     parser.add_argument("--workers", type=int, default=0, help="reading processes beside the main one")
     options = parser.parse_args(arguments)
+    if options.images < options.batch:
+        raise ConfigError(
+            f"--images: {options.images} are less than a batch of {options.batch}; more, or a lower --batch"
+        )
     torch.set_num_threads(1)
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "name")}
     results = {"machine": common.machine(torch.device("cpu")) | {"cores": os.cpu_count()}, "settings": settings}

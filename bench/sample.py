@@ -18,9 +18,11 @@ from datasets.captions import Vocabulary
 from eval.pipeline import TextToImage
 from eval.sampling import caption_requests, file_stem, num_writers, sample
 from miscc.checkpoint import write_atomically
+from miscc.command_line import positive
 from miscc.errors import ConfigError, run_command
 from miscc.images import encode_png
 from models.damsm import TextEncoder
+from models.layers import doublings
 from models.ssa_gan import SSAGenerator
 
 WORDS = ["<end>", *"this small red bird has black wings and a short yellow beak with white belly".split()]
@@ -113,16 +115,29 @@ def ceiling(ways: dict, costs: dict[str, float], device: torch.device) -> str:
     return text + f" The generator runs on the same {threads}: at best {share:.0%} of its rate is left.\n"
 
 
+def check(options) -> None:
+    """Raises ConfigError for a size that no generator draws, and for a folder that cannot be written to."""
+    try:
+        doublings(options.image_size)
+    except ValueError as error:
+        raise ConfigError(f"--image-size: {error}") from None
+    try:
+        tempfile.TemporaryDirectory(dir=options.folder).cleanup()
+    except OSError as error:
+        raise ConfigError(f"--folder: nothing can be written to {options.folder} ({error.strerror})") from None
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = common.parser(__doc__.splitlines()[0])
-    parser.add_argument("--image-size", type=int, default=64)
-    parser.add_argument("--nf", type=int, default=16)
-    parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--image-size", type=positive, default=64)
+    parser.add_argument("--nf", type=positive, default=16)
+    parser.add_argument(
+        "--images", type=positive, default=512, help="many, as a picture of the first 24 is made each time"
+    )
+    parser.add_argument("--batch", type=positive, default=32)
     parser.add_argument("--folder", metavar="DIR", help="where to write, instead of the system's temporary folder")
     options = parser.parse_args(arguments)
-    if options.folder and not Path(options.folder).is_dir():
-        raise ConfigError(f"--folder: there is no folder {options.folder}; make it first")
+    check(options)
     device = common.start(options)
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "name")}
     results = {"machine": common.machine(device), "settings": settings}

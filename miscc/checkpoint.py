@@ -81,7 +81,8 @@ def load_file(path: str | Path, device: str | torch.device = "cpu") -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such weight file")
+        what = "a folder, not a weight file: name the .pth in it" if path.is_dir() else "no such weight file"
+        raise CheckpointError(f"{path}: {what}")
     with path.open("rb") as stream:
         start = stream.read(2)
     if start != b"PK" and start[:1] != b"\x80":  # torch's zip files, and the pickles that it wrote before 1.6

@@ -381,7 +381,9 @@ def _convert(name: str, value: Any) -> Any:
         near = difflib.get_close_matches(name, SCHEMA, n=1, cutoff=0.5)
         same_end = [known for known in SCHEMA if known.split(".")[-1] == name.split(".")[-1]]
         hint = (same_end or near or [""])[0]
-        raise ConfigError(f"{name}: no such setting" + (f"; did you mean {hint}?" if hint else ""))
+        raise ConfigError(
+            f"{name}: no such setting; " + (f"did you mean {hint}?" if hint else "miscc/config.py has them all")
+        )
     key = SCHEMA[name]
     if value is None or (value == "" and key.type is not str):
         if key.default is None:

@@ -127,5 +127,6 @@ def test_sampling_is_measured_where_it_writes(tmp_path, capsys, monkeypatch):
     assert found["seconds"].keys() == {"encoding", "writing"} and min(found["seconds"].values()) > 0
     assert places == [folder] * 3  # once to warm up
     assert str(folder) in capsys.readouterr().out and not list(folder.iterdir())
-    with pytest.raises(ConfigError, match="--folder: there is no folder"):
-        sample.main([*size, "--folder", str(tmp_path / "none")])
+    for wrong in (["--folder", str(tmp_path / "none")], ["--image-size", "48"]):
+        with pytest.raises(ConfigError, match=f"{wrong[0]}: "):
+            sample.main([*size, *wrong])
