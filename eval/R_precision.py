@@ -107,8 +107,7 @@ def draw_candidates(
         if len(texts) - len(forbidden) < num_candidates:
             raise DataError(
                 f"R-precision needs {num_candidates} captions of other images for each image; there are "
-                f"{len(texts) - len(forbidden)} for {captions[row]!r}: draw images for more captions, or rank among fewer "
-                f"(--candidates of eval/R_precision.py)"
+                f"{len(texts) - len(forbidden)} for {captions[row]!r}: draw images for more captions, or rank among fewer"
             )
         drawn = stream(seed, "r-precision candidates", row).choice(
             len(texts), min(len(texts), num_candidates + len(forbidden)), replace=False
