@@ -14,6 +14,10 @@ from models import SYSTEMS
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--write-pins", action="store_true", help="write tests/fixtures/pinned_steps.json anew")
+
+
 @pytest.fixture(scope="session")
 def drawn_folder(tmp_path_factory):
     """A prepared `folder` data set: 40 training and 12 test drawings of 40 px with three captions each."""
