@@ -107,10 +107,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def draw(cfg: Mapping, options: argparse.Namespace) -> int:
     """Images for a split's captions or for the user's own; the path of the picture is the last line printed."""
-    from eval.sampling import interpolate, sample
     from miscc.distributed import choose_device
     from miscc.images import save_image
-    from models.released import network_name
+    from models.registry import network_name
+    from sampling.folders import sample
+    from sampling.interpolate import interpolate
 
     device = choose_device(cfg.GPU_ID, cfg.CUDA)
     pipeline, folder = find_pipeline(cfg, options, device)
@@ -152,8 +153,8 @@ def draw(cfg: Mapping, options: argparse.Namespace) -> int:
 def drawings(cfg: Mapping, options: argparse.Namespace, pipeline, folder: Path) -> Iterator[tuple]:
     """What to draw: (requests, the folder they go to, the records of the split or None), one after the other."""
     from datasets.layout import splits_present
-    from eval.sampling import caption_requests, each_split_requests, example_requests, read_captions, split_requests
-    from training.build import read_records
+    from sampling.requests import caption_requests, each_split_requests, example_requests, read_captions, split_requests
+    from training.data import read_records
 
     def read(split: str):
         return read_records(cfg, split, pipeline.vocabulary)
@@ -186,8 +187,8 @@ def draws_examples(cfg: Mapping, options: argparse.Namespace) -> bool:
 
 def find_pipeline(cfg: Mapping, options: argparse.Namespace, device) -> tuple:
     """The drawing pipeline that the options and settings mean, and the folder that its samples go to."""
-    from eval.pipeline import TextToImage
     from miscc.checkpoint import load_file
+    from sampling.pipeline import TextToImage
     from training.build import text_settings
     from training.run_dir import RunDir
 

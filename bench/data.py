@@ -17,7 +17,9 @@ from PIL import Image
 from bench import common
 from datasets.cache import ImageCache
 from datasets.captions import Vocabulary
-from datasets.text_image import Records, TextImageDataset, training_loader
+from datasets.loading import training_loader
+from datasets.records import Records
+from datasets.text_image import TextImageDataset
 from miscc.command_line import positive
 from miscc.errors import ConfigError, run_command
 from miscc.randomness import stream

@@ -18,11 +18,11 @@ import scipy.linalg
 import torch
 from PIL import Image
 
-from eval.features import collect_features, statistics_of_features
+from eval.features.networks import FeatureNetwork, load_network, random_inception_state
+from eval.features.sources import open_source
+from eval.features.statistics import collect_features, statistics_of_features
 from eval.FID import distance, frechet_distance
-from eval.networks import FeatureNetwork, load_network, random_inception_state
-from eval.scores import versions
-from eval.sources import open_source
+from eval.protocol.scores import versions
 from miscc.checkpoint import write_json, write_text
 from miscc.errors import DataError, run_command
 from miscc.randomness import stream

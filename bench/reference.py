@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from miscc.errors import ConfigError
 from models.damsm import InceptionEncoder
-from models.derivatives import Conv2d
+from models.kernels import Conv2d
 from models.layers import DownBlock, OneWayDiscriminator
 from models.ssa_gan import SSAGAN, SSCBN, SSAGenerator
 from models.types import TextFeatures, Update

@@ -15,15 +15,16 @@ from PIL import Image
 
 from bench import common
 from datasets.captions import Vocabulary
-from eval.pipeline import TextToImage
-from eval.sampling import caption_requests, file_stem, num_writers, sample
 from miscc.checkpoint import write_atomically
 from miscc.command_line import positive
 from miscc.errors import ConfigError, run_command
 from miscc.images import encode_png
 from models.damsm import TextEncoder
-from models.layers import doublings
+from models.layers import num_upsamples
 from models.ssa_gan import SSAGenerator
+from sampling.folders import file_stem, num_writers, sample
+from sampling.pipeline import TextToImage
+from sampling.requests import caption_requests
 
 WORDS = ["<end>", *"this small red bird has black wings and a short yellow beak with white belly".split()]
 CAPTION = "this small red bird has black wings and a short yellow beak"
@@ -118,7 +119,7 @@ def ceiling(ways: dict, costs: dict[str, float], device: torch.device) -> str:
 def check(options) -> None:
     """Raises ConfigError for a size that no generator draws, and for a folder that cannot be written to."""
     try:
-        doublings(options.image_size)
+        num_upsamples(options.image_size)
     except ValueError as error:
         raise ConfigError(f"--image-size: {error}") from None
     try:

@@ -14,7 +14,8 @@ from bench.train_step import Step, step_of
 from miscc.config import load_config
 from miscc.errors import ConfigError, run_command
 from models import IMAGE_ENCODERS, SYSTEMS
-from models.types import count_parameters, evaluating
+from models.modes import eval_mode
+from models.registry import count_parameters
 
 
 class Drawing:
@@ -26,7 +27,7 @@ class Drawing:
     def __call__(self) -> None:
         networks, batch = self.step.system.networks, self.step.batch
         generator, text_encoder = networks["generator"], networks["text_encoder"]
-        with evaluating(generator, text_encoder), torch.no_grad():  # inference_mode hides its operations from the count
+        with eval_mode(generator, text_encoder), torch.no_grad():  # inference_mode hides its operations from the count
             generator(self.step.noise, text_encoder(batch.captions, batch.lengths))
 
 

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from bench import common
 from bench.common import Clock
 from bench.reference import REFERENCES
-from datasets.text_image import Batch
+from miscc.batch import Batch
 from miscc.config import load_config
 from miscc.distributed import World
 from miscc.errors import ConfigError, run_command
 from models import IMAGE_ENCODERS, SYSTEMS, TEXT_ENCODERS
 from training.build import build_networks, build_system, system_keys
 from training.ema import EMA
-from training.stepping import Stepper, adam, checkpoint_activations, compile_networks, use_channels_last
+from training.step import Stepper, adam, checkpoint_activations, compile_networks, use_channels_last
 
 NUM_WORDS, NUM_CLASSES = 5450, 200  # CUB's
 OURS_ALONE = ("TRAIN.PRECISION", "TRAIN.COMPILE", "TRAIN.CHANNELS_LAST", "TRAIN.ACTIVATION_CHECKPOINTING")

@@ -4,10 +4,10 @@ import difflib
 import logging
 from pathlib import Path
 
-from datasets import birds, coco, flickr, folder
 from datasets.captions import METADATA_NAMES, Vocabulary
 from datasets.layout import has_layout, metadata_file, read_layout, read_metadata, splits_present
-from datasets.text_image import Records
+from datasets.records import Records
+from datasets.sources import birds, coco, flickr, folder
 from miscc.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ DATASETS = {
     "coco": coco,
     "flickr": flickr,
     "folder": folder,
-    "toybirds": birds,  # drawn by datasets/toybirds.py, written in CUB's own layout
+    "toybirds": birds,  # drawn by datasets/toybirds/dataset.py, written in CUB's own layout
 }
 
 

@@ -20,7 +20,8 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from datasets.text_image import Records, load_resized
+from datasets.records import Records
+from datasets.text_image import load_resized
 from miscc.checkpoint import write_atomically
 from miscc.errors import DataError
 

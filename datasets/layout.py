@@ -16,7 +16,7 @@ import numpy as np
 
 from datasets.captions import METADATA_NAMES, Vocabulary, load_captions_pickle
 from datasets.pickles import load_legacy_pickle
-from datasets.text_image import Records
+from datasets.records import Records
 from miscc.checkpoint import write_text
 from miscc.errors import DataError
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datasets import DATASETS, check_name
-from datasets.building import BuildOptions
 from datasets.captions import Vocabulary, tokenize
 from datasets.layout import SPLITS, VOCABULARY_NAME, Entry, metadata_file, write_layout
+from datasets.sources.building import BuildOptions
 from miscc.errors import DataError, run_command
 from miscc.images import open_rgb
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     root = args.root or Path("data") / args.name
     sizes = {name: given.pop(name) for name in ("train_size", "test_size", "image_size") if name in given}
     if args.name == "toybirds":
-        from datasets.toybirds import write_cub_layout  # here, because the other data sets do not need the drawing
+        from datasets.toybirds.dataset import write_cub_layout
 
         write_cub_layout(root, **sizes)
     if "caption_columns" in given:

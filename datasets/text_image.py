@@ -5,12 +5,7 @@ words.
 """
 
 import logging
-import os
-import signal
-import traceback
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,53 +13,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
-from datasets.captions import Vocabulary, shorten
-from miscc.errors import ConfigError, DataError
+from datasets.captions import shorten
+from datasets.records import Records
+from miscc.errors import DataError
 from miscc.images import from_uint8, open_pixels
 from miscc.randomness import stream
 
 logger = logging.getLogger(__name__)
-
-
-class Batch(NamedTuple):
-    """What passes from here to training and evaluation.
-
-    images: (N, 3, H, W) float32 in [-1, 1], or a list of them where several image sizes were asked for, in
-    that order; uint8 until `to` where the data set gives bytes; captions: (N, T) int64, padded with 0; lengths:
-    (N,) int64, 1 to T; class_ids: (N,) int64; keys: N names of images; indices: (N,) int64, positions in the
-    records; caption_numbers: (N,) int64, which caption.
-    """
-
-    images: torch.Tensor | list[torch.Tensor]
-    captions: torch.Tensor
-    lengths: torch.Tensor
-    class_ids: torch.Tensor
-    keys: list[str]
-    indices: torch.Tensor
-    caption_numbers: torch.Tensor
-
-    def images_at(self, size: int) -> torch.Tensor:
-        """The images of this size in pixels, which must be one of those asked for: (N, 3, size, size)."""
-        scales = [self.images] if isinstance(self.images, torch.Tensor) else self.images
-        return next(images for images in scales if images.shape[-1] == size)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same with images, captions and class ids on `device`, images of bytes as floats.
-
-        Lengths and numbers stay on the CPU, where packing and random streams read them without waiting for a GPU.
-        """
-
-        def move(value):
-            if isinstance(value, torch.Tensor):
-                return value.to(device, non_blocking=non_blocking)
-            return [move(item) for item in value]
-
-        images = move(self.images)
-        scales = [from_uint8(scale) if scale.dtype == torch.uint8 else scale for scale in _as_list(images)]
-        images = scales if isinstance(images, list) else scales[0]
-        return self._replace(images=images, captions=move(self.captions), class_ids=move(self.class_ids))
 
 
 def _as_list(images: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
@@ -81,53 +38,6 @@ class Sample(NamedTuple):
     key: str
     index: int
     caption_number: int
-
-
-@dataclass
-class Records:
-    """One split of a data set in memory: for each of N images its key, path, captions, class and perhaps its box.
-
-    captions: N lists of int64 arrays of word indices, no array empty, no list empty; texts: the captions as
-    written, or None where only the indices are known; class_ids: (N,) int64; boxes: (N, 4) float64 of x, y,
-    width, height in pixels, or None.
-    """
-
-    name: str
-    split: str
-    keys: list[str]
-    image_paths: list[Path]
-    captions: list[list[np.ndarray]]
-    class_ids: np.ndarray
-    vocabulary: Vocabulary
-    texts: list[list[str]] | None = None
-    boxes: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def text(self, index: int, number: int) -> str:
-        """Caption `number` of image `index` as it was written, or else the words that are known of it."""
-        if self.texts is not None:
-            return self.texts[index][number]
-        return self.vocabulary.decode(self.captions[index][number])
-
-    def fingerprint(self) -> dict[str, int]:
-        """What tells one set from another: the number of its images, checksums of their keys and captions."""
-        captions = zlib.crc32(b"".join(tokens.tobytes() for captions in self.captions for tokens in captions))
-        return {"num_images": len(self), "keys": zlib.crc32("\n".join(self.keys).encode()), "captions": captions}
-
-    def select(self, indices: Iterable[int]) -> "Records":
-        """The records at these positions, in this order."""
-        indices = [int(index) for index in indices]
-        chosen = {}
-        for member in fields(self):
-            value = getattr(self, member.name)
-            if isinstance(value, np.ndarray):
-                value = value[indices]
-            elif isinstance(value, list):
-                value = [value[index] for index in indices]
-            chosen[member.name] = value
-        return Records(**chosen)
 
 
 def box_edges(width: int, height: int, box: Sequence[float]) -> tuple[int, int, int, int]:
@@ -279,121 +189,3 @@ def _to_tensor(crop: np.ndarray, size: int) -> torch.Tensor:
         crop = np.asarray(Image.fromarray(np.ascontiguousarray(crop)).resize((size, size), Image.Resampling.BILINEAR))
     # A copy in any case: pixels of the cache are read-only, and PyTorch cannot take negative strides.
     return torch.from_numpy(crop.transpose(2, 0, 1).copy())
-
-
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples -> one Batch; a single image size comes as a tensor, several as a list of tensors."""
-    images = [torch.stack(scale) for scale in zip(*(sample.images for sample in samples), strict=True)]
-    return Batch(
-        images=images if len(images) > 1 else images[0],
-        captions=torch.stack([sample.caption for sample in samples]),
-        lengths=torch.tensor([sample.length for sample in samples]),
-        class_ids=torch.tensor([sample.class_id for sample in samples]),
-        keys=[sample.key for sample in samples],
-        indices=torch.tensor([sample.index for sample in samples]),
-        caption_numbers=torch.tensor([sample.caption_number for sample in samples]),
-    )
-
-
-class EpochBatches(Sampler):
-    """Batches of (epoch, index) without end; each epoch goes through a permutation drawn from (seed, epoch).
-
-    What does not fill a batch at the end of an epoch is left out. Step s is the same batch whether one starts
-    there or comes from step 0, and rank r of R has the r-th R-th of it: together they see the batch that one
-    process would.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        seed: int,
-        start_step: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        """batch_size counts all ranks together. Raises DataError if the data set is smaller than one
-        batch."""
-        if num_samples < batch_size:
-            raise DataError(
-                f"the training split holds {num_samples} images, fewer than one batch of {batch_size}; "
-                f"lower TRAIN.BATCH_SIZE or add images"
-            )
-        if batch_size % world_size:
-            raise ConfigError(f"TRAIN.BATCH_SIZE: {batch_size} cannot be divided among {world_size} processes")
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.start_step = start_step
-        self.rank = rank
-        self.world_size = world_size
-        self.batches_per_epoch = num_samples // batch_size
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        share = self.batch_size // self.world_size
-        epoch, batch = divmod(self.start_step, self.batches_per_epoch)
-        while True:
-            order = stream(self.seed, "order", epoch).permutation(self.num_samples)
-            for number in range(batch, self.batches_per_epoch):
-                start = number * self.batch_size + self.rank * share
-                yield [(epoch, int(index)) for index in order[start : start + share]]
-            epoch, batch = epoch + 1, 0
-
-
-class _Loader(DataLoader):
-    """A DataLoader whose workers' DataErrors arrive as they were, one line, without the worker's traceback."""
-
-    def __iter__(self):
-        try:
-            yield from super().__iter__()
-            return
-        except DataError as error:
-            # PyTorch re-raises with the traceback as the message; its last entry is `miscc.errors.DataError: text`.
-            marker = f"\n{DataError.__module__}.{DataError.__qualname__}: "
-            message = str(error).rpartition(marker)[2].strip()
-            # PyTorch's frame and this error hold each other, and the workers, which then end only after a time limit.
-            traceback.clear_frames(error.__traceback__)
-        raise DataError(message)
-
-
-def _start_worker(worker: int) -> None:
-    """Keep workers alive when Ctrl-C or a scheduler signals the whole process group: the main process finishes its
-    step and saves, for which it needs them, and ends them itself. PyTorch has set one thread a worker by now."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
-
-
-def training_loader(
-    dataset: TextImageDataset,
-    batch_size: int,
-    seed: int,
-    start_step: int = 0,
-    workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    pin_memory: bool = False,
-) -> DataLoader:
-    """Batches without end, from `start_step` on; `loader.batch_sampler` is the EpochBatches, which knows
-    `batches_per_epoch`. batch_size counts all ranks together. Workers stay from epoch to epoch and use one
-    thread each.
-    """
-    batches = EpochBatches(len(dataset), batch_size, seed, start_step, rank, world_size)
-    return _loader(dataset, workers, batch_sampler=batches, pin_memory=pin_memory)
-
-
-def ordered_loader(dataset: TextImageDataset, batch_size: int, workers: int = 0) -> DataLoader:
-    """Every image once, in order, the last short batch included."""
-    return _loader(dataset, workers, batch_size=batch_size, shuffle=False)
-
-
-def _loader(dataset: TextImageDataset, workers: int, **options) -> DataLoader:
-    return _Loader(
-        dataset,
-        collate_fn=collate,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # or the seeds drawn for workers, unused here, would move the global one on
-        **options,
-    )

@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from eval.features import load_source
-from eval.networks import full_precision, hash_tensors
+from eval.features.sources import batches, read_samples
+from eval.features.statistics import load_source
+from eval.protocol.scores import Score, add_arguments, named_device, report, seed_number
 from eval.R_precision import candidate_lists, r_precision
-from eval.scores import Score, add_arguments, named_device, report, seed_number
-from eval.sources import batches, read_samples
+from miscc.checkpoint import hash_tensors
 from miscc.errors import CheckpointError, run_command
+from models.modes import no_tf32
 
 MODEL = "openai/clip-vit-base-patch32"  # of both papers
 
@@ -60,7 +61,7 @@ class Clip:
     def encode_images(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         pixels = [torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1) for image in images]
         inputs = self.processor(images=pixels, return_tensors="pt")["pixel_values"]
-        with full_precision():
+        with no_tf32():
             return _codes(self.model.get_image_features(pixel_values=inputs.to(self.model.device)))
 
     @torch.inference_mode()
@@ -68,7 +69,7 @@ class Clip:
         cut = {"padding": True, "truncation": True, "max_length": self.max_tokens}
         inputs = self.processor(text=list(captions), return_tensors="pt", **cut).to(self.model.device)
         tokens = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-        with full_precision():
+        with no_tf32():
             return _codes(self.model.get_text_features(**tokens))
 
 

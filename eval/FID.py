@@ -1,7 +1,7 @@
 """Fréchet Inception distance (Heusel et al. 2017) between two sets of images: `python eval/FID.py REAL FAKE`.
 
 The distance between two Gaussians, without the matrix square root; FID extrapolated to infinitely many images
-(Chong and Forsyth 2020) and a bootstrap interval on request. Features and their statistics: eval/features.py.
+(Chong and Forsyth 2020) and a bootstrap interval on request. Features and their statistics: eval/features/statistics.py.
 """
 
 import argparse
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.features import (
+from eval.features.networks import FeatureNetwork
+from eval.features.statistics import (
     Statistics,
     collect_features,
     holds_statistics,
@@ -25,8 +26,7 @@ from eval.features import (
     save_statistics,
     statistics_of_features,
 )
-from eval.networks import FeatureNetwork
-from eval.scores import (
+from eval.protocol.scores import (
     Score,
     add_arguments,
     add_cache_arguments,
@@ -120,7 +120,7 @@ def fid(
     seed: int = 2020,
     **options,
 ) -> list[Score]:
-    """FID of generated against real images, each a source of eval/sources.py or a .npz of statistics.
+    """FID of generated against real images, each a source of eval/features/sources.py or a .npz of statistics.
 
     cache: where the real set's statistics are kept; extrapolate: adds FID∞; bootstrap: rounds for an interval, at
     least 20. options as `eval.features.extract`. Returns the score, and FID∞ after it if asked for.

@@ -15,10 +15,10 @@ if __package__ in (None, ""):  # run as a script: this folder hides the standard
 import numpy as np
 import torch
 
-from eval.classifier import load_classifier
-from eval.features import extract, load_source
-from eval.networks import FeatureNetwork
-from eval.scores import Score, add_arguments, extraction_of, named_device, network_of, report, score_name
+from eval.features.classifier import load_classifier
+from eval.features.networks import FeatureNetwork
+from eval.features.statistics import extract, load_source
+from eval.protocol.scores import Score, add_arguments, extraction_of, named_device, network_of, report, score_name
 from miscc.errors import ConfigError, DataError, run_command
 
 USUAL_SPLIT = 3000  # images a split in the papers on CUB and COCO: 30,000 in 10

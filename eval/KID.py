@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.features import collect_features, load_source
+from eval.features.networks import FeatureNetwork
+from eval.features.statistics import collect_features, load_source
 from eval.FID import describe
-from eval.networks import FeatureNetwork
-from eval.scores import Score, add_arguments, distance_name, extraction_of, network_of, report
+from eval.protocol.scores import Score, add_arguments, distance_name, extraction_of, network_of, report
 from miscc.errors import DataError, run_command
 
 

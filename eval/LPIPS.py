@@ -24,13 +24,14 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from eval.networks import find_weights, full_precision, hash_tensors
-from eval.scores import Score, add_arguments, named_device, report, seed_number
-from eval.sources import CAPTIONS_FILE, ImageSource, batches, drop_broken, open_source, read_samples
-from miscc.checkpoint import load_file
+from eval.features.networks import find_weights
+from eval.features.sources import CAPTIONS_FILE, ImageSource, batches, drop_broken, open_source, read_samples
+from eval.protocol.scores import Score, add_arguments, named_device, report, seed_number
+from miscc.checkpoint import hash_tensors, load_file
 from miscc.errors import CheckpointError, DataError, run_command
 from miscc.images import from_uint8, open_rgb
 from miscc.randomness import stream
+from models.modes import no_tf32
 
 ALEXNET_FILES = ("alexnet-owt-7be5be79.pth", "alexnet-owt-4df8aa71.pth")
 ALEXNET_LAYERS = {1: 0, 2: 3, 3: 6, 4: 8, 5: 10}  # slice of the lpips package: convolution in torchvision's `features`
@@ -65,7 +66,7 @@ class PerceptualDistance(nn.Module):
     @torch.inference_mode()
     def features(self, images: torch.Tensor) -> Features:
         """Images (N, 3, H, W) in [-1, 1], at least 32 px -> five layers' features, of unit length at each place."""
-        with full_precision():
+        with no_tf32():
             layers = self.network.net(self.network.scaling_layer(images))
         return [lpips.normalize_tensor(layer) for layer in layers]
 

@@ -22,15 +22,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from datasets.captions import Vocabulary, encode_batch, tokenize
-from eval.features import load_source
-from eval.networks import full_precision, hash_tensors
-from eval.pipeline import Encoders, load_encoders, released_vocabulary
-from eval.scores import Score, add_arguments, named_device, report, seed_number
-from eval.sources import ImageSource, Sample, batches, read_samples
-from miscc.checkpoint import write_text
+from eval.features.sources import ImageSource, Sample, batches, read_samples
+from eval.features.statistics import load_source
+from eval.protocol.scores import Score, add_arguments, named_device, report, seed_number
+from miscc.checkpoint import hash_tensors, write_text
 from miscc.errors import CheckpointError, DataError, UserError, run_command
 from miscc.images import from_uint8
 from miscc.randomness import stream
+from models.modes import no_tf32
+from sampling.encoders import Encoders, load_encoders, released_vocabulary
 
 ABOUT_FILE = "samples.json"  # beside the samples: what they were made with, `encoder_hash` among it
 
@@ -176,7 +176,7 @@ def encode_images(
             if len({image.shape for image in images}) > 1:
                 raise DataError(f"{source.path}: the sampled images differ in size; sample them again into one folder")
             pixels = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2)
-            with full_precision():
+            with no_tf32():
                 codes.append(encoders.image_encoder(from_uint8(pixels))[1].float().cpu())
             bar.update(len(images))
     return torch.cat(codes)

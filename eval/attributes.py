@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasets.toybirds import ATTRIBUTES, named_attributes
-from eval.features import default_cache
-from eval.toybirds_judges import (
+from datasets.toybirds.dataset import ATTRIBUTES, named_attributes
+from eval.features.statistics import default_cache
+from eval.toybirds.classifiers import (
     Drawings,
     Examples,
     Recipe,
@@ -34,7 +34,7 @@ from eval.toybirds_judges import (
     train,
     trained,
 )
-from eval.toybirds_samples import GeneratedBirds, run_script
+from eval.toybirds.samples import GeneratedBirds, run_script
 from miscc.errors import DataError, UserError, run_command
 from miscc.randomness import stream
 
@@ -129,7 +129,7 @@ def load_judge(
         raise UserError(
             f"the attribute judge for {recipe.image_size} px reads too few of {recipe.num_held_out} held-out drawings "
             f"rightly ({', '.join(poor)}; {100 * SURE_ENOUGH:.0f} % are needed), so it does not judge; "
-            f"generate larger images, or train it otherwise (Recipe in eval/toybirds_judges.py)"
+            f"generate larger images, or train it otherwise (Recipe in eval/toybirds/classifiers.py)"
         )
     return AttributeJudge(network, recipe, ceiling, float(measured["seconds"]))
 

@@ -21,19 +21,20 @@ import torch
 
 from datasets import load_records
 from datasets.captions import Vocabulary
-from datasets.text_image import Records
-from eval.evaluation_report import add_record, check_writable, hash_of_file, print_record
-from eval.judging import Judged, Tools, judge
-from eval.networks import hash_tensors
-from eval.pipeline import Encoders, Generated, TextToImage, load_encoders
-from eval.protocols import Protocol, find_protocol
-from eval.real_images import RealImages
-from eval.sampling import Request, split_requests
-from eval.scores import add_cache_arguments, named_device, positive
+from datasets.records import Records
+from eval.features.reference import RealImages
+from eval.protocol.protocols import Protocol, find_protocol
+from eval.protocol.report import add_record, check_writable, hash_of_file, print_record
+from eval.protocol.runner import Judged, Tools, judge
+from eval.protocol.scores import add_cache_arguments, named_device, positive
 from miscc import distributed
+from miscc.checkpoint import hash_tensors
 from miscc.distributed import World
 from miscc.errors import CheckpointError, ConfigError, run_command
 from miscc.randomness import stream
+from sampling.encoders import Encoders, load_encoders
+from sampling.pipeline import Generated, TextToImage
+from sampling.requests import Request, split_requests
 
 
 def requests_of(protocol: Protocol, records: Records, num_images: int | None = None) -> list[Request]:
@@ -135,7 +136,7 @@ def _several(protocol: Protocol, records: Records, first: int) -> list[Request]:
 @contextmanager
 def quiet_pipeline() -> Iterator[None]:
     """A split's captions hold words that the model does not know; `_unsuitable` counts them once."""
-    logger = logging.getLogger("eval.pipeline")
+    logger = logging.getLogger("sampling.pipeline")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -224,7 +225,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="score a checkpoint by a named protocol", allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="CKPT", help="one of our checkpoints with a generator")
-    add("--protocol", required=True, metavar="NAME", help="a name in eval/protocols.py, e.g. small")
+    add("--protocol", required=True, metavar="NAME", help="a name in eval/protocol/protocols.py, e.g. small")
     add("--num-images", type=positive, metavar="N", help="a quick look at so many, recorded as an override")
     add("--selfcheck", action="store_true", help="the floor instead: real against real, nothing is generated")
     add("--data-dir", metavar="DIR", help="where the data set is, if it was moved")

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eval.features import default_cache
-from eval.toybirds_judges import (
+from eval.features.statistics import default_cache
+from eval.toybirds.classifiers import (
     Drawings,
     Examples,
     Recipe,
@@ -34,7 +34,7 @@ from eval.toybirds_judges import (
     train,
     trained,
 )
-from eval.toybirds_samples import GeneratedBirds, run_script
+from eval.toybirds.samples import GeneratedBirds, run_script
 from miscc.errors import DataError, UserError, run_command
 from miscc.randomness import stream
 
@@ -129,7 +129,7 @@ def load_judge(
         raise UserError(
             f"the outline judge for {recipe.image_size} px reaches a mean IoU of {measured['iou']:.3f} on "
             f"{recipe.num_held_out} held-out drawings ({CLOSE_ENOUGH} is needed), so it does not judge; generate "
-            f"larger images, or train it otherwise (Recipe in eval/toybirds_judges.py)"
+            f"larger images, or train it otherwise (Recipe in eval/toybirds/classifiers.py)"
         )
     shape = measured["mean_shape"].numpy()
     return OutlineJudge(network, recipe, shape, measured["iou"], measured["mean_shape_iou"], float(measured["seconds"]))

@@ -13,10 +13,10 @@ if __package__ in (None, ""):  # run as a script: this folder hides the standard
 
 import torch
 
-from eval.features import collect_features, load_source
+from eval.features.networks import FeatureNetwork
+from eval.features.statistics import collect_features, load_source
 from eval.FID import describe
-from eval.networks import FeatureNetwork
-from eval.scores import Score, add_arguments, extraction_of, network_of, report
+from eval.protocol.scores import Score, add_arguments, extraction_of, network_of, report
 from miscc.errors import DataError, run_command
 
 ROWS = 2048  # compared with the whole other set at a time: 30,000 images take 240 MB

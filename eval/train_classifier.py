@@ -20,17 +20,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from datasets import load_records
-from datasets.text_image import Records, TextImageDataset, ordered_loader, training_loader
-from eval.classifier import CLASSIFIERS, classifier_input
-from eval.networks import TORCHVISION_FILES, find_weights
-from eval.scores import named_device, positive
+from datasets.loading import ordered_loader, training_loader
+from datasets.records import Records
+from datasets.text_image import TextImageDataset
+from eval.features.classifier import CLASSIFIERS, classifier_input
+from eval.features.networks import TORCHVISION_FILES, find_weights
+from eval.protocol.scores import named_device, positive
 from miscc.checkpoint import load_file, save_checkpoint
 from miscc.command_line import settings_from
 from miscc.config import load_config
 from miscc.errors import CheckpointError, ConfigError, DataError, TrainingError, run_command
 from miscc.randomness import seed_everything, stream
 from models import SYSTEMS
-from models.types import evaluating, record
+from models.modes import eval_mode
+from models.registry import to_state
 
 LEARNING_RATES = {"inception": 3e-4, "small": 4e-3}  # highest of the one-cycle schedule
 SMOOTHING = 0.1  # of the labels: a classifier that is never quite sure gives a score that means more
@@ -136,7 +139,7 @@ def train_classifier(
     measured = {"accuracy": accuracy(network, unseen, classes, batch_size), "num_held_out": len(held_out)}
     measured |= {"num_images": len(learned), "chance": 1 / len(classes)}
     return {
-        "networks": {"classifier": record(settings.network, network.cpu())},
+        "networks": {"classifier": to_state(settings.network, network.cpu())},
         "classes": classes.tolist(),
         "dataset": records.name,
         "data": records.fingerprint(),
@@ -155,7 +158,7 @@ def accuracy(network: nn.Module, dataset: TextImageDataset, classes: np.ndarray,
     """Share of the images whose class has the largest logit; classes: (K,) rising class ids, in the logits' order."""
     device = next(network.parameters()).device
     right = 0
-    with evaluating(network), torch.inference_mode():
+    with eval_mode(network), torch.inference_mode():
         for batch in tqdm(ordered_loader(dataset, batch_size), "held-out images", unit="batch", leave=False):
             chosen: Tensor = network(classifier_input(batch.images.to(device), network)).argmax(dim=1)
             right += int((classes[chosen.cpu().numpy()] == batch.class_ids.numpy()).sum())

@@ -1,6 +1,7 @@
 """Files written whole or not at all, and weight files loaded without running their code."""
 
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -115,3 +116,13 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
             f"{path}: has format {checkpoint['format']}, this version reads up to {FORMAT}; update the project"
         )
     return checkpoint
+
+
+def hash_tensors(state: dict[str, torch.Tensor]) -> str:
+    """16 hex digits of the tensors' names, types, shapes and bytes, whatever kind of file they came in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        array = tensor.detach().cpu().contiguous().numpy()
+        digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:16]

@@ -202,7 +202,7 @@ _MATCHING: ContextVar[World | None] = ContextVar("matching", default=None)
 
 
 @contextmanager
-def matching_jointly(world: World) -> Iterator[None]:
+def global_damsm(world: World) -> Iterator[None]:
     """Inside, `all_rows` gives the rows of all processes: losses that compare samples with each other see them all."""
     token = _MATCHING.set(world)
     try:
@@ -211,7 +211,7 @@ def matching_jointly(world: World) -> Iterator[None]:
         _MATCHING.reset(token)
 
 
-def all_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+def all_gather_with_grad(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The rows (N, ...) of every process below each other, with gradient, inside `matching_jointly`; else as they are.
 
     The processes must have as many rows. The gradient that comes back is the sum over the processes, so that a loss

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from models.layers import doublings
+from models.layers import num_upsamples
 
 ENCODER_STEPS = 4  # halvings in which the channels grow to 8·df_dim; larger images take further ones
 
@@ -36,7 +36,7 @@ class StageDiscriminator(nn.Module):
             "judges_alone": judges_alone, "spectral_normalisation": spectral_normalisation,
         }  # fmt: skip
         self.image_size, self.judges_alone = image_size, judges_alone
-        steps = doublings(image_size)
+        steps = num_upsamples(image_size)
         width = 8 * df_dim
         # Images below 64 px take the last of the four convolutions: what arrives at 4×4 is always 8·df_dim wide.
         channels = [df_dim * 2**number for number in range(ENCODER_STEPS)][-min(steps, ENCODER_STEPS) :]

@@ -14,9 +14,10 @@ from miscc.losses import binary_discriminator_loss, binary_generator_loss, kl_to
 from models.adversarial import AdversarialSystem
 from models.attn_discriminator import StageDiscriminator, initialise
 from models.damsm import matching_losses
-from models.derivatives import Double
-from models.layers import convolve_doubled, doublings
-from models.types import GeneratorOutput, TextFeatures, Update, frozen
+from models.kernels import Upsample2x, conv_after_upsample_2x
+from models.layers import num_upsamples
+from models.modes import no_parameter_grad
+from models.types import GeneratorOutput, TextFeatures, Update
 
 WIDEST = 16  # channels at 4×4 are at most this times gf_dim, as at the published 64 px
 
@@ -30,11 +31,11 @@ class UpBlock(nn.Sequential):
 
     def __init__(self, channels_in: int, channels_out: int):
         convolution = conv3x3(channels_in, 2 * channels_out)
-        super().__init__(Double(), convolution, nn.BatchNorm2d(2 * channels_out), nn.GLU(dim=1))
+        super().__init__(Upsample2x(), convolution, nn.BatchNorm2d(2 * channels_out), nn.GLU(dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
         _, convolution, norm, gate = self  # the upsampling is the convolution's business
-        return gate(norm(convolve_doubled(convolution, x)))
+        return gate(norm(conv_after_upsample_2x(convolution, x)))
 
 
 class ConditioningAugmentation(nn.Module):
@@ -56,7 +57,7 @@ class FirstStage(nn.Module):
 
     def __init__(self, input_dim: int, gf_dim: int, base_size: int):
         super().__init__()
-        num_blocks = doublings(base_size)
+        num_blocks = num_upsamples(base_size)
         channels = [gf_dim * min(2**steps, WIDEST) for steps in range(num_blocks, -1, -1)]
         width = channels[0] * 4 * 4
         self.fc = nn.Sequential(nn.Linear(input_dim, 2 * width, bias=False), nn.BatchNorm1d(2 * width), nn.GLU(dim=1))
@@ -246,7 +247,7 @@ class AttnGAN(AdversarialSystem):
         stats |= self._by_size("discriminator", losses)
         yield Update("discriminator", {"discriminator": torch.stack(losses).sum()}, stats)
 
-        with frozen(discriminator, *self.encoders()):
+        with no_parameter_grad(discriminator, *self.encoders()):
             losses = [adversarial_loss(stage, images, text.sentence) for stage, images in stages]
             stats = self._by_size("adversarial", losses) | {"sigma_mean": (fake.logvar.detach() / 2).exp().mean()}
             total = {"adversarial": torch.stack(losses).sum(), "kl": kl_to_standard_normal(fake.mu, fake.logvar)}

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import inception_v3
 
-from miscc.distributed import all_rows
+from miscc.distributed import all_gather_with_grad
 from miscc.losses import sentence_loss, word_loss
 from models.types import TextFeatures
 
@@ -153,9 +153,9 @@ def matching_losses(
     """How badly images (N, 3, H, W) in [-1, 1] fit their captions: {"words", "sentence"}, both directions each summed.
 
     batch: its lengths (N,) of the captions and class_ids (N,), see miscc.losses.word_loss. Inside
-    `miscc.distributed.matching_jointly` over the images and captions of all processes.
+    `miscc.distributed.global_damsm` over the images and captions of all processes.
     """
     rows = (*image_encoder(images), text.words, text.sentence, batch.lengths, batch.class_ids)
-    regions, code, words, sentence, lengths, class_ids = all_rows(*rows)
+    regions, code, words, sentence, lengths, class_ids = all_gather_with_grad(*rows)
     by_word = word_loss(regions, words, lengths, class_ids, gamma1, gamma2, gamma3)
     return {"words": sum(by_word), "sentence": sum(sentence_loss(code, sentence, class_ids, gamma3))}

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, matching_aware_gradient_penalty
 from models.adversarial import AdversarialSystem, logit_stats
-from models.layers import FusionBlock, OneWayDiscriminator, doublings
-from models.types import GeneratorOutput, TextFeatures, Update, exactly, frozen
+from models.layers import FusionBlock, OneWayDiscriminator, num_upsamples
+from models.modes import full_precision, no_parameter_grad
+from models.types import GeneratorOutput, TextFeatures, Update
 
 CHANNELS = (8, 8, 8, 8, 4, 2, 1)  # of nf: of the 4×4 features, then after each block at 256 px
 
@@ -28,7 +29,7 @@ class DFGenerator(nn.Module):
         super().__init__()
         self.arguments = {"nf": nf, "z_dim": z_dim, "image_size": image_size, "sentence_dim": sentence_dim}
         self.z_dim, self.noise_dim, self.image_size = z_dim, z_dim, image_size
-        num_blocks = doublings(image_size)
+        num_blocks = num_upsamples(image_size)
         multipliers = ([CHANNELS[0]] * num_blocks + list(CHANNELS))[-num_blocks - 1 :]
         channels = [nf * multiplier for multiplier in multipliers]
         self.fc = nn.Linear(z_dim, channels[0] * 4 * 4)
@@ -101,7 +102,7 @@ class DFGAN(AdversarialSystem):
         fake_images = generator(noise, text).images[-1]
         losses, stats = self.discriminator_losses(batch.images, fake_images.detach(), text.sentence)
         yield Update("discriminator", losses, stats)
-        with frozen(discriminator):
+        with no_parameter_grad(discriminator):
             adversarial = hinge_generator_loss(discriminator(fake_images, text.sentence))
             yield Update("generator", {"adversarial": adversarial})
 
@@ -115,7 +116,7 @@ class DFGAN(AdversarialSystem):
         discriminator = self.networks["discriminator"]
         images = real_images.detach().requires_grad_()
         own = sentence.detach().to(images.dtype).requires_grad_()
-        with exactly(images.device):
+        with full_precision(images.device):
             features = discriminator.features(images)
             real_logits = discriminator.logits(features, own)
             penalty = matching_aware_gradient_penalty(real_logits, images, own, **self.penalty)

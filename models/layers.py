@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from models.derivatives import Conv2d, LeakyReLU, double, halve
+from models.kernels import Conv2d, LeakyReLU, avg_pool_2x, conv_after_upsample_2x, upsample_2x
 
 
 class DownBlock(nn.Module):
@@ -29,7 +29,7 @@ class DownBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C', H/2, W/2)
         # The originals convolve, then pool. A 1×1 convolution and a mean commute, and a quarter of the pixels is left.
-        pooled = halve(x)
+        pooled = avg_pool_2x(x)
         shortcut = self.shortcut(pooled) if self.changes_channels else pooled
         return shortcut + self.gate * self.residual(x)
 
@@ -54,7 +54,7 @@ class OneWayDiscriminator(nn.Module):
             "nf": nf, "image_size": image_size, "sentence_dim": sentence_dim,
             "multipliers": list(multipliers), "spectral_normalisation": spectral_normalisation,
         }  # fmt: skip
-        num_blocks = doublings(image_size)
+        num_blocks = num_upsamples(image_size)
         multipliers = [1, *multipliers] + [multipliers[-1]] * num_blocks
         channels = [nf * multiplier for multiplier in multipliers[: num_blocks + 1]]
         self.from_rgb = Conv2d(3, nf, 3, padding=1)
@@ -136,26 +136,12 @@ class FusionBlock(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, doubles: bool = False) -> Tensor:
         # (N, C, H, W), (N, D) -> (N, C', H, W), or (N, C', 2H, 2W) if it doubles
         fused, shortcut = self.fusion1(x, condition), self.shortcut(x)
-        residual = convolve_doubled(self.conv1, fused) if doubles else self.conv1(fused)
+        residual = conv_after_upsample_2x(self.conv1, fused) if doubles else self.conv1(fused)
         residual = self.conv2(self.fusion2(residual, condition))
-        return (double(shortcut) if doubles else shortcut) + residual
+        return (upsample_2x(shortcut) if doubles else shortcut) + residual
 
 
-def convolve_doubled(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    """convolution(double(x)) of a 3×3 convolution that keeps the size: (N, C, H, W) -> (N, C', 2H, 2W).
-
-    The 9 weights meet 4 pixels of x; those that meet the same one are added up first. What is left is a transposed 4×4
-    convolution: 16 products for 36.
-    """
-    if min(x.shape[2:]) < 8:  # too small to pay
-        return convolution(double(x))
-    flipped = convolution.weight.flip(2, 3).transpose(0, 1)
-    columns = F.pad(flipped, (0, 1)) + F.pad(flipped, (1, 0))
-    weight = F.pad(columns, (0, 0, 0, 1)) + F.pad(columns, (0, 0, 1, 0))  # (C, C', 4, 4)
-    return F.conv_transpose2d(x, weight, convolution.bias, stride=2, padding=1)
-
-
-def doublings(image_size: int) -> int:
+def num_upsamples(image_size: int) -> int:
     """How often 4 is doubled to reach image_size. Raises ValueError unless it is a power of two from 8 on."""
     steps = round(math.log2(image_size / 4)) if image_size >= 8 else 0
     if steps < 1 or 4 * 2**steps != image_size:

@@ -4,8 +4,9 @@ Nothing is taken from file names: system, sizes and stages come from names and s
 and wrapping dicts are seen through.
 """
 
+import os
 import re
-import runpy
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 
 from miscc.checkpoint import load_file
 from miscc.errors import CheckpointError
-from models import DISCRIMINATORS, GENERATORS, IMAGE_ENCODERS, NETWORKS, TEXT_ENCODERS
+from models import DISCRIMINATORS, GENERATORS, IMAGE_ENCODERS, TEXT_ENCODERS
+from models.registry import skip_init
 from models.released_formats import FORMATS, Format, State
-from models.types import unfilled
 
 
 @contextmanager
@@ -83,11 +84,6 @@ LOADERS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
 }
 
 
-def network_name(module: nn.Module) -> str:
-    """The name under which our registries know a network's class."""
-    return next(name for registry in NETWORKS.values() for name, kind in registry.items() if kind is type(module))
-
-
 def unwrap(value: Any, part: str) -> dict[str, Tensor]:
     """The tensors of one network, out of wrapping dicts and without `module.` prefixes.
 
@@ -135,7 +131,7 @@ def _load(state_dict: Mapping[str, Any], part: str, registry: Mapping[str, type[
         what = f"of {article} {form.title}" if form else f"unknown (the first: {_first(state)})"
         raise CheckpointError(f"a {part} is wanted, but the tensors are {what}; give the {part}'s own file")
     try:
-        module = unfilled(registry[form.network], form.arguments(state))
+        module = skip_init(registry[form.network], form.arguments(state))
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{form.title}: its sizes cannot be read, tensors are missing ({error})") from None
     renamed = {rename(name, form): tensor for name, tensor in state.items() if not re.match(form.ignored, name)}
@@ -169,5 +165,5 @@ def _first(value: Mapping) -> str:
 
 
 if __name__ == "__main__":
-    # What a file is, and --convert: a whole checkpoint needs the data's vocabulary, which models do not know.
-    runpy.run_module("eval.released_files", run_name="__main__")
+    # The former name of a command that needs the data's vocabulary, which models do not know.
+    os.execv(sys.executable, [sys.executable, "-m", "sampling.convert", *sys.argv[1:]])

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from miscc.errors import CheckpointError
-from models.layers import doublings
+from models.layers import num_upsamples
 
 State = Mapping[str, Tensor]
 
@@ -236,7 +236,7 @@ FORMATS = (
         ("img_code_s16.0.weight", "COND_DNET.jointConv.0.weight"),
         (
             (r"^img_code_s16\.", "encoder."),
-            (r"^img_code_s(\d+)\.", lambda found: f"down.{doublings(int(found[1])) - 3}."),
+            (r"^img_code_s(\d+)\.", lambda found: f"down.{num_upsamples(int(found[1])) - 3}."),
             (r"^img_code_s\d+_(\d+)\.", lambda found: f"back.{int(found[1]) - 1}."),
             (r"^UNCOND_DNET\.outlogits\.0\.", "unconditional_head."),
             (r"^COND_DNET\.jointConv\.", "joint."),

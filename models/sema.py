@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from miscc.losses import hinge_generator_loss, semantic_distance
 from models.df_gan import CHANNELS, DFGAN
-from models.layers import FusionBlock, doublings
-from models.types import GeneratorOutput, TextFeatures, Update, frozen
+from models.layers import FusionBlock, num_upsamples
+from models.modes import no_parameter_grad
+from models.types import GeneratorOutput, TextFeatures, Update
 
 
 class SEMAGenerator(nn.Module):
@@ -39,7 +40,7 @@ class SEMAGenerator(nn.Module):
             "nf": nf, "z_dim": z_dim, "image_size": image_size, "sentence_dim": sentence_dim, "hidden": hidden,
         }  # fmt: skip
         self.z_dim, self.noise_dim, self.image_size = z_dim, z_dim, image_size
-        num_blocks = doublings(image_size) + 1
+        num_blocks = num_upsamples(image_size) + 1
         multipliers = ([CHANNELS[0]] * num_blocks + list(CHANNELS))[-num_blocks:]
         channels = [nf * multiplier for multiplier in [multipliers[0], *multipliers]]
         self.fc = nn.Linear(z_dim, channels[0] * 4 * 4)
@@ -112,7 +113,7 @@ class SEMA(DFGAN):
         if self.feature_weight > 0:
             losses, stats = self.feature_extractor_losses(real_images, fake_images.detach())
             yield Update("feature_extractor", losses, stats)
-        with frozen(networks["discriminator"], *(networks[part] for part in self.EXTRA_NETWORKS)):
+        with no_parameter_grad(networks["discriminator"], *(networks[part] for part in self.EXTRA_NETWORKS)):
             yield Update("generator", self.generator_losses(real_images, fake_images, text.sentence))
 
     def redescriber_losses(

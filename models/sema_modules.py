@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import doublings
+from models.layers import num_upsamples
 
 GRID = 8  # the trunk's features are GRID × GRID
 MULTIPLIERS = (2, 4, 8)  # of nf after each halving, the last one repeated
@@ -22,7 +22,7 @@ class ImageTrunk(nn.Sequential):
 
     def __init__(self, nf: int, image_size: int):
         layers, channels = [nn.Conv2d(3, nf, 3, padding=1), nn.LeakyReLU(0.2)], nf
-        for number in range(doublings(image_size) - 1):
+        for number in range(num_upsamples(image_size) - 1):
             wider = nf * MULTIPLIERS[min(number, len(MULTIPLIERS) - 1)]
             layers += [nn.Conv2d(channels, wider, 4, stride=2, padding=1), nn.GroupNorm(1, wider), nn.LeakyReLU(0.2)]
             channels = wider

@@ -16,9 +16,10 @@ from miscc.distributed import processes_of
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, matching_aware_gradient_penalty
 from models.adversarial import AdversarialSystem, logit_stats
 from models.damsm import matching_losses
-from models.derivatives import double, halve
-from models.layers import doublings
-from models.types import GeneratorOutput, TextFeatures, Update, exactly, frozen
+from models.kernels import avg_pool_2x, upsample_2x
+from models.layers import num_upsamples
+from models.modes import full_precision, no_parameter_grad
+from models.types import GeneratorOutput, TextFeatures, Update
 
 CHANNELS = (8, 8, 8, 8, 4, 2, 1)  # of nf, block by block at 256 px
 
@@ -50,7 +51,7 @@ class SSCBN(nn.Module):
         # A compiler fuses the plain form, and better.
         by_hand = self.form == "code" and not torch.compiler.is_compiling()
         if doubles and not by_hand:
-            x, doubles = double(x), False
+            x, doubles = upsample_2x(x), False
         normalised = self._normalised_before_doubling(x) if doubles else self.norm(x)
         gamma, beta, mask = (value.to(normalised.dtype) for value in (self.gamma(sentence), self.beta(sentence), mask))
         if by_hand:
@@ -119,8 +120,8 @@ class _DoubledMaskedAffine(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, gamma, beta, mask = ctx.saved_tensors
         gamma, beta = gamma[:, :, None, None], beta[:, :, None, None]
-        masked = halve(grad * mask) * 4  # (N, C, h, w): summed over the pixels that share a feature
-        by_x = torch.addcmul(halve(grad) * 4, masked, gamma)
+        masked = avg_pool_2x(grad * mask) * 4  # (N, C, h, w): summed over the pixels that share a feature
+        by_x = torch.addcmul(avg_pool_2x(grad) * 4, masked, gamma)
         by_mask = (_rows_paired(grad) * _twice(torch.addcmul(beta, x, gamma))).flatten(2).sum(dim=1)
         return by_x, (masked * x).sum(dim=(2, 3)), masked.sum(dim=(2, 3)), by_mask.view_as(mask)
 
@@ -156,7 +157,7 @@ class SSABlock(nn.Module):
         residual = self.conv1(F.relu(self.sscbn1(x, sentence, mask), inplace=True))
         residual = self.conv2(F.relu(self.sscbn2(residual, sentence, mask), inplace=True))
         shortcut = self.shortcut(x)
-        return (shortcut if x.shape[2:] == mask.shape[2:] else double(shortcut)) + self.gate * residual
+        return (shortcut if x.shape[2:] == mask.shape[2:] else upsample_2x(shortcut)) + self.gate * residual
 
 
 def mask_predictor(channels: int) -> nn.Sequential:
@@ -188,7 +189,7 @@ class SSAGenerator(nn.Module):
         }  # fmt: skip
         self.z_dim, self.noise_dim, self.image_size = z_dim, z_dim, image_size
         self.upsample, self.mask = upsample, mask
-        num_blocks = doublings(image_size) + 1
+        num_blocks = num_upsamples(image_size) + 1
         multipliers = ([CHANNELS[0]] * num_blocks + list(CHANNELS))[-num_blocks:]
         channels = [nf * multiplier for multiplier in [multipliers[0], *multipliers]]
         self.fc = nn.Linear(z_dim, channels[0] * 4 * 4)
@@ -316,7 +317,7 @@ class SSAGAN(AdversarialSystem):
             yield Update("discriminator", losses, stats)
             yield Update("discriminator", {"penalty": self._penalty(real_images, text.sentence)})
 
-        with frozen(discriminator, *self.encoders()):
+        with no_parameter_grad(discriminator, *self.encoders()):
             losses = {"adversarial": hinge_generator_loss(discriminator(fake.images[-1], text.sentence))}
             if self.damsm_weight > 0:
                 damsm = self._damsm(fake.images[-1], text, batch)
@@ -339,7 +340,7 @@ class SSAGAN(AdversarialSystem):
     def _penalty(self, real_images: Tensor, sentence: Tensor) -> Tensor:
         real_images = real_images.detach().requires_grad_()
         sentence = sentence.detach().to(real_images.dtype).requires_grad_()
-        with exactly(real_images.device):
+        with full_precision(real_images.device):
             logits = self.networks["discriminator"](real_images, sentence)
             return matching_aware_gradient_penalty(logits, real_images, sentence, **self.penalty)
 

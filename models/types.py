@@ -1,14 +1,10 @@
 """What passes between networks and trainer: text features, a generator's output, the protocol of a system."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
-
-from miscc.errors import CheckpointError
 
 
 class TextFeatures(NamedTuple):
@@ -88,78 +84,3 @@ class System(Protocol):
     def updates(self, batch: Any, noise: Tensor) -> Iterator[Update]:
         """The optimizer steps of one training step, in order. The trainer steps before it asks for the next."""
         ...
-
-
-def record(name: str, module: nn.Module) -> dict[str, Any]:
-    """A network as plain data: its registry name, constructor arguments and tensors."""
-    return {"name": name, "arguments": dict(module.arguments), "state": module.state_dict()}
-
-
-def rebuild(entry: Mapping[str, Any], registry: Mapping[str, type[nn.Module]]) -> nn.Module:
-    """The network of a `record`, with its weights. Raises CheckpointError for a network that this version does not know."""
-    if entry["name"] not in registry:
-        raise CheckpointError(
-            f"the checkpoint holds a network {entry['name']!r}, which this version does not know (it knows: "
-            f"{', '.join(registry)}); update the project"
-        )
-    module = unfilled(registry[entry["name"]], entry["arguments"])
-    module.load_state_dict(entry["state"])
-    return module
-
-
-def unfilled(kind: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
-    """A network on the CPU whose tensors a state dict will fill.
-
-    A class that says `slow_start = True` draws initial weights for seconds, and all its tensors are in its state dict: it
-    is built without values.
-    """
-    if not getattr(kind, "slow_start", False):
-        return kind(**arguments)
-    with torch.device("meta"):
-        module = kind(**arguments)
-    return module.to_empty(device="cpu")
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Number of learnable values, frozen ones included."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-@contextmanager
-def frozen(*modules: nn.Module) -> Iterator[None]:
-    """`with frozen(D):` its parameters take no gradient: G's step then skips D's weight gradients (bit-identical)."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def exactly(device: torch.device) -> Iterator[None]:
-    """`with exactly(images.device):` no autocast and nothing compiled inside: for what is differentiated twice, as compilers
-    cannot, and for penalties, whose high power would amplify rounding."""
-    kind = "cpu" if device.type == "meta" else device.type  # autocast knows no meta device
-    with torch.autocast(kind, enabled=False), torch.compiler.set_stance("force_eager"):
-        yield
-
-
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """`with evaluating(G):` eval mode inside, the former mode afterwards."""
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.train(mode)
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where a network lives."""
-    return next(module.parameters()).device

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from datasets.toybirds import ToyBirds
+from datasets.toybirds.dataset import ToyBirds
 from miscc.config import load_config
 from models import SYSTEMS
 

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.captions import Vocabulary
-from datasets.text_image import Records
+from datasets.records import Records
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # not part of the project; tests skip without it
 

@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from eval.networks import FeatureNetwork, hash_tensors
+from eval.features.networks import FeatureNetwork
+from miscc.checkpoint import hash_tensors
 
 
 def picture(number: int, size: int = 48, tone: int = 0) -> np.ndarray:

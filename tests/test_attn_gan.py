@@ -6,12 +6,13 @@ import pytest
 import torch
 from test_ssa_gan import changed_by_a_step
 
-from datasets.text_image import Batch
+from miscc.batch import Batch
 from miscc.losses import binary_discriminator_loss, binary_generator_loss, kl_to_standard_normal
 from models.attn_discriminator import AttnDCDiscriminator, AttnDiscriminator, StageDiscriminator
 from models.attn_gan import AttnDCGAN, AttnDCGenerator, AttnGAN, AttnGenerator, WordAttention
 from models.damsm import SmallImageEncoder, TextEncoder
-from models.types import TextFeatures, rebuild, record
+from models.registry import from_state, to_state
+from models.types import TextFeatures
 
 SMALL = {"z_dim": 6, "condition_dim": 4, "sentence_dim": 8, "gf_dim": 2}
 
@@ -205,8 +206,8 @@ def test_a_stored_discriminator_is_rebuilt_without_drawing_weights(spectral_norm
     discriminator = AttnDiscriminator(1, 16, 2, 8, spectral_normalisation)
     images, sentence = [torch.randn(2, 3, size, size) for size in (16, 32)], torch.randn(2, 8)
     discriminator(images, sentence)  # running statistics that differ from those at the start
-    entry = record("attn_gan", discriminator)
-    again = rebuild(entry, {"attn_gan": AttnDiscriminator})
+    entry = to_state("attn_gan", discriminator)
+    again = from_state(entry, {"attn_gan": AttnDiscriminator})
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), entry["state"].values(), strict=True))
     for ours, theirs in zip(discriminator.eval()(images, sentence), again.eval()(images, sentence), strict=True):
         assert torch.equal(ours, theirs)
@@ -216,7 +217,7 @@ def test_a_stored_discriminator_is_rebuilt_without_drawing_weights(spectral_norm
 def test_a_network_around_given_stages_is_built_again_whatever_the_settings_said():
     given = AttnDiscriminator(1, 8, 2, 8)
     network = AttnDiscriminator(2, 8, 2, 8, spectral_normalisation=True).with_stages(given.stages)
-    again = rebuild(record("attn_gan", network), {"attn_gan": AttnDiscriminator})
+    again = from_state(to_state("attn_gan", network), {"attn_gan": AttnDiscriminator})
     assert not again.arguments["spectral_normalisation"]
     assert again.state_dict().keys() == given.state_dict().keys()
 

@@ -11,14 +11,15 @@ import torch
 from golden import fill_state
 from PIL import Image
 
-from eval.attention import caption_words
-from eval.pipeline import TextToImage
 from main import main
 from miscc.checkpoint import load_checkpoint
 from miscc.distributed import World
 from miscc.errors import CheckpointError, ConfigError, DataError
 from models.attn_discriminator import AttnDiscriminator, StageDiscriminator
-from models.released import load_discriminator, load_generator, network_name
+from models.registry import network_name
+from models.released import load_discriminator, load_generator
+from sampling.attention import caption_words
+from sampling.pipeline import TextToImage
 from training.build import build_networks, given_networks
 from training.trainer import Trainer, train
 

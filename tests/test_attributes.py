@@ -10,10 +10,10 @@ import torch
 from toybirds_help import write_checkpoint
 
 import eval.attributes as attributes
-from datasets.toybirds import ATTRIBUTES, ToyBirds, named_attributes
+from datasets.toybirds.dataset import ATTRIBUTES, ToyBirds, named_attributes
 from eval.attributes import NAMES, UNKNOWN, UNNAMED, judge_attributes, named_values, other_captions
-from eval.toybirds_judges import Recipe
-from eval.toybirds_samples import captions_of_test_birds
+from eval.toybirds.classifiers import Recipe
+from eval.toybirds.samples import captions_of_test_birds
 from miscc.errors import DataError, run_command
 
 CEILING = {name: 0.99 for name in NAMES}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.reference import PlainSSAGAN, plain_copy, plain_system
-from datasets.text_image import Batch
+from miscc.batch import Batch
 from miscc.errors import ConfigError
 from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder
 from models.layers import OneWayDiscriminator

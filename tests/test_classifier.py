@@ -9,13 +9,13 @@ from PIL import Image
 from torchvision.models import inception_v3
 
 from datasets.captions import Vocabulary
-from datasets.text_image import Records
+from datasets.records import Records
 from eval import train_classifier as training
-from eval.classifier import InceptionClassifier, SmallClassifier, classifier_input, load_classifier
-from eval.features import load_source
+from eval.features.classifier import InceptionClassifier, SmallClassifier, classifier_input, load_classifier
+from eval.features.statistics import load_source
 from eval.IS import inception_score
 from eval.IS import main as is_main
-from eval.scores import score_name
+from eval.protocol.scores import score_name
 from eval.train_classifier import Settings, split_within_classes, train_classifier
 from miscc.checkpoint import load_file, save_checkpoint
 from miscc.errors import CheckpointError, ConfigError, DataError

@@ -6,8 +6,8 @@ import logging
 import pytest
 from dataset_samples import write_image
 
-from datasets import coco
-from datasets.building import BuildOptions
+from datasets.sources import coco
+from datasets.sources.building import BuildOptions
 from miscc.errors import DataError
 
 

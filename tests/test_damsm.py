@@ -9,12 +9,12 @@ from test_trainer import assert_same_state
 from torchvision.models import inception_v3
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from eval.pipeline import load_encoders
-from eval.retrieval import retrieval_at
 from miscc.checkpoint import load_checkpoint, save_checkpoint
 from miscc.errors import CheckpointError, ConfigError, TrainingError
 from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder
+from sampling.encoders import load_encoders
 from training.damsm import EncoderTrainer, load_imagenet_weights, pretrain
+from training.retrieval import retrieval_at
 
 CPU = torch.device("cpu")
 
@@ -131,7 +131,7 @@ def test_pretraining_resumes_exactly(damsm_settings, tmp_path):
     pretrain(damsm_settings(1), CPU, tmp_path / "parts")
     # Stopped in the middle of the second epoch, as by a signal.
     trainer = EncoderTrainer(damsm_settings(3), CPU, load_checkpoint(tmp_path / "parts" / "last.pth"))
-    from datasets.text_image import training_loader
+    from datasets.loading import training_loader
 
     batches = iter(training_loader(trainer.dataset, 8, 100, trainer.step))
     trainer.train_step(next(batches).to("cpu"), 1)
@@ -197,7 +197,7 @@ def test_encoders_that_were_copied_here_are_not_lost(damsm_settings, encoders, t
 def test_a_loss_that_is_not_finite_is_named(damsm_settings):
     trainer = EncoderTrainer(damsm_settings(), CPU)
     trainer.image_encoder.code_head.weight.data.fill_(float("nan"))
-    from datasets.text_image import training_loader
+    from datasets.loading import training_loader
 
     batch = next(iter(training_loader(trainer.dataset, 8, 100))).to("cpu")
     with pytest.raises(TrainingError, match=r"the loss `sentence` is not finite at step 1 \(epoch 1\)"):
@@ -206,7 +206,7 @@ def test_a_loss_that_is_not_finite_is_named(damsm_settings):
 
 def test_the_learning_rate_falls_to_a_tenth(damsm_settings):
     trainer = EncoderTrainer(damsm_settings(), CPU)
-    from datasets.text_image import training_loader
+    from datasets.loading import training_loader
 
     batch = next(iter(training_loader(trainer.dataset, 8, 100))).to("cpu")
     rates = []
@@ -218,7 +218,7 @@ def test_the_learning_rate_falls_to_a_tenth(damsm_settings):
 
 def test_training_lowers_the_loss(damsm_settings):
     trainer = EncoderTrainer(damsm_settings(), CPU)
-    from datasets.text_image import training_loader
+    from datasets.loading import training_loader
 
     batch = next(iter(training_loader(trainer.dataset, 8, 100))).to("cpu")
     losses = [sum(trainer.train_step(batch, 0).values()).item() for _ in range(15)]

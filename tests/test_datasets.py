@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from dataset_samples import REAL_DATA, python2_pickle, write_cub, write_image
 
-from datasets import DATASETS, birds, load_records
-from datasets.building import BuildOptions
+from datasets import DATASETS, load_records
 from datasets.captions import Vocabulary
 from datasets.layout import Entry, splits_present, write_layout
+from datasets.sources import birds
+from datasets.sources.building import BuildOptions
 from datasets.text_image import TextImageDataset
 from miscc.errors import DataError
 

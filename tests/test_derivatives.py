@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.derivatives import Conv2d, double, halve, leaky_relu
+from models.kernels import Conv2d, avg_pool_2x, leaky_relu, upsample_2x
 
 PIECEWISE_LINEAR = {
     "leaky_relu": (leaky_relu, lambda x: F.leaky_relu(x, 0.2)),
-    "halve": (halve, lambda x: F.avg_pool2d(x, 2)),
-    "double": (double, lambda x: F.interpolate(x, scale_factor=2, mode="nearest")),
+    "halve": (avg_pool_2x, lambda x: F.avg_pool2d(x, 2)),
+    "double": (upsample_2x, lambda x: F.interpolate(x, scale_factor=2, mode="nearest")),
 }
 # channels in, channels out, kernel, stride, padding, bias: what a discriminator has
 CONVOLUTIONS = [
@@ -30,7 +30,7 @@ def test_a_compiler_gets_torchs_own_operations():
         seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
         return graph.forward
 
-    torch.compile(lambda x: halve(double(leaky_relu(x))), backend=record)(torch.randn(1, 2, 4, 4))
+    torch.compile(lambda x: avg_pool_2x(upsample_2x(leaky_relu(x))), backend=record)(torch.randn(1, 2, 4, 4))
     assert [getattr(function, "__name__", "") for function in seen] == ["leaky_relu", "interpolate", "avg_pool2d"]
 
 
@@ -64,7 +64,7 @@ def test_gradients_by_finite_differences(name):
 
 def test_only_even_sizes_can_be_halved():
     with pytest.raises(ValueError, match="not 3×4"):
-        halve(torch.zeros(1, 1, 3, 4))
+        avg_pool_2x(torch.zeros(1, 1, 3, 4))
 
 
 def convolutions(settings):

@@ -20,8 +20,8 @@ from miscc.losses import hinge_discriminator_loss, matching_aware_gradient_penal
 from models import SYSTEMS
 from models.df_gan import DFGAN, DFDiscriminator, DFGenerator
 from models.layers import ConditionalAffine
+from models.registry import count_parameters
 from models.released import load_discriminator
-from models.types import count_parameters
 
 
 @pytest.mark.parametrize("size", [8, 32, 64, 256, 512])

@@ -11,17 +11,18 @@ from metrics_help import tiny_network
 from test_distributed import torchrun
 
 from datasets import load_records
-from eval import networks
 from eval.evaluate import arguments, evaluate, main, real_images_of, requests_of, self_check
-from eval.evaluation_report import read_records
-from eval.features import statistics_of_features
+from eval.features import networks
+from eval.features.reference import RealImages, reference
+from eval.features.statistics import statistics_of_features
 from eval.FID import distance
-from eval.judging import Judged, Tools, judge
-from eval.pipeline import Generated, TextToImage, load_encoders
-from eval.protocols import PROTOCOLS, Protocol, find_protocol
-from eval.real_images import RealImages, reference
+from eval.protocol.protocols import PROTOCOLS, Protocol, find_protocol
+from eval.protocol.report import read_records
+from eval.protocol.runner import Judged, Tools, judge
 from miscc.distributed import World
 from miscc.errors import ConfigError, DataError, UserError
+from sampling.encoders import load_encoders
+from sampling.pipeline import Generated, TextToImage
 from training.trainer import train
 
 QUICK = Protocol(
@@ -323,7 +324,9 @@ def test_a_protocol_for_other_data_warns(checkpoint, records):
 SHARED = """
 import sys, json, dataclasses
 sys.path[:0] = ["tests"]
-from eval import networks, protocols, evaluate
+from eval import evaluate
+from eval.features import networks
+from eval.protocol import protocols
 from metrics_help import tiny_network
 networks.NETWORKS["tiny"] = lambda weights, resize, seed: tiny_network(resize, seed)
 protocols.PROTOCOLS["quick"] = protocols.Protocol(**json.loads(sys.argv.pop(1)))

@@ -13,17 +13,17 @@ from test_trainer import assert_same_state, final_state, stats_of
 
 from datasets import load_records
 from datasets.captions import Vocabulary
-from datasets.text_image import Records
-from eval import networks
-from eval.features import statistics_of_features
+from datasets.records import Records
+from eval.features import networks
+from eval.features.networks import load_network
+from eval.features.reference import RealImages
+from eval.features.statistics import statistics_of_features
 from eval.FID import distance
-from eval.networks import load_network
-from eval.pipeline import TextToImage
-from eval.real_images import RealImages
-from eval.sampling import split_requests
 from miscc.checkpoint import load_checkpoint, save_checkpoint
 from miscc.distributed import World
 from miscc.errors import ConfigError, DataError
+from sampling.pipeline import TextToImage
+from sampling.requests import split_requests
 from training.dry_run import describe
 from training.evaluation import Evaluation, hold_out, split_records
 from training.run_dir import RunDir
@@ -298,7 +298,7 @@ def test_broken_held_out_images_cost_nothing_where_they_may_be_left_out(tiny, dr
 SHARED = """
 import sys
 sys.path[:0] = ["tests", "."]
-from eval import networks
+from eval.features import networks
 from metrics_help import tiny_network
 networks.NETWORKS["efficientnet-lite0"] = lambda weights, resize, seed: tiny_network(resize, seed)
 import main

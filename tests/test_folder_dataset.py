@@ -6,8 +6,8 @@ import logging
 import pytest
 from dataset_samples import write_image
 
-from datasets import flickr, folder
-from datasets.building import BuildOptions
+from datasets.sources import flickr, folder
+from datasets.sources.building import BuildOptions
 from miscc.errors import DataError
 
 NAMES = ["cat.jpg", "dog.png", "sub/cow.jpg", "sub/fox.webp"]

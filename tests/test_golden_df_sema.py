@@ -7,6 +7,7 @@ from test_golden import GRADIENT, OUTPUT, folders, gradient_norms
 
 from models import released
 from models.df_gan import DFGAN
+from models.registry import network_name
 from models.released import load_discriminator, load_generator
 from models.types import TextFeatures
 
@@ -72,4 +73,4 @@ def test_sema_images(folder):
     with torch.no_grad():
         images = golden.generator(golden.noise, golden.text).images[-1]
     golden.check_images(images)
-    assert released.network_name(golden.generator) == "sema"
+    assert network_name(golden.generator) == "sema"

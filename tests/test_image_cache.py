@@ -17,7 +17,8 @@ from PIL import Image
 
 from datasets import cache as cache_module
 from datasets.cache import ImageCache
-from datasets.text_image import TextImageDataset, load_resized, training_loader
+from datasets.loading import training_loader
+from datasets.text_image import TextImageDataset, load_resized
 from miscc.errors import DataError
 
 BOXES = np.array([[3.0 * number, 5.0, 20.0, 12.0] for number in range(6)])

@@ -17,7 +17,7 @@ from test_bench_reference import make_batch, make_system
 
 from miscc import distributed
 from models.ssa_gan import SSAGAN
-from training.stepping import Stepper, split_batch
+from training.step import Stepper, split_batch
 
 
 class Halves(SSAGAN):
@@ -73,9 +73,9 @@ torch.testing.assert_close(ours.running_var, theirs.running_var)
 assert ours.num_batches_tracked == 1
 torch.testing.assert_close(ours.eval()(own), theirs.eval()(joint)[half])
 rows = torch.full((2, 1), float(world.rank), requires_grad=True)
-assert distributed.all_rows(rows)[0] is rows
-with distributed.matching_jointly(world):
-    (gathered,) = distributed.all_rows(rows)
+assert distributed.all_gather_with_grad(rows)[0] is rows
+with distributed.global_damsm(world):
+    (gathered,) = distributed.all_gather_with_grad(rows)
 assert gathered.flatten().tolist() == [0.0, 0.0, 1.0, 1.0]
 (gathered.flatten() * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
 assert rows.grad.flatten().tolist() == [[2.0, 4.0], [6.0, 8.0]][world.rank]

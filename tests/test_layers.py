@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.derivatives import double
-from models.layers import DownBlock, FusionBlock, OneWayDiscriminator, convolve_doubled, doublings
+from models.kernels import conv_after_upsample_2x, upsample_2x
+from models.layers import DownBlock, FusionBlock, OneWayDiscriminator, num_upsamples
 
 
 def test_the_penalty_sends_nothing_through_the_forward_convolutions():
@@ -52,7 +52,7 @@ def test_a_convolution_of_doubled_features_without_doubling_them(size, bias):
     convolution = nn.Conv2d(3, 5, 3, padding=1, bias=bias).double()
     x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
     wanted = [x, *convolution.parameters()]
-    ours = convolve_doubled(convolution, x)
+    ours = conv_after_upsample_2x(convolution, x)
     plain = convolution(F.interpolate(x, scale_factor=2, mode="nearest"))
     torch.testing.assert_close(ours, plain)
     for a, b in zip(
@@ -69,7 +69,7 @@ def test_a_block_that_doubles_equals_one_of_doubled_features(channels_out):
         nn.init.normal_(parameter, std=0.3)
     x = torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True)
     condition = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    ours, plain = block(x, condition, doubles=True), block(double(x), condition)
+    ours, plain = block(x, condition, doubles=True), block(upsample_2x(x), condition)
     torch.testing.assert_close(ours, plain)
     wanted = [x, condition, *block.parameters()]
     for a, b in zip(
@@ -80,13 +80,13 @@ def test_a_block_that_doubles_equals_one_of_doubled_features(channels_out):
 
 @pytest.mark.parametrize(("size", "steps"), [(8, 1), (32, 3), (256, 6), (512, 7)])
 def test_doublings(size, steps):
-    assert doublings(size) == steps
+    assert num_upsamples(size) == steps
 
 
 @pytest.mark.parametrize("size", [0, 4, 48, 100, 255])
 def test_sizes_that_are_no_doublings_of_four_are_refused(size):
     with pytest.raises(ValueError, match=f"not {size}"):
-        doublings(size)
+        num_upsamples(size)
 
 
 def test_spectral_normalisation_bounds_every_convolution():

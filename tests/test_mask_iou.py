@@ -10,12 +10,13 @@ from toybirds_help import write_checkpoint
 
 import eval.mask_iou as mask_iou_module
 from eval.mask_iou import iou, mask_iou, mean_shape, resized
-from eval.pipeline import TextToImage
-from eval.sampling import Request, caption_requests, sample
-from eval.toybirds_judges import Drawings, Recipe
-from eval.toybirds_samples import captions_of_test_birds, generate_birds, read_birds
+from eval.toybirds.classifiers import Drawings, Recipe
+from eval.toybirds.samples import captions_of_test_birds, generate_birds, read_birds
 from miscc.errors import DataError, run_command
 from miscc.images import unit_to_uint8
+from sampling.folders import sample
+from sampling.pipeline import TextToImage
+from sampling.requests import Request, caption_requests
 
 
 @dataclasses.dataclass

@@ -8,12 +8,12 @@ import scipy.linalg
 import torch
 from metrics_help import tiny_network, write_pictures
 
-from eval.features import Statistics, collect_features, save_statistics, statistics_of_features
+from eval.features.sources import open_source
+from eval.features.statistics import Statistics, collect_features, save_statistics, statistics_of_features
 from eval.FID import bootstrap_interval, distance, extrapolated_distance, fid, frechet_distance
 from eval.IS import StreamedScore, image_score, inception_score
 from eval.KID import kernel_distance, kid, squared_discrepancy
 from eval.precision_recall import image_precision_recall, precision_recall
-from eval.sources import open_source
 from miscc.errors import DataError
 
 

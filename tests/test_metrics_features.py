@@ -8,7 +8,16 @@ from metrics_help import picture, tiny_network, write_pictures
 from PIL import Image
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from eval.features import (
+from eval.features.networks import (
+    find_weights,
+    load_network,
+    random_inception_state,
+    resize_bilinear,
+    resize_clean,
+    resize_tf1,
+)
+from eval.features.sources import open_source
+from eval.features.statistics import (
     Statistics,
     StreamedStatistics,
     collect_features,
@@ -17,17 +26,8 @@ from eval.features import (
     load_statistics,
     save_statistics,
 )
-from eval.networks import (
-    find_weights,
-    hash_tensors,
-    load_network,
-    random_inception_state,
-    resize_bilinear,
-    resize_clean,
-    resize_tf1,
-)
-from eval.scores import Score, distance_name, score_name
-from eval.sources import open_source
+from eval.protocol.scores import Score, distance_name, score_name
+from miscc.checkpoint import hash_tensors
 from miscc.errors import CheckpointError, ConfigError, DataError
 
 

@@ -5,14 +5,14 @@ import torch
 from metrics_help import picture, write_pictures
 from torch_fidelity import calculate_metrics
 
-from eval.features import StreamedStatistics, extract
+from eval.features.networks import load_network, random_inception_state
+from eval.features.sources import open_source
+from eval.features.statistics import StreamedStatistics, extract
 from eval.FID import distance
 from eval.IS import inception_score
 from eval.KID import kernel_distance
-from eval.networks import load_network, random_inception_state
 from eval.precision_recall import precision_recall
-from eval.scores import distance_name, score_name
-from eval.sources import open_source
+from eval.protocol.scores import distance_name, score_name
 
 COUNT = 16
 

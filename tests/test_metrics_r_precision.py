@@ -9,10 +9,10 @@ from PIL import Image
 from torch import nn
 
 from datasets.captions import Vocabulary, tokenize
-from eval.pipeline import Encoders
 from eval.R_precision import CandidateLists, draw_candidates, encoder_hash, r_precision, sample_precision
 from miscc.errors import CheckpointError, DataError
 from models.types import TextFeatures
+from sampling.encoders import Encoders
 
 COLOURS = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1), "white": (1, 1, 1), "black": (-1, -1, -1)}
 

@@ -9,7 +9,7 @@ import pytest
 from metrics_help import picture, write_pictures
 from PIL import Image
 
-from eval.sources import batches, drop_broken, open_source, read_samples
+from eval.features.sources import batches, drop_broken, open_source, read_samples
 from miscc.errors import DataError
 
 

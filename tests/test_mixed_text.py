@@ -9,13 +9,13 @@ import torch
 from tiny_systems import run_main, tiny_overrides
 from torch import nn
 
-from eval.pipeline import TextToImage
 from miscc.checkpoint import load_checkpoint
 from miscc.errors import CheckpointError
 from models import TEXT_ENCODERS
 from models.damsm import TextEncoder
 from models.mixed_text import MixedTextEncoder, mixed_text_encoder
-from models.types import rebuild, record
+from models.registry import from_state, to_state
+from sampling.pipeline import TextToImage
 
 PIECES = [[], [11, 12], [13], [14, 15, 16], [17]]  # of `<end>` and four words
 FIRST, LAST = 1, 2
@@ -84,7 +84,7 @@ def test_a_missing_folder_or_package_is_said(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="pip install transformers"):
         mixed_text_encoder(TextEncoder(5), ["<end>", "a", "b", "c", "d"], tmp_path)
     with pytest.raises(CheckpointError, match="pip install transformers"):
-        rebuild(record("mixed", make_encoder(width=4)), TEXT_ENCODERS)
+        from_state(to_state("mixed", make_encoder(width=4)), TEXT_ENCODERS)
 
 
 def write_bert(folder, words):
@@ -118,7 +118,7 @@ def test_against_transformers_own_tokenizer_and_model(tmp_path):
         means = torch.stack([states[0].mean(dim=0), states[1, :4].mean(dim=0)])
         expected = 0.5 * recurrent(captions, lengths).sentence + 0.5 * means @ encoder.projection.T
         torch.testing.assert_close(encoder(captions, lengths).sentence, expected)
-        again = rebuild(record("mixed", encoder), TEXT_ENCODERS).eval()
+        again = from_state(to_state("mixed", encoder), TEXT_ENCODERS).eval()
         torch.testing.assert_close(again(captions, lengths).sentence, expected)
 
 

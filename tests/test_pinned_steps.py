@@ -14,14 +14,15 @@ import torch
 from conftest import settings
 from PIL import Image
 
-from datasets.text_image import Batch, training_loader
+from datasets.loading import training_loader
+from miscc.batch import Batch
 from miscc.checkpoint import load_checkpoint, save_checkpoint
 from miscc.distributed import World
 from miscc.randomness import noise_for, seed_everything
 from models.damsm import SmallImageEncoder, TextEncoder
 from training.build import build_networks, build_system
 from training.damsm import EncoderTrainer
-from training.stepping import Stepper, adam
+from training.step import Stepper, adam
 from training.trainer import train
 
 PINS = Path(__file__).parent / "fixtures" / "pinned_steps.json"

@@ -9,24 +9,20 @@ import torch
 from PIL import Image
 
 from datasets.captions import Vocabulary
-from datasets.toybirds import ToyBirds
-from eval import sampling
-from eval.networks import hash_tensors
-from eval.pipeline import TextToImage, load_encoders
-from eval.sampling import (
-    caption_requests,
-    file_stem,
-    interpolate,
-    read_captions,
-    sample,
-    split_requests,
-)
+from datasets.toybirds.dataset import ToyBirds
 from main import main
+from miscc.checkpoint import hash_tensors
 from miscc.distributed import World
 from miscc.errors import CheckpointError, DataError, UserError
 from models.damsm import TextEncoder
 from models.ssa_gan import SSAGenerator
-from training.build import read_records
+from sampling import folders as sampling
+from sampling.encoders import load_encoders
+from sampling.folders import file_stem, sample
+from sampling.interpolate import interpolate
+from sampling.pipeline import TextToImage
+from sampling.requests import caption_requests, read_captions, split_requests
+from training.data import read_records
 from training.trainer import train
 
 CAPTIONS = ["a small bird with a red crown", "this bird has blue wings", "a bird with a yellow belly"]

@@ -10,14 +10,15 @@ import pytest
 import torch
 from golden import OWN, fill_state, load
 
-from eval.pipeline import TextToImage, load_encoders
-from eval.released_files import convert, describe
 from main import main
 from miscc.checkpoint import load_checkpoint, load_file
 from miscc.distributed import World
 from miscc.errors import CheckpointError, UserError
 from models.damsm import TextEncoder
 from models.released import load_generator
+from sampling.convert import convert, describe
+from sampling.encoders import load_encoders
+from sampling.pipeline import TextToImage
 from training.trainer import train
 
 WORDS = ["<end>", "a", "bird", "this", "is", "with", "and", "the", "that"]

@@ -6,14 +6,14 @@ import torch
 from PIL import Image
 
 from datasets.captions import Vocabulary
-from eval.pipeline import TextToImage
-from eval.side_by_side import main, side_by_side
 from miscc.checkpoint import save_checkpoint
 from miscc.images import resize_pixels
 from models.damsm import TextEncoder
 from models.df_gan import DFGenerator
+from models.registry import to_state
 from models.ssa_gan import SSAGenerator
-from models.types import record
+from sampling.pipeline import TextToImage
+from sampling.side_by_side import main, side_by_side
 
 WORDS = ["<end>", "a", "red", "blue", "bird"]
 CAPTIONS = ["a red bird", "a blue bird"]
@@ -52,8 +52,8 @@ def test_rows_are_captions_and_columns_models(pipelines):
 
 def test_the_command(pipelines, tmp_path, monkeypatch, capsys):
     for name, pipeline in pipelines.items():
-        networks = {"generator": record({"SSA": "ssa_gan", "DF": "df_gan"}[name], pipeline.generator),
-                    "text_encoder": record("rnn", pipeline.text_encoder)}  # fmt: skip
+        networks = {"generator": to_state({"SSA": "ssa_gan", "DF": "df_gan"}[name], pipeline.generator),
+                    "text_encoder": to_state("rnn", pipeline.text_encoder)}  # fmt: skip
         save_checkpoint(tmp_path / f"{name}.pth", {"networks": networks, "vocabulary": WORDS})
     models = [f"SSA={tmp_path / 'SSA.pth'}", str(tmp_path / "DF.pth")]
     arguments = [*models, "--caption", CAPTIONS[0], "--out", str(tmp_path / "out.png"), "--gpu", "-1"]

@@ -6,10 +6,10 @@ from tiny_systems import changed_by_a_step, make_batch, text_features
 from torch import nn
 
 from models.damsm import SmallImageEncoder, TextEncoder
-from models.derivatives import double
+from models.kernels import upsample_2x
 from models.layers import OneWayDiscriminator
+from models.registry import count_parameters
 from models.ssa_gan import SSAGAN, SSCBN, SSAGenerator, _DoubledMaskedAffine, _MaskedAffine
-from models.types import count_parameters
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 256, 512])
@@ -79,7 +79,7 @@ def test_the_masked_affine_of_doubled_features(layout):
     )
     inputs = (x.detach().to(memory_format=layout).requires_grad_(), gamma, beta, mask)
     ours = _DoubledMaskedAffine.apply(*inputs)
-    torch.testing.assert_close(ours, _MaskedAffine.apply(double(x), gamma, beta, mask))
+    torch.testing.assert_close(ours, _MaskedAffine.apply(upsample_2x(x), gamma, beta, mask))
     assert ours.is_contiguous(memory_format=layout)
     assert torch.autograd.gradcheck(_DoubledMaskedAffine.apply, inputs)
 

@@ -9,8 +9,8 @@ from test_bench_reference import make_batch, make_system
 from miscc.distributed import World
 from miscc.errors import ConfigError
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss
-from models.types import exactly
-from training.stepping import (
+from models.modes import full_precision
+from training.step import (
     Stepper,
     adam,
     check_accumulation,
@@ -157,7 +157,7 @@ def test_exactly_switches_autocast_off():
     a = torch.randn(4, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert (a @ a).dtype == torch.bfloat16
-        with exactly(a.device):
+        with full_precision(a.device):
             assert torch.equal(a @ a, (a.double() @ a.double()).float()) or (a @ a).dtype == torch.float32
         assert hinge_discriminator_loss(*(a.bfloat16() for _ in range(3))).dtype == torch.float32
 

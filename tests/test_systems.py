@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import models
-from eval.pipeline import TextToImage
 from miscc.checkpoint import load_checkpoint
 from miscc.distributed import World
 from models.types import GeneratorOutput, Update
+from sampling.pipeline import TextToImage
 from training.trainer import train
 
 CPU = World(0, 1, torch.device("cpu"))

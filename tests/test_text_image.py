@@ -12,15 +12,8 @@ import torch
 from dataset_samples import make_records, noise_records, position_image, write_broken_image, write_image
 from PIL import Image
 
-from datasets.text_image import (
-    EpochBatches,
-    TextImageDataset,
-    box_edges,
-    collate,
-    load_resized,
-    ordered_loader,
-    training_loader,
-)
+from datasets.loading import EpochBatches, collate, ordered_loader, training_loader
+from datasets.text_image import TextImageDataset, box_edges, load_resized
 from miscc.errors import ConfigError, DataError
 from miscc.images import from_uint8, open_pixels, open_rgb
 

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import toybirds, toybirds_attributes
-from datasets.toybirds import ATTRIBUTES, CLASS_IDS, PALETTE, ToyBirds, class_id, class_name, named_attributes
-from datasets.toybirds_captions import write_captions
-from datasets.toybirds_drawing import JITTER, draw, shade
+from datasets.toybirds import attributes as toybirds_attributes
+from datasets.toybirds import dataset as toybirds
+from datasets.toybirds.captions import write_captions
+from datasets.toybirds.dataset import ATTRIBUTES, CLASS_IDS, PALETTE, ToyBirds, class_id, class_name, named_attributes
+from datasets.toybirds.drawing import JITTER, draw, shade
 from miscc.errors import DataError
 from miscc.randomness import stream
 
@@ -398,7 +399,7 @@ def test_interrupted_run_is_redone(tmp_path, monkeypatch):
 def test_killed_run_is_redone(tmp_path):
     """kill -9 from inside, after a few files: nothing claims to be complete, and the next run completes it."""
     code = (
-        "import os, signal; from datasets import toybirds\n"
+        "import os, signal; from datasets.toybirds import dataset as toybirds\n"
         "draw = toybirds.draw; count = []\n"
         "def deadly(*args):\n"
         "    count.append(1)\n"

@@ -11,9 +11,9 @@ from torch import nn
 import eval.attributes
 import eval.mask_iou
 from datasets.text_image import load_resized
-from datasets.toybirds import ATTRIBUTES, ToyBirds, bounding_box, write_cub_layout
-from eval import toybirds_judges as judges
-from eval.toybirds_judges import Drawings, Examples, Recipe
+from datasets.toybirds.dataset import ATTRIBUTES, ToyBirds, bounding_box, write_cub_layout
+from eval.toybirds import classifiers as judges
+from eval.toybirds.classifiers import Drawings, Examples, Recipe
 from miscc.errors import DataError, UserError
 
 POOR = Recipe(

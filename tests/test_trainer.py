@@ -16,8 +16,9 @@ from miscc.checkpoint import load_checkpoint, save_checkpoint
 from miscc.distributed import World
 from miscc.errors import CheckpointError, ConfigError, DataError, TrainingError
 from training.ema import EMA
+from training.resume import changed_settings
 from training.run_dir import RunDir
-from training.trainer import Trainer, changed_settings, train
+from training.trainer import Trainer, train
 
 ROOT = Path(__file__).parents[1]
 CPU = World(0, 1, torch.device("cpu"))

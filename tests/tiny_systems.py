@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from datasets.text_image import Batch
+from miscc.batch import Batch
 from models.damsm import TextEncoder
 from models.types import TextFeatures
 

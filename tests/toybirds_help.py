@@ -3,11 +3,11 @@
 import torch
 
 from datasets.captions import Vocabulary
-from datasets.toybirds import ToyBirds
+from datasets.toybirds.dataset import ToyBirds
 from miscc.checkpoint import save_checkpoint
 from models.damsm import TextEncoder
+from models.registry import to_state
 from models.ssa_gan import SSAGenerator
-from models.types import record
 
 
 def write_checkpoint(path, image_size: int = 32, dataset: str = "toybirds"):
@@ -16,7 +16,7 @@ def write_checkpoint(path, image_size: int = 32, dataset: str = "toybirds"):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         generator, encoder = SSAGenerator(nf=2, image_size=image_size), TextEncoder(len(vocabulary))
-    networks = {"generator": record("ssa_gan", generator), "text_encoder": record("rnn", encoder)}
+    networks = {"generator": to_state("ssa_gan", generator), "text_encoder": to_state("rnn", encoder)}
     config = {"DATASET_NAME": dataset}
     save_checkpoint(
         path, {"networks": networks, "vocabulary": vocabulary.words, "step": 0, "epoch": 0, "config": config}

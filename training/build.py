@@ -1,26 +1,22 @@
 """From settings to objects: networks, objective, data. Where plain typed arguments are taken out of the configuration."""
 
 import logging
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from datasets import load_records
-from datasets.cache import ImageCache
 from datasets.captions import Vocabulary
-from datasets.text_image import Records, TextImageDataset
-from eval.pipeline import Encoders, load_encoders, released_vocabulary
 from miscc.checkpoint import load_file
 from miscc.config import lookup
-from miscc.errors import CheckpointError, ConfigError, DataError, UserError
+from miscc.errors import CheckpointError, ConfigError, UserError
 from models import NETWORKS, SYSTEMS
 from models.mixed_text import mixed_text_encoder
-from models.released import holds, load_discriminator, load_discriminator_files, load_generator, naming, network_name
-from models.types import rebuild
+from models.registry import from_state, network_name
+from models.released import holds, load_discriminator, load_discriminator_files, load_generator, naming
+from sampling.encoders import Encoders, load_encoders, released_vocabulary
+from training.data import read_records
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +68,7 @@ def given_networks(cfg: Mapping, fresh: Mapping[str, nn.Module]) -> dict[str, nn
             if "generator" not in stored:
                 raise CheckpointError(f"TRAIN.NET_G: {train.NET_G} holds no generator but {', '.join(stored)}")
             parts = tuple(fresh) if train.B_NET_D else ("generator",)
-            networks = {part: rebuild(stored[part], NETWORKS[part]) for part in parts if part in stored}
+            networks = {part: from_state(stored[part], NETWORKS[part]) for part in parts if part in stored}
         else:
             with naming(train.NET_G):
                 networks["generator"] = load_generator(content)
@@ -144,78 +140,6 @@ def check_batch_size(batch_size: int, num_processes: int = 1) -> None:
             f"TRAIN.BATCH_SIZE: is {batch_size} for {num_processes} process(es), but each needs at least 2 images to have "
             f"mismatched pairs"
         )
-
-
-def check_fixed_settings(stored: Mapping, cfg: Mapping, keys: Iterable[str], instead: str) -> None:
-    """Raises ConfigError where a key that a run cannot change on the way differs from the run's stored settings."""
-    for key in keys:
-        before, now = lookup(stored, key), lookup(cfg, key)
-        if before != now:
-            raise ConfigError(
-                f"{key}: the run was started with {before}, not {now}; set it back, or start anew ({instead})"
-            )
-
-
-def fingerprint(records: Records) -> dict[str, int]:
-    """What a checkpoint keeps of its training set, see `Records.fingerprint`."""
-    return records.fingerprint()
-
-
-def check_same_data(checkpoint: Mapping, records: Records, data_dir: str) -> None:
-    """Raises DataError when a run was started with other images: its steps would no longer mean the same."""
-    before, now = checkpoint.get("data", {}), fingerprint(records)
-    if before != now:
-        same_number = before.get("num_images") == now["num_images"]
-        raise DataError(
-            f"the run was started with {before.get('num_images')} training images, {data_dir} now has {now['num_images']}"
-            f"{' others, or other captions' if same_number else ''}; restore the data, or start a new run from these weights "
-            f"(TRAIN.NET_G, TRAIN.NET_E)"
-        )
-
-
-def read_records(cfg: Mapping, split: str, vocabulary: Vocabulary | None = None) -> Records:
-    """One split of the data set; at most CAPTIONS_PER_IMAGE captions of each image. Raises DataError."""
-    records, _ = load_records(cfg.DATASET_NAME, cfg.DATA_DIR, split, vocabulary=vocabulary)
-    most = cfg.TEXT.CAPTIONS_PER_IMAGE
-    records.captions = [captions[:most] for captions in records.captions]
-    if records.texts is not None:
-        records.texts = [texts[:most] for texts in records.texts]
-    return records
-
-
-def make_dataset(cfg: Mapping, records: Records, image_sizes: list[int], augment: bool) -> TextImageDataset:
-    """The records as a torch data set, from the cache where DATA_CACHE asks for it. Images are bytes until `Batch.to`."""
-    folder = Path(cfg.DATA_DIR) / "cache"
-    cache = ImageCache.open(records, max(image_sizes), folder, cfg.SKIP_BROKEN) if cfg.DATA_CACHE else None
-    return TextImageDataset(
-        records,
-        image_sizes,
-        max_words=cfg.TEXT.WORDS_NUM,
-        seed=cfg.SEED,
-        augment=augment,
-        cache=cache,
-        skip_broken=cfg.SKIP_BROKEN,
-        as_bytes=True,
-    )
-
-
-def fixed_captions(cfg: Mapping, vocabulary: Vocabulary, training_records: Records, number: int) -> list[str]:
-    """Captions for the pictures of a run's state: of evenly spaced test images, or training images where there are none."""
-    try:
-        records = read_records(cfg, "test", vocabulary)
-    except DataError as error:
-        logger.warning("pictures will show training captions: %s", error)
-        records = training_records
-    places = [round(place * (len(records) - 1) / max(1, number - 1)) for place in range(min(number, len(records)))]
-    captions = [records.text(place, 0) for place in places]
-    # Encoders that were trained on other captions may know no word of some.
-    return [caption for caption in captions if vocabulary.encode(caption)[0]]
-
-
-def usable_workers(wanted: int, device: torch.device) -> int:
-    """WORKERS, but no more than the cores can carry: training on a CPU wants most of them for itself."""
-    cores = os.cpu_count() or 1
-    return min(wanted, cores // 2 if device.type == "cpu" else cores)
 
 
 def problems(cfg: Mapping) -> list[str]:

@@ -11,9 +11,9 @@ from torchvision.models import Inception_V3_Weights
 
 from datasets.captions import Vocabulary
 from datasets.layout import splits_present
-from datasets.text_image import Batch, Records, ordered_loader, training_loader
-from eval.pipeline import load_encoders, released_vocabulary
-from eval.retrieval import retrieval_at
+from datasets.loading import ordered_loader, training_loader
+from datasets.records import Records
+from miscc.batch import Batch
 from miscc.checkpoint import load_checkpoint, load_file, remove_unfinished, save_checkpoint, write_text
 from miscc.config import to_plain, to_yaml
 from miscc.errors import CheckpointError, ConfigError, TrainingError
@@ -21,20 +21,17 @@ from miscc.images import attention_picture, save_image, to_uint8
 from miscc.losses import sentence_loss, word_attention, word_loss
 from miscc.randomness import seed_everything, stream
 from models import IMAGE_ENCODERS, NETWORKS, TEXT_ENCODERS
-from models.released import network_name
-from models.types import TextFeatures, evaluating, rebuild, record
-from training.build import (
-    check_batch_size,
-    check_fixed_settings,
-    check_same_data,
-    fingerprint,
-    make_dataset,
-    read_records,
-    usable_workers,
-)
+from models.modes import eval_mode
+from models.registry import from_state, network_name, to_state
+from models.types import TextFeatures
+from sampling.encoders import load_encoders, released_vocabulary
+from training.build import check_batch_size
+from training.data import make_dataset, read_records, usable_workers
 from training.progress import Progress, StopSignal
+from training.resume import check_fixed_settings, check_same_data, fingerprint
+from training.retrieval import retrieval_at
 from training.run_dir import EncoderDir
-from training.stepping import adam, restore_adam
+from training.step import adam, restore_adam
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +185,7 @@ class EncoderTrainer:
         dataset = make_dataset(self.cfg, self.validation, [self.cfg.TREE.BASE_SIZE], augment=False)
         batch_size = min(self.cfg.TRAIN.BATCH_SIZE, len(dataset))
         totals, codes, sentences = [], [], []
-        with evaluating(self.text_encoder, self.image_encoder), torch.inference_mode():
+        with eval_mode(self.text_encoder, self.image_encoder), torch.inference_mode():
             for batch in ordered_loader(dataset, batch_size, workers=0):
                 batch = batch.to(self.device)
                 text, image = self.encode(batch)
@@ -209,7 +206,7 @@ class EncoderTrainer:
         places = range(0, len(self.validation), max(1, len(self.validation) // NUM_PICTURED))[:NUM_PICTURED]
         chosen = make_dataset(self.cfg, self.validation.select(places), [self.cfg.TREE.BASE_SIZE], augment=False)
         batch = next(iter(ordered_loader(chosen, len(places)))).to(self.device)
-        with evaluating(self.text_encoder, self.image_encoder):
+        with eval_mode(self.text_encoder, self.image_encoder):
             text = self.text_encoder(batch.captions, batch.lengths)
             regions, _ = self.image_encoder(batch.images)
         maps = word_attention(regions, text.words, batch.lengths, self.cfg.TRAIN.SMOOTH.GAMMA1).cpu().numpy()
@@ -230,7 +227,7 @@ class EncoderTrainer:
         return {
             "config": to_plain(self.cfg),
             "vocabulary": self.vocabulary.words,
-            "networks": {part: record(network_name(network), network) for part, network in self.networks.items()},
+            "networks": {part: to_state(network_name(network), network) for part, network in self.networks.items()},
             "optimizers": {"encoders": self.optimizer.state_dict()},
             "step": self.step,
             "epoch": self.step // self.steps_per_epoch,
@@ -257,7 +254,7 @@ class EncoderTrainer:
     def _given_encoders(self, checkpoint: dict | None) -> tuple[dict[str, nn.Module] | None, Vocabulary | None]:
         """The encoders of the checkpoint, or of NET_E, with their vocabulary."""
         if checkpoint is not None:
-            networks = {part: rebuild(entry, NETWORKS[part]) for part, entry in checkpoint["networks"].items()}
+            networks = {part: from_state(entry, NETWORKS[part]) for part, entry in checkpoint["networks"].items()}
             return networks, Vocabulary(checkpoint["vocabulary"])
         if not self.cfg.TRAIN.NET_E:
             return None, None

@@ -7,13 +7,14 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from datasets.text_image import Batch
+from miscc.batch import Batch
 from miscc.config import to_yaml
 from miscc.errors import UserError
-from models.types import TextFeatures, count_parameters
+from models.registry import count_parameters
+from models.types import TextFeatures
 from training.build import build_networks, build_system, check_batch_size, problems
 from training.evaluation import split_records
-from training.stepping import check_accumulation
+from training.step import check_accumulation
 
 META = torch.device("meta")  # tensors with a size and no values: nothing is computed
 NUM_WORDS, NUM_REGIONS = 18, 8  # of the stand-ins for the encoders

@@ -15,18 +15,18 @@ import torch
 from tqdm import tqdm
 
 from datasets.captions import Vocabulary
-from datasets.text_image import Records
+from datasets.records import Records
 from eval.evaluate import quiet_pipeline
-from eval.features import StreamedStatistics
+from eval.features.networks import WeightsError, load_network
+from eval.features.reference import RealImages, reference
+from eval.features.statistics import StreamedStatistics
 from eval.FID import distance
-from eval.networks import WeightsError, load_network
-from eval.pipeline import TextToImage
-from eval.real_images import RealImages, reference
-from eval.sampling import split_requests
-from eval.scores import distance_name
+from eval.protocol.scores import distance_name
 from miscc.errors import ConfigError, DataError, UserError
 from miscc.randomness import stream
-from training.build import read_records
+from sampling.pipeline import TextToImage
+from sampling.requests import split_requests
+from training.data import read_records
 
 logger = logging.getLogger(__name__)
 

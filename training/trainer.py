@@ -10,39 +10,35 @@ import torch
 from torch import Tensor, nn
 
 from datasets.captions import Vocabulary
-from datasets.text_image import Batch, EpochBatches, training_loader
-from eval.pipeline import TextToImage
-from eval.sampling import generated_picture
+from datasets.loading import EpochBatches, training_loader
 from miscc import distributed
+from miscc.batch import Batch
 from miscc.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint
-from miscc.config import flatten, to_plain, to_yaml
+from miscc.config import to_plain, to_yaml
 from miscc.distributed import World
 from miscc.errors import CheckpointError, TrainingError
 from miscc.images import save_image
 from miscc.randomness import noise_for, seed_everything
 from models import NETWORKS
-from models.released import network_name
-from models.types import evaluating, rebuild, record
+from models.modes import eval_mode
+from models.registry import from_state, network_name, to_state
+from sampling.folders import generated_picture
+from sampling.pipeline import TextToImage
 from training.build import (
     build_networks,
     build_system,
     check_batch_size,
-    check_fixed_settings,
-    check_same_data,
     encoders_for,
-    fingerprint,
-    fixed_captions,
     given_networks,
-    make_dataset,
     needs_image_encoder,
-    network_keys,
-    usable_workers,
 )
+from training.data import fixed_captions, make_dataset, usable_workers
 from training.ema import EMA
-from training.evaluation import Evaluation, check_same_held_out, split_records
+from training.evaluation import Evaluation, split_records
 from training.progress import Progress, StopSignal
+from training.resume import changed_settings, check_resumable, check_same_data, fingerprint
 from training.run_dir import RunDir
-from training.stepping import (
+from training.step import (
     Stepper,
     adam,
     check_accumulation,
@@ -206,7 +202,7 @@ class Trainer:
         """The averaged generator, or G itself where there is none, ready to draw."""
         generator = self.average.module if self.average is not None else self.networks["generator"]
         text_encoder = self.networks["text_encoder"]
-        with evaluating(generator, text_encoder):
+        with eval_mode(generator, text_encoder):
             yield TextToImage(generator, text_encoder, self.vocabulary)
 
     def evaluate_when_due(self, run: RunDir | None, progress: Progress) -> None:
@@ -311,7 +307,7 @@ class Trainer:
         content = {
             "config": to_plain(self.cfg),
             "vocabulary": self.vocabulary.words,
-            "networks": {part: record(network_name(net), net) for part, net in networks.items()},
+            "networks": {part: to_state(network_name(net), net) for part, net in networks.items()},
             "step": self.step,
             "epoch": self.step // self.steps_per_epoch,
             "data": fingerprint(self.records),
@@ -337,7 +333,7 @@ class Trainer:
         """The networks to train: of the checkpoint, of NET_G, or fresh ones; with the encoders that the settings name."""
         if checkpoint is not None:
             stored = {
-                part: rebuild(entry, NETWORKS[part])
+                part: from_state(entry, NETWORKS[part])
                 for part, entry in checkpoint["networks"].items()
                 if part != "generator_ema"
             }
@@ -364,24 +360,6 @@ class Trainer:
             self.evaluation.restore(checkpoint.get("evaluation"))
         self.step = checkpoint["step"]
         self.changes = changed_settings(checkpoint["config"], to_plain(self.cfg))
-
-
-def check_resumable(checkpoint: Mapping, cfg: Mapping) -> None:
-    """Raises where the checkpoint is not of a whole run, or where settings that shape networks or order have changed."""
-    for part in ("optimizers", "step", "config"):
-        if part not in checkpoint:
-            raise CheckpointError(f"the checkpoint holds no {part}: resuming needs a last.pth of main.py")
-    check_same_held_out(checkpoint["config"], cfg)
-    shaping = network_keys(cfg.GAN.NAME) | {"SEED", "TRAIN.BATCH_SIZE"}
-    check_fixed_settings(checkpoint["config"], cfg, sorted(shaping), "without --resume or RESTORE: True")
-
-
-def changed_settings(before: Mapping, now: Mapping) -> list[str]:
-    """`KEY: old -> new` for every setting that differs, but for those that any run may have its own way."""
-    free = {"RESTORE", "GPU_ID", "WORKERS", "DATA_CACHE", "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS"}
-    before, now = flatten(before), flatten(now)
-    names = [name for name in now if name in before and name not in free and before[name] != now[name]]
-    return [f"{name}: {before[name]} -> {now[name]}" for name in names]
 
 
 def _memory_mib(device: torch.device) -> float:

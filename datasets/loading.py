@@ -1,0 +1,132 @@
+"""Batches without end, in an order that depends on seed and epoch alone, read by worker processes."""
+
+import os
+import signal
+import traceback
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from datasets.text_image import Sample, TextImageDataset
+from miscc.batch import Batch
+from miscc.errors import ConfigError, DataError
+from miscc.randomness import stream
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Samples -> one Batch; a single image size comes as a tensor, several as a list of tensors."""
+    images = [torch.stack(scale) for scale in zip(*(sample.images for sample in samples), strict=True)]
+    return Batch(
+        images=images if len(images) > 1 else images[0],
+        captions=torch.stack([sample.caption for sample in samples]),
+        lengths=torch.tensor([sample.length for sample in samples]),
+        class_ids=torch.tensor([sample.class_id for sample in samples]),
+        keys=[sample.key for sample in samples],
+        indices=torch.tensor([sample.index for sample in samples]),
+        caption_numbers=torch.tensor([sample.caption_number for sample in samples]),
+    )
+
+
+class EpochBatches(Sampler):
+    """Batches of (epoch, index) without end; each epoch goes through a permutation drawn from (seed, epoch).
+
+    What does not fill a batch at the end of an epoch is left out. Step s is the same batch whether one starts
+    there or comes from step 0, and rank r of R has the r-th R-th of it: together they see the batch that one
+    process would.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        """batch_size counts all ranks together. Raises DataError if the data set is smaller than one
+        batch."""
+        if num_samples < batch_size:
+            raise DataError(
+                f"the training split holds {num_samples} images, fewer than one batch of {batch_size}; "
+                f"lower TRAIN.BATCH_SIZE or add images"
+            )
+        if batch_size % world_size:
+            raise ConfigError(f"TRAIN.BATCH_SIZE: {batch_size} cannot be divided among {world_size} processes")
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start_step = start_step
+        self.rank = rank
+        self.world_size = world_size
+        self.batches_per_epoch = num_samples // batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        share = self.batch_size // self.world_size
+        epoch, batch = divmod(self.start_step, self.batches_per_epoch)
+        while True:
+            order = stream(self.seed, "order", epoch).permutation(self.num_samples)
+            for number in range(batch, self.batches_per_epoch):
+                start = number * self.batch_size + self.rank * share
+                yield [(epoch, int(index)) for index in order[start : start + share]]
+            epoch, batch = epoch + 1, 0
+
+
+class _Loader(DataLoader):
+    """A DataLoader whose workers' DataErrors arrive as they were, one line, without the worker's traceback."""
+
+    def __iter__(self):
+        try:
+            yield from super().__iter__()
+            return
+        except DataError as error:
+            # PyTorch re-raises with the traceback as the message; its last entry is `miscc.errors.DataError: text`.
+            marker = f"\n{DataError.__module__}.{DataError.__qualname__}: "
+            message = str(error).rpartition(marker)[2].strip()
+            # PyTorch's frame and this error hold each other, and the workers, which then end only after a time limit.
+            traceback.clear_frames(error.__traceback__)
+        raise DataError(message)
+
+
+def _start_worker(worker: int) -> None:
+    """Keep workers alive when Ctrl-C or a scheduler signals the whole process group: the main process finishes its
+    step and saves, for which it needs them, and ends them itself. PyTorch has set one thread a worker by now."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
+def training_loader(
+    dataset: TextImageDataset,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Batches without end, from `start_step` on; `loader.batch_sampler` is the EpochBatches, which knows
+    `batches_per_epoch`. batch_size counts all ranks together. Workers stay from epoch to epoch and use one
+    thread each.
+    """
+    batches = EpochBatches(len(dataset), batch_size, seed, start_step, rank, world_size)
+    return _loader(dataset, workers, batch_sampler=batches, pin_memory=pin_memory)
+
+
+def ordered_loader(dataset: TextImageDataset, batch_size: int, workers: int = 0) -> DataLoader:
+    """Every image once, in order, the last short batch included."""
+    return _loader(dataset, workers, batch_size=batch_size, shuffle=False)
+
+
+def _loader(dataset: TextImageDataset, workers: int, **options) -> DataLoader:
+    return _Loader(
+        dataset,
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # or the seeds drawn for workers, unused here, would move the global one on
+        **options,
+    )

@@ -1,0 +1,57 @@
+"""Records: one split of a data set in memory. Where they come from is layout.py's; how images are read, text_image.py's."""
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from datasets.captions import Vocabulary
+
+
+@dataclass
+class Records:
+    """One split of a data set in memory: for each of N images its key, path, captions, class and perhaps its box.
+
+    captions: N lists of int64 arrays of word indices, no array empty, no list empty; texts: the captions as
+    written, or None where only the indices are known; class_ids: (N,) int64; boxes: (N, 4) float64 of x, y,
+    width, height in pixels, or None.
+    """
+
+    name: str
+    split: str
+    keys: list[str]
+    image_paths: list[Path]
+    captions: list[list[np.ndarray]]
+    class_ids: np.ndarray
+    vocabulary: Vocabulary
+    texts: list[list[str]] | None = None
+    boxes: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def text(self, index: int, number: int) -> str:
+        """Caption `number` of image `index` as it was written, or else the words that are known of it."""
+        if self.texts is not None:
+            return self.texts[index][number]
+        return self.vocabulary.decode(self.captions[index][number])
+
+    def fingerprint(self) -> dict[str, int]:
+        """What tells one set from another: the number of its images, checksums of their keys and captions."""
+        captions = zlib.crc32(b"".join(tokens.tobytes() for captions in self.captions for tokens in captions))
+        return {"num_images": len(self), "keys": zlib.crc32("\n".join(self.keys).encode()), "captions": captions}
+
+    def select(self, indices: Iterable[int]) -> "Records":
+        """The records at these positions, in this order."""
+        indices = [int(index) for index in indices]
+        chosen = {}
+        for member in fields(self):
+            value = getattr(self, member.name)
+            if isinstance(value, np.ndarray):
+                value = value[indices]
+            elif isinstance(value, list):
+                value = [value[index] for index in indices]
+            chosen[member.name] = value
+        return Records(**chosen)

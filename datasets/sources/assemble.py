@@ -1,0 +1,196 @@
+"""From captions that name image files to a data set: finding the files, keys, classes and splits.
+
+What the caption files look like is known to folder.py and flickr.py.
+"""
+
+import logging
+import os
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets.captions import tokenize
+from datasets.layout import SPLITS, Entry
+from datasets.sources.building import BuildOptions, named
+from miscc.errors import DataError
+from miscc.images import IMAGE_SUFFIXES
+from miscc.randomness import stream
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Captions for one image, as a file names it: by path or name, with or without suffix."""
+
+    image: str
+    captions: Sequence[str]
+    class_name: str | None = None
+
+
+class ImageIndex:
+    """The image files below a folder, found by path or, where that is unique, by name; suffixes may be left out."""
+
+    def __init__(self, root: Path, folder: Path):
+        self.root, self.folder = root, folder
+        self.paths: list[str] = sorted(_walk(folder))
+        self._by_name: list[dict[str, list[str]]] = [defaultdict(list) for _ in range(4)]
+        for path in self.paths:
+            name = path.rpartition("/")[2]
+            for table, spelling in zip(
+                self._by_name, (path, os.path.splitext(path)[0], name, os.path.splitext(name)[0]), strict=True
+            ):
+                table[spelling].append(path)
+
+    def find(self, reference: str) -> str | None:
+        """The file's path below the folder, or None if there is no such file or more than one."""
+        reference = reference.strip().replace("\\", "/").removeprefix("./")
+        for spelling in (reference, _below(self.folder, self.root / reference), reference.rpartition("/")[2]):
+            for table in self._by_name:
+                if spelling and len(table.get(spelling, ())) == 1:
+                    return table[spelling][0]
+        return None
+
+    def from_root(self, path: str) -> str:
+        """A path below the folder -> the path that an Entry has: from the root, or absolute where it lies outside."""
+        full = self.folder / path
+        return _below(self.root, full) or str(full.resolve())
+
+
+def _below(folder: Path, path: Path) -> str | None:
+    try:
+        return path.relative_to(folder).as_posix()
+    except ValueError:
+        return None
+
+
+def _walk(folder: Path) -> Iterable[str]:
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                yield os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/")
+
+
+def image_index(root: Path, options: BuildOptions | None, names: Sequence[str] = ("images", "Images")) -> ImageIndex:
+    """The images in --images, else in the first of these folders that is there, else anywhere below the root."""
+    chosen = options.images if options else None
+    if chosen is not None:
+        chosen = chosen if chosen.is_dir() or not (root / chosen).is_dir() else root / chosen
+    folder = chosen or next((root / name for name in names if (root / name).is_dir()), root)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; it should hold the images")
+    return ImageIndex(root, folder)
+
+
+def locate(root: Path, keys: Sequence[str]) -> tuple[list[Path], None]:
+    """The image of each key of somebody's own data set in the form of AttnGAN's metadata; there are no boxes."""
+    index = image_index(root, None)
+    found = [index.find(key) for key in keys]
+    lost = [key for key, path in zip(keys, found, strict=True) if path is None]
+    if lost:
+        raise DataError(f"{index.folder}: has no image for {named(lost)}, which filenames.pickle lists")
+    return [index.folder / path for path in found], None
+
+
+def assemble(
+    root: Path, rows: Iterable[Row], index: ImageIndex, options: BuildOptions, lists: dict[str, list[str]]
+) -> dict[str, list[Entry]]:
+    """The splits of a data set. lists: for each split the names of its images; empty: a seeded split.
+
+    Says how many captions have no image and how many images no caption, and names some. Raises DataError if no image
+    with a caption is left.
+    """
+    captions: dict[str, list[str]] = {}
+    classes: dict[str, str] = {}
+    lost: dict[str, None] = {}
+    for row in rows:
+        texts = [text for text in (" ".join(caption.split()) for caption in row.captions) if tokenize(text)]
+        path = index.find(row.image)
+        if path is None:
+            lost[row.image] = None
+        elif texts:
+            captions.setdefault(path, []).extend(texts)
+            if row.class_name is not None:
+                classes[path] = row.class_name
+    if lost:
+        logger.warning("%d names with captions, but no such image (or several): %s", len(lost), named(lost))
+    bare = [path for path in index.paths if path not in captions]
+    if bare:
+        logger.warning("%d images without a caption are left out: %s", len(bare), named(bare))
+    if not captions:
+        raise DataError(
+            f"{root}: not one image with a caption: {len(index.paths):,} images in {index.folder}, {len(lost):,} names "
+            f"with captions that fit none of them; say where the images are and how they are named with --images and "
+            f"--image-column"
+        )
+    entries = _entries(sorted(captions), captions, classes, index)
+    return _by_lists(entries, index, lists) if lists else _seeded(entries, options)
+
+
+def _entries(
+    paths: Sequence[str], captions: dict[str, list[str]], classes: dict[str, str], index: ImageIndex
+) -> dict[str, Entry]:
+    stems = [os.path.splitext(path)[0] for path in paths]
+    keys = stems if len(set(stems)) == len(stems) else paths
+    numbers = {name: number for number, name in enumerate(sorted(set(classes.values())))}
+    entries = {}
+    for position, (path, key) in enumerate(zip(paths, keys, strict=True)):
+        # Each image without a class is one of its own; its number must not be that of a class with a name.
+        class_id = numbers[classes[path]] if path in classes else len(numbers) + position
+        entries[path] = Entry(key, index.from_root(path), captions[path], class_id)
+    return entries
+
+
+def _by_lists(entries: dict[str, Entry], index: ImageIndex, lists: dict[str, list[str]]) -> dict[str, list[Entry]]:
+    """Splits as lists of names say; where the list of train or test is missing, it is what the others leave."""
+    assigned: dict[str, str] = {}
+    unknown = []
+    for split, names in lists.items():
+        for name in names:
+            path = index.find(name)
+            if path not in entries:
+                unknown.append(name)
+            elif assigned.setdefault(path, split) != split:
+                raise DataError(f"{name} is in the list of {assigned[path]} and in that of {split}; take it from one")
+    if unknown:
+        logger.warning("%d names in the split lists without an image and caption: %s", len(unknown), named(unknown))
+    rest = [path for path in entries if path not in assigned]
+    for split in ("train", "test"):
+        if split not in lists and rest:
+            logger.info("no list for %s: the %d images in no other list", split, len(rest))
+            assigned.update(dict.fromkeys(rest, split))
+            rest = []
+    if rest:
+        logger.warning("%d images are in no split list and are left out: %s", len(rest), named(rest))
+    return _checked({split: [e for path, e in entries.items() if assigned.get(path) == split] for split in SPLITS})
+
+
+def _seeded(entries: dict[str, Entry], options: BuildOptions) -> dict[str, list[Entry]]:
+    """The split of each image by the rank of a number drawn from its key alone: of N images round(fraction · N) are test
+    images, at least one, then as many for val. Images added later so move no others but some next to the borders.
+    """
+    draws = {
+        path: float(stream(options.seed, "split", zlib.crc32(entry.key.encode())).random())
+        for path, entry in entries.items()
+    }
+    by_draw = sorted(entries, key=draws.__getitem__)
+    total = len(by_draw)
+    num_test = min(max(1, round(options.test_fraction * total)), max(1, total - 1))  # one is left to train on
+    num_val = min(round(options.val_fraction * total), max(0, total - 1 - num_test))
+    splits = ["test"] * num_test + ["val"] * num_val + ["train"] * (total - num_test - num_val)
+    split_of = dict(zip(by_draw, splits, strict=True))
+    logger.info(
+        "no split lists (train.txt, test.txt): a seeded split, %d test and %d val images, the other %d train",
+        *(num_test, num_val, total - num_test - num_val),
+    )
+    return _checked({split: [e for path, e in entries.items() if split_of[path] == split] for split in SPLITS})
+
+
+def _checked(splits: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
+    for split in ("train", "test"):
+        if not splits[split]:
+            raise DataError(f"the split {split!r} would hold no image; add images, or mend {split}.txt")
+    return {split: entries for split, entries in splits.items() if entries}

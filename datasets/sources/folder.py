@@ -1,0 +1,239 @@
+"""Images of anybody's own with captions in a CSV, a JSONL, COCO's JSON, or a text file beside each image.
+
+Matching names to files and making splits is assemble.py's business; here is only what caption files look like.
+"""
+
+import csv
+import io
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets.layout import SPLITS, VOCABULARY_NAME, Entry
+from datasets.sources import flickr
+from datasets.sources.assemble import ImageIndex, Row, assemble, image_index, locate
+from datasets.sources.building import BuildOptions
+from datasets.sources.coco import read_coco_captions
+from miscc.errors import DataError
+
+__all__ = ["build", "locate"]
+
+logger = logging.getLogger(__name__)
+
+_LISTS = {
+    "train": ("train.txt",),
+    "val": ("val.txt", "dev.txt", "valid.txt", "validation.txt"),
+    "test": ("test.txt",),
+}
+_IMAGE_COLUMNS = ("image", "file", "filename", "file_name", "path", "filepath", "image_path", "image_name", "img")
+_CAPTION_COLUMN = re.compile(r"(caption|text|sentence|description|comment|prompt)s?[_ ]?\d*$")
+_LABEL_COLUMNS, _TAG_COLUMNS = ("label", "labels", "title", "name"), ("tags", "keywords")
+
+
+def build(root: Path, options: BuildOptions) -> dict[str, list[Entry]]:
+    """The common layout from images and whatever captions are found with them.
+
+    Splits: train.txt, val.txt or dev.txt, test.txt with a name a line where they are, else a seeded one. Raises
+    DataError when there are no captions, several sources of them, or columns that say nothing.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; put the images and their captions there")
+    source = options.captions or _find_source(root)
+    if options.captions is not None and not source.is_file() and (root / source).is_file():
+        source = root / source
+    if source is None:
+        originals = flickr.find(root)
+        if originals is not None:
+            logger.info("captions: %s", originals.captions)
+            return flickr.build_found(root, originals, options, _lists(root))
+    index = image_index(root, options)
+    if not index.paths:
+        raise DataError(f"{index.folder}: holds no image; --images says where they are")
+    rows = _text_files(index) if source is None else _read(source, options)
+    if not rows:
+        raise DataError(
+            f"{root}: no captions found; needed is a captions.csv (image,caption), a .jsonl, COCO's JSON, Flickr8k's "
+            f"token file or a .txt beside each image"
+        )
+    return assemble(root, rows, index, options, _lists(root))
+
+
+def _find_source(root: Path) -> Path | None:
+    """The one caption file in the root. Raises DataError if there are several."""
+    own = {VOCABULARY_NAME, *(f"{split}.jsonl" for split in SPLITS)}
+    files = [path for path in sorted(root.iterdir()) if path.is_file() and path.name not in own]
+    found = [path for path in files if path.suffix.lower() in (".csv", ".tsv", ".jsonl")]
+    found = found or [path for path in files if path.suffix.lower() == ".json" and _is_coco(path)]
+    preferred = [path for path in found if path.stem.lower() in ("captions", "metadata")]
+    if len(found) > 1 and len(preferred) != 1:
+        raise DataError(f"{root}: captions in {', '.join(path.name for path in found)}; choose one with --captions")
+    return (preferred or found or [None])[0]
+
+
+def _is_coco(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"images", "annotations"} <= content.keys()
+
+
+def _read(path: Path, options: BuildOptions) -> list[Row]:
+    kinds = {".csv": _table, ".txt": _table, ".tsv": _table, ".jsonl": _json_lines, ".json": _coco}
+    if not path.is_file():
+        raise DataError(f"--captions {path}: no such file")
+    if path.suffix.lower() not in kinds:
+        raise DataError(f"--captions {path}: must be a .csv, .tsv, .txt, .jsonl or COCO's .json")
+    return kinds[path.suffix.lower()](path, options)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+
+
+def _table(path: Path, options: BuildOptions) -> list[Row]:
+    """A table whose first line names the columns, separated by commas, semicolons, tabs or bars."""
+    text = _read_text(path)
+    header = text.partition("\n")[0]
+    delimiter = max(",;\t|", key=header.count)
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        lines = [(reader.line_num, line) for line in reader if line]
+    except csv.Error as error:
+        raise DataError(f"{path}: cannot be read as a table ({error}); look for a quote that is not closed") from None
+    columns = _choose_columns(path, names, lines, options)
+    records = []
+    for number, line in lines:
+        if len(line) > len(names):
+            # A caption with a comma and without quotes; where it is the last column nothing else can be meant.
+            if [names[-1]] not in columns.captions:
+                raise DataError(
+                    f"{path}, line {number}: has {len(line)} fields under {len(names)} names; put texts that contain "
+                    f"{delimiter!r} in quotes"
+                )
+            line[len(names) - 1 :] = [f"{delimiter} ".join(line[len(names) - 1 :])]
+        records.append(dict(zip(names, line, strict=False)))
+    return _rows(records, columns)
+
+
+def _json_lines(path: Path, options: BuildOptions) -> list[Row]:
+    """A JSON object a line, such as {"image": "a.jpg", "captions": ["a dog", "a black dog"]}."""
+    records = []
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: is no JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, line {number}: must be a JSON object, not {type(record).__name__}")
+        records.append(record)
+    return _rows(records, _choose_columns(path, list(records[0]) if records else [], records, options))
+
+
+def _coco(path: Path, options: BuildOptions) -> list[Row]:
+    return [Row(name, captions) for name, captions in read_coco_captions(path).items()]
+
+
+def _text_files(index: ImageIndex) -> list[Row]:
+    """A caption a line in the .txt beside each image."""
+    rows = []
+    for path in index.paths:
+        text = (index.folder / path).with_suffix(".txt")
+        if text.is_file():
+            rows.append(Row(path, _read_text(text).splitlines()))
+    if rows:
+        logger.info("captions: the .txt beside each of %d images, one a line", len(rows))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Which columns hold what; each group in `captions` makes one caption."""
+
+    image: str
+    captions: list[list[str]]
+    class_name: str | None
+
+
+def _choose_columns(path: Path, names: Sequence[str], lines: Sequence, options: BuildOptions) -> _Columns:
+    """The columns that the user chose, or else those whose names speak for themselves, and a line that says which."""
+    if not lines:
+        raise DataError(f"{path}: holds no line but perhaps a header")
+    image, captions = _image_column(path, names, options), _caption_columns(path, names, options)
+    if options.class_column and options.class_column not in names:
+        raise DataError(f"--class-column {options.class_column}: {path} has only {', '.join(names)}")
+    logger.info(
+        "captions: %s, image from column %r, captions from %s",
+        *(path, image, " and ".join(repr("+".join(group)) for group in captions)),
+    )
+    return _Columns(image, captions, options.class_column)
+
+
+def _rows(records: Sequence[dict], columns: _Columns) -> list[Row]:
+    rows = []
+    for record in records:
+        if record.get(columns.image):
+            texts = [text for group in columns.captions for text in _texts(record, group)]
+            class_name = record.get(columns.class_name) if columns.class_name else None
+            rows.append(Row(str(record[columns.image]), texts, None if class_name is None else str(class_name)))
+    return rows
+
+
+def _texts(record: dict, group: Sequence[str]) -> list[str]:
+    """The captions in these columns together: a list of them, or the values joined to one."""
+    values = [record.get(name) for name in group]
+    if len(values) == 1:
+        return [str(text) for text in (values[0] if isinstance(values[0], list) else [values[0]]) if text]
+    flat = (text for value in values for text in (value if isinstance(value, list) else [value]) if text)
+    return [", ".join(str(text).replace("|", ", ") for text in flat)]
+
+
+def _image_column(path: Path, names: Sequence[str], options: BuildOptions) -> str:
+    if options.image_column:
+        if options.image_column not in names:
+            raise DataError(f"--image-column {options.image_column}: {path} has only {', '.join(names)}")
+        return options.image_column
+    lowered = {name.lower(): name for name in reversed(names)}
+    found = next((lowered[name] for name in _IMAGE_COLUMNS if name in lowered), None)
+    if found is None:
+        raise DataError(
+            f"{path}: which of {', '.join(names)} names the image? Say it with --image-column "
+            f"(a table needs a first line that names its columns)"
+        )
+    return found
+
+
+def _caption_columns(path: Path, names: Sequence[str], options: BuildOptions) -> list[list[str]]:
+    """Groups of columns; each group makes one caption."""
+    if options.caption_columns:
+        groups = [[column] if column in names else column.split("+") for column in options.caption_columns]
+        for name in (name for group in groups for name in group):
+            if name not in names:
+                raise DataError(f"--caption-column {name}: {path} has only {', '.join(names)}")
+        return groups
+    written = [[name] for name in names if _CAPTION_COLUMN.match(name.lower())]
+    if written:
+        return written
+    labels = [name for name in names if name.lower() in _LABEL_COLUMNS][:1]
+    if not labels:
+        raise DataError(f"{path}: which of {', '.join(names)} is the caption? Say it with --caption-column")
+    return [labels + [name for name in names if name.lower() in _TAG_COLUMNS]]
+
+
+def _lists(root: Path) -> dict[str, list[str]]:
+    """train.txt and the like: a name a line."""
+    lists = {}
+    for split, names in _LISTS.items():
+        path = next((root / name for name in names if (root / name).is_file()), None)
+        if path is not None:
+            lists[split] = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
+    return lists

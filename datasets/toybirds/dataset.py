@@ -1,0 +1,248 @@
+"""ToyBirds, our embedded data set: drawn birds with ten captions, an outline and attributes each, made on demand.
+
+Here are the data set and its writer in CUB's own layout. What a bird can be is in toybirds_attributes.py, how it looks
+in toybirds_drawing.py and toybirds_scenery.py, what is said about it in toybirds_captions.py.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from datasets.toybirds.attributes import (
+    ATTRIBUTES,
+    CLASS_IDS,
+    NUM_CLASSES,
+    PALETTE,
+    SPLITS,
+    choose_attributes,
+    class_id,
+    class_name,
+)
+from datasets.toybirds.captions import named_attributes, write_captions
+from datasets.toybirds.drawing import draw
+from miscc.checkpoint import write_json, write_text
+from miscc.errors import DataError
+from miscc.randomness import stream
+
+__all__ = [
+    "ATTRIBUTES",
+    "CLASS_IDS",
+    "PALETTE",
+    "ToyBird",
+    "ToyBirds",
+    "class_id",
+    "class_name",
+    "named_attributes",
+    "write_cub_layout",
+]
+
+DEFAULT_SIZES = {"train": 8000, "test": 2000}
+SEED = 0  # of the world that is drawn; experiments have seeds of their own
+
+VERSION = 1  # of the drawings and captions; raised when the same index gives another bird
+MARKER, UNFINISHED = "toybirds.json", "toybirds.unfinished.json"
+_IMAGES, _MASKS, _TEXT = "CUB_200_2011/images", "segmentations", "text"
+_CLASS_LISTS = {"train": "trainvalclasses.txt", "test": "testclasses.txt"}
+_ATTRIBUTES_FILE = "attributes.jsonl"
+_TOP_LEVEL = ("CUB_200_2011", _MASKS, _TEXT, _ATTRIBUTES_FILE, *_CLASS_LISTS.values())
+
+
+class ToyBird(NamedTuple):
+    """One drawing. image (S, S, 3) uint8; mask (S, S) uint8, 255 inside the outline, without legs; ten captions.
+
+    attributes: {"crown_color": "red", …}, the keys and values of ATTRIBUTES.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    attributes: dict[str, str]
+    captions: list[str]
+
+
+class ToyBirds(Dataset):
+    """Drawn birds, a pure function of (split, index, image_size).
+
+    split: "train" or "test", whose birds have pairs of wing and belly colours that training does not have; size:
+    number of drawings, 8,000 or 2,000 by default; another number changes no drawing; image_size: 32 to 512 pixels,
+    each showing the same birds. Raises DataError for values outside these.
+    """
+
+    def __init__(self, split: str, size: int | None = None, image_size: int = 64):
+        if split not in SPLITS:
+            raise DataError(f"toybirds: no split {split!r}; there are {' and '.join(SPLITS)}")
+        size = DEFAULT_SIZES[split] if size is None else size
+        if size < 1:
+            raise DataError(f"toybirds: {size} drawings in {split}; ask for at least one")
+        if not 32 <= image_size <= 512:
+            raise DataError(f"toybirds: image size {image_size}; choose one from 32 to 512")
+        self.split, self.size, self.image_size = split, size, image_size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> ToyBird:
+        attributes = self.attributes(index)
+        image, mask = draw(attributes, self._stream("drawing", index), self.image_size)
+        return ToyBird(image, mask, attributes, self.captions(index))
+
+    def attributes(self, index: int) -> dict[str, str]:
+        """The attributes of one bird, without drawing it."""
+        if not 0 <= index < self.size:
+            raise IndexError(f"toybirds {self.split} has {self.size} drawings, no number {index}")
+        return choose_attributes(self.split, index, self._stream("attributes", index))
+
+    def captions(self, index: int) -> list[str]:
+        """The ten captions of one bird, without drawing it."""
+        captions = write_captions(self.attributes(index), self._stream("captions", index))
+        return [caption for caption, _ in captions]
+
+    def _stream(self, purpose: str, index: int) -> np.random.Generator:
+        return stream(SEED, f"toybirds {self.split} {purpose}", index)
+
+
+def write_cub_layout(
+    root: str | Path,
+    train_size: int = DEFAULT_SIZES["train"],
+    test_size: int = DEFAULT_SIZES["test"],
+    image_size: int = 128,
+    progress: bool = True,
+    workers: int | None = None,
+) -> Path:
+    """Write ToyBirds as CUB-200-2011 and its captions lie on disk, masks and attributes beside them; returns `root`.
+
+    The bounding box is the mask's; CUB's crop around it (a square of 1.5 times its longer side) lies within or
+    nearly within the frame, and size stays legible in it because small and large birds are built differently. A run
+    that was killed is redone; a finished one with the same parameters is left alone. workers: processes, by default
+    as many as there are cores where that pays. Raises DataError when `root` holds something else or cannot be written.
+    """
+    root = Path(root)
+    parameters = {"version": VERSION, "train_size": train_size, "test_size": test_size, "image_size": image_size}
+    birds = [ToyBirds("train", train_size, image_size), ToyBirds("test", test_size, image_size)]
+    if _is_finished(root, parameters):
+        if progress:
+            print(f"{root}: the {train_size + test_size} toy birds are already there")
+        return root
+    try:
+        _clear_unfinished(root)
+        write_json(root / UNFINISHED, parameters)
+        _write_birds(root, birds, progress, workers)
+        if hasattr(os, "sync"):
+            os.sync()  # once for all files, so that no power cut leaves a marker with half of them
+        write_json(root / MARKER, parameters)
+        (root / UNFINISHED).unlink()
+    except OSError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise DataError(f"{root}: cannot be written ({reason}); free space there or choose another root") from None
+    return root
+
+
+def _is_finished(root: Path, parameters: dict[str, int]) -> bool:
+    """Whether these very drawings are there. Raises DataError when others are."""
+    try:
+        found = json.loads((root / MARKER).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        raise DataError(f"{root / MARKER}: cannot be read ({error}); remove {root} or choose another root") from None
+    if found != parameters:
+        raise DataError(
+            f"{root}: holds toy birds made with {found}, not {parameters}; remove the folder or choose another root"
+        )
+    return True
+
+
+def _clear_unfinished(root: Path) -> None:
+    """Remove what an interrupted run left. Raises DataError when there is something that no run of ours began."""
+    present = [root / name for name in _TOP_LEVEL if (root / name).exists()]
+    if present and not (root / UNFINISHED).exists():
+        raise DataError(f"{present[0]}: belongs to another data set; choose another root for the toy birds")
+    for path in present:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _write_birds(root: Path, birds: list[ToyBirds], progress: bool, workers: int | None) -> None:
+    """Draw everything, then write the lists."""
+    for number in range(1, NUM_CLASSES + 1):
+        for folder in (_IMAGES, _MASKS, _TEXT):
+            (root / folder / class_name(number)).mkdir(parents=True, exist_ok=True)
+    writer = _Writer(root, birds)
+    if workers is None:
+        workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
+    if workers < 2 or len(writer) < 500:  # starting processes takes longer than a few drawings
+        workers = 0
+    loader = DataLoader(writer, batch_size=25, num_workers=workers, collate_fn=list)
+    with tqdm(total=len(writer), desc="toy birds", unit="bird", disable=not progress) as bar:
+        written = []
+        for chunk in loader:
+            written += chunk
+            bar.update(len(chunk))
+    _write_lists(root, sorted(written, key=lambda bird: bird.key))
+
+
+class _Written(NamedTuple):
+    """What the lists say about one bird; key: `class/name` without suffix; box: x, y, width, height in pixels."""
+
+    key: str
+    class_id: int
+    box: tuple[float, float, float, float]
+    split: str
+    index: int
+    attributes: dict[str, str]
+
+
+class _Writer(Dataset):
+    """Item i draws bird i and writes its three files; a data loader spreads that over processes."""
+
+    def __init__(self, root: Path, birds: list[ToyBirds]):
+        self.root = root
+        self.items = [(split, index) for split in birds for index in range(len(split))]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, position: int) -> _Written:
+        birds, index = self.items[position]
+        bird, number = birds[index], class_id(birds.attributes(index))
+        folder = class_name(number)
+        name = f"{folder.split('.')[1].title()}_{index:05d}"
+        key = f"{folder}/{name}"
+        image = Image.fromarray(bird.image)
+        image.save(self.root / _IMAGES / f"{key}.jpg", quality=95, subsampling=0)
+        Image.fromarray(bird.mask).save(self.root / _MASKS / f"{key}.png")
+        text = "\n".join(bird.captions) + "\n"
+        (self.root / _TEXT / f"{key}.txt").write_text(text, encoding="utf-8")
+        return _Written(key, number, bounding_box(bird.mask), birds.split, index, bird.attributes)
+
+
+def bounding_box(mask: np.ndarray) -> tuple[float, float, float, float]:
+    """The tight box (x, y, width, height) in pixels around what is at least half inside, for a mask (S, S) uint8."""
+    rows, columns = np.flatnonzero((mask > 127).any(axis=1)), np.flatnonzero((mask > 127).any(axis=0))
+    x, y = columns[0], rows[0]
+    return float(x), float(y), float(columns[-1] + 1 - x), float(rows[-1] + 1 - y)
+
+
+def _write_lists(root: Path, birds: list[_Written]) -> None:
+    """CUB's lists, Reed's lists of classes, and the attributes; ids count from 1 in the order of the keys."""
+    cub = root / "CUB_200_2011"
+    names = [class_name(number) for number in range(1, NUM_CLASSES + 1)]
+    numbered = list(enumerate(birds, start=1))
+    _write_lines(cub / "images.txt", (f"{n} {bird.key}.jpg" for n, bird in numbered))
+    _write_lines(cub / "bounding_boxes.txt", (f"{n} {' '.join(f'{v:.1f}' for v in bird.box)}" for n, bird in numbered))
+    _write_lines(cub / "image_class_labels.txt", (f"{n} {bird.class_id}" for n, bird in numbered))
+    _write_lines(cub / "classes.txt", (f"{n} {name}" for n, name in enumerate(names, start=1)))
+    for split, file in _CLASS_LISTS.items():
+        _write_lines(root / file, (class_name(number) for number in CLASS_IDS[split]))
+    entries = ({"key": b.key, "split": b.split, "index": b.index, "attributes": b.attributes} for b in birds)
+    _write_lines(root / _ATTRIBUTES_FILE, map(json.dumps, entries))
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    write_text(path, "".join(f"{line}\n" for line in lines))

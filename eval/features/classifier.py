@@ -1,0 +1,124 @@
+"""Classifiers of a data set's own classes, which judge `IS[cub]`: the networks, their file, and how they look at images.
+
+Training them is train_classifier.py's. StackGAN's fine-tuned Inception, by which the papers' scores on CUB were made, can
+no longer be downloaded; so the number says by whose classifier it was made, and compares with others by the same one.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import inception_v3
+
+from eval.features.networks import RESIZE, TRUNK, FeatureNetwork
+from miscc.checkpoint import hash_tensors, load_file
+from miscc.errors import CheckpointError
+from models.registry import from_state
+
+SCORED_AS = {"birds": "cub"}  # data sets that the papers call otherwise
+NORMALISATION = (127.5, 127.5)  # (x - mean) / scale: [-1, 1]
+MADE_BY = "python eval/train_classifier.py --cfg cfg/bird.yml"
+
+
+class InceptionClassifier(nn.Module):
+    """torchvision's Inception-v3 with a new last layer: (N, 3, 299, 299) in [-1, 1] -> logits (N, num_classes)."""
+
+    resize = "bilinear"
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.arguments = {"num_classes": num_classes}
+        self.input_size = 299
+        whole = inception_v3(weights=None, transform_input=False, aux_logits=False, init_weights=False)
+        self.trunk = nn.Sequential(*(getattr(whole, name) for name in TRUNK), nn.Flatten())
+        self.head = nn.Linear(2048, num_classes)
+
+    def load_imagenet(self, state: dict[str, Tensor], path: str | Path) -> None:
+        """Put torchvision's ImageNet weights into the trunk. Raises CheckpointError where they are something else."""
+        wanted = self.trunk.state_dict()
+        named = {name: f"{TRUNK[int(name.split('.')[0])]}.{name.split('.', 1)[1]}" for name in wanted}
+        missing = [n for own, n in named.items() if n not in state or state[n].shape != wanted[own].shape]
+        if missing:
+            raise CheckpointError(
+                f"{path}: is not torchvision's inception_v3, {len(missing)} tensors missing ({missing[0]})"
+            )
+        self.trunk.load_state_dict({own: state[name] for own, name in named.items()})
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.trunk(images.contiguous(memory_format=torch.channels_last)))
+
+
+class SmallClassifier(nn.Module):
+    """A light network from scratch, for small images and CPUs; ours: (N, 3, S, S) in [-1, 1] -> logits (N, num_classes).
+
+    image_size: S, from 16 on; every layer halves it down to 4 pixels or fewer.
+    """
+
+    resize = "clean"
+
+    def __init__(self, num_classes: int, image_size: int = 64, width: int = 24):
+        super().__init__()
+        self.arguments = {"num_classes": num_classes, "image_size": image_size, "width": width}
+        self.input_size = image_size
+        layers, channels, size = [], 3, image_size
+        while size > 4:
+            wider = width if channels == 3 else min(2 * channels, 8 * width)
+            convolution = nn.Conv2d(channels, wider, 3, stride=2, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(wider), nn.ReLU()]
+            channels, size = wider, (size + 1) // 2
+        self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(channels, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.trunk(images.contiguous(memory_format=torch.channels_last)))
+
+
+CLASSIFIERS: dict[str, type[nn.Module]] = {"inception": InceptionClassifier, "small": SmallClassifier}
+
+
+def classifier_input(images: Tensor, network: nn.Module) -> Tensor:
+    """(N, 3, H, W) in [-1, 1] -> what the classifier takes, through the filter that scoring uses, so that it learns from
+    images as it will see them."""
+    mean, scale = NORMALISATION
+    return (RESIZE[network.resize](images * scale + mean, network.input_size) - mean) / scale
+
+
+class ClassifierNetwork(FeatureNetwork):
+    """A trained classifier as a feature network; its score is `IS[<data set>]`, whose protocol says whose it was."""
+
+    def __init__(self, network: nn.Module, content: dict[str, Any]) -> None:
+        data_set = content["dataset"]
+        weights_hash = hash_tensors(network.state_dict())
+        shape = (network.resize, network.input_size, NORMALISATION)
+        super().__init__(f"classifier-{data_set}", network.trunk, network.head, weights_hash, *shape, published=False)
+        self.label = SCORED_AS.get(data_set, data_set)
+        self.about = {
+            "statement": content["statement"],
+            "accuracy": content["measured"]["accuracy"],
+            "num_held_out": content["measured"]["num_held_out"],
+            "num_classes": len(content["classes"]),
+            "data": content["data"],
+            "settings": content["settings"],
+        }
+
+    def protocol(self) -> dict:
+        """As every network's, and what the classifier says of itself."""
+        return super().protocol() | {"classifier": self.about}
+
+
+def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> ClassifierNetwork:
+    """The classifier that train_classifier.py saved. Raises CheckpointError for a file of another kind."""
+    content = load_file(path)
+    networks = content.get("networks") if isinstance(content, dict) else None
+    if not isinstance(networks, dict) or "classifier" not in networks:
+        what = f"a checkpoint with {', '.join(networks)}" if isinstance(networks, dict) else "another kind of weights"
+        raise CheckpointError(f"--classifier {path}: holds no classifier, but {what}; train one with `{MADE_BY}`")
+    try:
+        network = from_state(networks["classifier"], CLASSIFIERS).eval()
+        return ClassifierNetwork(network, content).to(device)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(
+            f"--classifier {path}: does not fit this version of the project ({reason}); train it again with `{MADE_BY}`"
+        ) from None

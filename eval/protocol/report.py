@@ -1,0 +1,118 @@
+"""What an evaluation leaves behind: a table for people, and evaluation.json, a list to which every run adds a record."""
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.protocol.scores import COUNTS, versions
+from miscc.checkpoint import write_json
+from miscc.errors import DataError, UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment(device: torch.device, num_processes: int = 1) -> dict[str, Any]:
+    """When, where and with which versions."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": f"{device} ({name})",
+        "num_processes": num_processes,
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """This project's commit, with "-dirty" where tracked files were changed; None where it is not known."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def hash_of_file(path: str | Path) -> str:
+    """SHA-256 of a file, 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_writable(path: Path) -> None:
+    """Before an hour of work: raises DataError when results cannot be added to this file."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise DataError(f"{path}: cannot be written; give another file with --out")
+    read_records(path)
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The records of an evaluation.json, [] where there is none. Raises DataError when it is something else."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as a list of results ({error}); move it away") from None
+    if not isinstance(found, list):
+        raise DataError(f"{path}: is no list of results; move it away")
+    return found
+
+
+def add_record(path: str | Path, record: dict[str, Any]) -> None:
+    """Add a record to the list in a file, whole or not at all; earlier ones are kept. Raises DataError."""
+    try:
+        write_json(path, [*read_records(path), record])
+    except (OSError, UserError) as error:
+        raise DataError(f"{path}: cannot be written ({error}); give another file with --out") from None
+
+
+def print_record(record: Mapping[str, Any]) -> None:
+    """The record as a table, with what was not computed and every warning."""
+    print("\n".join(lines(record)))
+
+
+def lines(record: Mapping[str, Any]) -> list[str]:
+    """A title, a line a score, a line for each number that is missing, the warnings."""
+    protocol, real = record["protocol"], record["real"]
+    changed = ", ".join(f"{name} {value}" for name, value in record["overrides"].items())
+    quick = f", NOT its own numbers: {changed}" if changed else ""
+    checkpoint = record.get("checkpoint") or {}
+    made_by = f" of {checkpoint['path']} (step {checkpoint['step']})" if record["judged"] == "generated" else ""
+    judged = record["judged"].removesuffix(" images")
+    title = f"{record['num_images']} {judged} images{made_by} by protocol {protocol['name']}{quick}"
+    against = f"against {real['num_images']} of {real['data_set']}'s {real['split']} set, {protocol['real_crop']} crop"
+    table = [title if made_by else f"{title}, no generator", against]
+    width = max(len(score["name"]) for score in record["scores"])
+    for score in record["scores"]:
+        spread = "" if score["std"] is None else f"± {score['std']:.3g}"
+        table.append(f"{score['name']:<{width}}  {score['value']:>9.4g} {spread:<9} {_beside(score)}".rstrip())
+    table += [f"not computed: {metric}: {reason}" for metric, reason in record["not_computed"].items()]
+    table += [f"warning: {warning}" for warning in record["warnings"]]
+    seconds = sum(record["seconds"].values())
+    return [*table, f"{seconds:.0f} s on {record['device']}, {record['num_processes']} process(es)"]
+
+
+def _beside(score: Mapping[str, Any]) -> str:
+    """What stands beside a number so that it can be read: baselines, or counts."""
+    about = score["protocol"]
+    beside = [f"{name} {value:.3g}" for name, value in (about.get("beside") or {}).items() if value is not None]
+    if "chance" in about and not beside:
+        beside.append(f"chance {about['chance']:.3g}")
+    counts = [f"{about[key]} {word}" for key, word in COUNTS.items() if about.get(key) is not None]
+    if "num_named" in about:
+        counts = [f"named by {about['num_named']}"]
+    if "resize" in about:
+        counts.append(f"resize {about['resize']}")
+    return ", ".join([*beside, *counts])

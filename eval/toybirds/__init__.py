@@ -1,0 +1,1 @@
+"""Classifiers and segmenters that read drawn birds, and the images that they read."""

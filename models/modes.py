@@ -1,0 +1,63 @@
+"""Context managers for how a network computes: evaluation mode, no gradients of parameters, full precision."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def no_tf32() -> Iterator[None]:
+    """float32 without TF32, which a GPU otherwise uses for convolutions and which keeps three digits only."""
+    places = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = False
+        yield
+    finally:
+        for place, allowed in zip(places, before, strict=True):
+            place.allow_tf32 = allowed
+
+
+@contextmanager
+def no_parameter_grad(*modules: nn.Module) -> Iterator[None]:
+    """`with no_parameter_grad(D):` its parameters take no gradient: G's step then skips D's weight gradients (bit-identical)."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """`with full_precision(images.device):` no autocast and nothing compiled inside.
+
+    For what is differentiated twice, which compilers cannot, and for penalties, whose high power amplifies rounding.
+    """
+    kind = "cpu" if device.type == "meta" else device.type  # autocast knows no meta device
+    with torch.autocast(kind, enabled=False), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """`with eval_mode(G):` eval mode inside, the former mode afterwards."""
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a network lives."""
+    return next(module.parameters()).device

@@ -1,0 +1,50 @@
+"""Networks as plain data and back: name, constructor arguments, tensors. Names are those of models/__init__.py."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from miscc.errors import CheckpointError
+from models import NETWORKS
+
+
+def to_state(name: str, module: nn.Module) -> dict[str, Any]:
+    """A network as plain data: its registry name, constructor arguments and tensors."""
+    return {"name": name, "arguments": dict(module.arguments), "state": module.state_dict()}
+
+
+def from_state(entry: Mapping[str, Any], registry: Mapping[str, type[nn.Module]]) -> nn.Module:
+    """The network of a `record`, with its weights. Raises CheckpointError for a network that this version does not know."""
+    if entry["name"] not in registry:
+        raise CheckpointError(
+            f"the checkpoint holds a network {entry['name']!r}, which this version does not know (it knows: "
+            f"{', '.join(registry)}); update the project"
+        )
+    module = skip_init(registry[entry["name"]], entry["arguments"])
+    module.load_state_dict(entry["state"])
+    return module
+
+
+def skip_init(kind: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
+    """A network on the CPU whose tensors a state dict will fill.
+
+    A class that says `slow_start = True` draws initial weights for seconds, and all its tensors are in its state dict: it
+    is built without values.
+    """
+    if not getattr(kind, "slow_start", False):
+        return kind(**arguments)
+    with torch.device("meta"):
+        module = kind(**arguments)
+    return module.to_empty(device="cpu")
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of learnable values, frozen ones included."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def network_name(module: nn.Module) -> str:
+    """The name under which our registries know a network's class."""
+    return next(name for registry in NETWORKS.values() for name, kind in registry.items() if kind is type(module))

@@ -1,0 +1,1 @@
+"""From a checkpoint and captions to images. Knows nothing of training and of scores."""

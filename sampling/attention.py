@@ -1,0 +1,44 @@
+"""Word attention as pictures: for each stage that attends the image, and word by word where the caption looks.
+
+Drawing is sampling/pipeline.py's, the folder of samples sampling/folders.py's, the picture itself miscc/images.py's.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from miscc.errors import ConfigError
+from miscc.images import attention_picture
+from sampling.pipeline import Generated, TextToImage
+
+CELL = 128  # pixels of the image and of each word's map in a strip
+
+
+def check_attends(pipeline: TextToImage) -> None:
+    """Raises ConfigError where the generator has no word attention to show."""
+    if not pipeline.attends:
+        raise ConfigError("--attention: this generator has no word attention; AttnGAN's has from two stages on")
+
+
+def caption_words(pipeline: TextToImage, captions: Sequence[str]) -> list[list[str]]:
+    """The words of each caption as the model reads them: known ones, at most as many as it takes."""
+    encoded = pipeline.tokens(captions)
+    words = pipeline.vocabulary.words
+    return [
+        [words[index] for index in row[:length].tolist()]
+        for row, length in zip(encoded.tokens, encoded.lengths.tolist(), strict=True)
+    ]
+
+
+def write_strips(
+    drawn: Generated, words: Sequence[Sequence[str]], stems: Sequence[Path], write: Callable[[np.ndarray, Path], None]
+) -> None:
+    """One strip for each image and stage, `<stem>_<h>px.png` by the height of its maps in pixels.
+
+    drawn: with its attention; words, stems: of each image; write(pixels, path) puts a picture there.
+    """
+    for images, attention in zip(drawn.stages, drawn.attention, strict=True):
+        for image, maps, caption, stem in zip(images, attention, words, stems, strict=True):
+            strip = attention_picture([image], [caption], [maps], CELL)
+            write(strip, stem.with_name(f"{stem.name}_{maps.shape[1]}px.png"))

@@ -1,0 +1,167 @@
+"""`python -m models.released FILE ...`: what weight files are, and --convert: the authors' loose files as one of ours.
+
+Recognising and loading is models/released.py's; the vocabulary that a whole checkpoint needs is the data's, hence eval.
+"""
+
+import argparse
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from miscc.checkpoint import load_file, save_checkpoint
+from miscc.errors import CheckpointError, DataError, UserError, run_command
+from models import DISCRIMINATORS
+from models.registry import count_parameters, network_name, to_state
+from models.released import LOADERS, holds, load_discriminator, load_discriminator_files, load_generator, naming
+from sampling.encoders import load_encoders, released_vocabulary
+from sampling.pipeline import TextToImage
+
+
+def describe(path: str | Path) -> list[str]:
+    """What a weight file is, a line a network. Raises CheckpointError with the reason where it is nothing we can load."""
+    content = load_file(path)
+    if isinstance(content, Mapping) and "networks" in content:
+        return _describe_ours(path, content)
+    parts = [part for part in LOADERS if holds(content, part)]
+    if not parts:
+        # The loader says best what is wrong with it: wrapped otherwise, no tensors, unknown names.
+        with naming(path):
+            load_generator(content)
+    return [f"{path}: {_network_line(part, LOADERS[part](content))}" for part in parts]
+
+
+def convert(
+    generator_path: str | Path,
+    encoder_path: str | Path,
+    data_dir: str | Path,
+    out: str | Path,
+    discriminator_path: str | Path | None = None,
+    dataset: str = "",
+    max_words: int = 18,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Join generator, encoders and vocabulary into one checkpoint of ours at `out`, which draws, scores and fine-tunes.
+
+    data_dir: the folder with the captions.pickle that the encoder was trained with; discriminator_path: AttnGAN's
+    first, others lie beside it; None: the one in the generator's file, if any; dataset: our name for the data, empty:
+    the folder's. Returns the checkpoint. Raises UserError where parts do not belong together, or `out` exists.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise UserError(f"{out}: exists already; give --overwrite or another name")
+    content = load_file(generator_path)
+    with naming(generator_path):
+        generator = load_generator(content)
+    encoders = load_encoders(encoder_path, max_words=max_words)
+    vocabulary = encoders.vocabulary or released_vocabulary(data_dir)
+    TextToImage(generator, encoders.text_encoder, vocabulary)  # raises where the vocabulary is of another size
+    theirs, ours = encoders.text_encoder.arguments["text_dim"], generator.arguments["sentence_dim"]
+    if theirs != ours:
+        raise CheckpointError(f"{encoder_path}: gives features of length {theirs}, the generator wants {ours}")
+    networks = {"generator": generator, "text_encoder": encoders.text_encoder}
+    if encoders.image_encoder is not None:
+        networks["image_encoder"] = encoders.image_encoder
+    discriminator = _discriminator(generator, content, discriminator_path)
+    if discriminator is not None:
+        networks["discriminator"] = discriminator
+    name = network_name(generator)
+    checkpoint = {
+        "config": {
+            "CONFIG_NAME": out.stem,
+            "DATASET_NAME": dataset or Path(data_dir).resolve().name,
+            "DATA_DIR": str(data_dir),
+            "GAN": {"NAME": name},
+            "TEXT": {"WORDS_NUM": encoders.max_words},
+        },
+        "vocabulary": vocabulary.words,
+        "networks": {part: to_state(network_name(network), network) for part, network in networks.items()},
+        "step": 0,
+        "epoch": 0,
+        "released": {str(path): _sha256(path) for path in (generator_path, discriminator_path, encoder_path) if path},
+    }
+    save_checkpoint(out, checkpoint)
+    return checkpoint
+
+
+def _describe_ours(path: str | Path, content: Mapping) -> list[str]:
+    networks, config = content["networks"], content.get("config", {})
+    data = config.get("DATASET_NAME", "unknown data")
+    lines = [
+        f"{path}: checkpoint of this project, step {content.get('step')}, epoch {content.get('epoch')}, {data}, "
+        f"{len(content.get('vocabulary', ()))} words, {'with' if 'optimizers' in content else 'without'} optimizers"
+    ]
+    for part, entry in networks.items():
+        total = sum(tensor.numel() for tensor in entry["state"].values())
+        lines.append(f"  {part}: {entry['name']}, {total / 1e6:.1f} M numbers, {_sizes(entry['arguments'])}")
+    return lines
+
+
+def _network_line(part: str, network: nn.Module) -> str:
+    millions = count_parameters(network) / 1e6
+    return f"{part} {network_name(network)}, {millions:.1f} M parameters, {_sizes(network.arguments)}"
+
+
+def _sizes(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in arguments.items())
+
+
+def _discriminator(generator: nn.Module, content: Any, path: str | Path | None) -> nn.Module | None:
+    """The discriminator that goes with a released generator, of its own file or of the generator's."""
+    if path is None:
+        return load_discriminator(content) if holds(content, "discriminator") else None
+    with torch.device("meta"):  # only its sizes are asked for
+        kind = DISCRIMINATORS[network_name(generator)]
+        shared = {
+            name: generator.arguments[name] for name in ("base_size", "num_stages") if name in generator.arguments
+        }
+        like = kind(**shared)
+    return load_discriminator_files(path, like)
+
+
+def _sha256(path: str | Path) -> str:
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m sampling.convert", description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", metavar="FILE", help="weight files: the authors' or ours")
+    join = parser.add_argument_group("one checkpoint of ours from the authors' generator file")
+    join.add_argument("--convert", metavar="OUT", help="write it here, e.g. models/bird_AttnGAN2_ours.pth")
+    join.add_argument(
+        "--encoder", metavar="FILE", help="text_encoder*.pth; image_encoder*.pth beside it is taken along"
+    )
+    join.add_argument("--data", metavar="DIR", help="the folder with AttnGAN's captions.pickle, e.g. data/birds")
+    join.add_argument("--discriminator", metavar="FILE", help="netD*.pth, for fine-tuning; AttnGAN: netD0.pth")
+    join.add_argument("--dataset", default="", metavar="NAME", help="birds, coco, ... (default: the name of --data)")
+    join.add_argument("--max-words", type=int, default=18, metavar="N", help="words of a caption at most (default 18)")
+    join.add_argument("--overwrite", action="store_true", help="replace OUT")
+    options = parser.parse_args()
+    if not options.convert:
+        for path in options.files:
+            print("\n".join(describe(path)))
+        return
+    if len(options.files) != 1 or not options.encoder or not options.data:
+        raise DataError("--convert takes one generator file, --encoder and --data; see --help")
+    convert(
+        options.files[0],
+        options.encoder,
+        options.data,
+        options.convert,
+        options.discriminator,
+        options.dataset,
+        options.max_words,
+        options.overwrite,
+    )
+    print("\n".join(describe(options.convert)))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,92 @@
+"""The DAMSM encoders of a checkpoint or of the authors' files, with their vocabulary."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from datasets.captions import METADATA_NAMES, Vocabulary
+from miscc.checkpoint import load_file
+from miscc.errors import CheckpointError, DataError
+from models import NETWORKS
+from models.registry import from_state
+from models.released import load_image_encoder, load_text_encoder, naming
+
+
+class Encoders(NamedTuple):
+    """A text encoder with its vocabulary, and the image encoder that was trained with it, where there is one.
+
+    vocabulary is None for the authors' files, which do not carry one: it then comes from the data's captions.pickle.
+    """
+
+    text_encoder: nn.Module
+    image_encoder: nn.Module | None
+    vocabulary: Vocabulary | None
+    max_words: int
+
+    @property
+    def image_size(self) -> int:
+        """Images of this size lose nothing on their way into the image encoder."""
+        if self.image_encoder is None:
+            raise CheckpointError("there is no image encoder beside this text encoder")
+        return self.image_encoder.image_size
+
+
+def load_encoders(path: str | Path, device: str | torch.device = "cpu", max_words: int = 18) -> Encoders:
+    """DAMSM's encoders, frozen and in eval mode, from one of our checkpoints or the authors' text_encoder*.pth.
+
+    Beside the authors' file its image_encoder*.pth is looked for. max_words: for the authors' files, which do not say.
+    Raises CheckpointError when a file is missing, broken or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: no such encoders; train them with `python pretrain_DAMSM.py --cfg cfg/DAMSM/...` and the file of your "
+            f"data set (bird.yml, coco.yml, folder.yml), or point TEXT.DAMSM_NAME at a released text_encoder200.pth"
+        )
+    content = load_file(path)
+    if isinstance(content, dict) and "networks" in content:
+        networks = rebuild_networks(content, ("text_encoder", "image_encoder"), path)
+        if "text_encoder" not in networks:
+            raise CheckpointError(f"{path}: holds no text encoder but {', '.join(content['networks'])}")
+        text_encoder, image_encoder = networks["text_encoder"], networks.get("image_encoder")
+        vocabulary, max_words = Vocabulary(content["vocabulary"]), text_encoder.max_words
+    else:
+        with naming(path):
+            text_encoder, vocabulary = load_text_encoder(content), None
+        text_encoder.max_words = text_encoder.arguments["max_words"] = max_words
+        beside = path.with_name(path.name.replace("text_encoder", "image_encoder"))
+        found = beside != path and beside.is_file()
+        with naming(beside):
+            image_encoder = load_image_encoder(load_file(beside)) if found else None
+    for encoder in (text_encoder, image_encoder):
+        if encoder is not None:
+            encoder.to(device).eval().requires_grad_(False)
+    return Encoders(text_encoder, image_encoder, vocabulary, max_words)
+
+
+def released_vocabulary(data_dir: str | Path) -> Vocabulary:
+    """The vocabulary of AttnGAN's captions.pickle in a data folder. Raises DataError when there is none."""
+    for name in METADATA_NAMES:
+        if (Path(data_dir) / name).is_file():
+            return Vocabulary.from_pickle(Path(data_dir) / name)
+    raise DataError(
+        f"{data_dir}: holds no captions.pickle; the authors' encoders need the vocabulary in it (a rebuilt one numbers "
+        f"the words otherwise): set DATA_DIR to the folder of AttnGAN's metadata"
+    )
+
+
+def rebuild_networks(checkpoint: dict, names: tuple[str, ...], path: str | Path) -> dict[str, nn.Module]:
+    """The networks of these names that the checkpoint holds."""
+    networks = {}
+    for name in names:
+        if name not in checkpoint["networks"]:
+            continue
+        try:
+            network = from_state(checkpoint["networks"][name], NETWORKS[name])
+            networks[name] = network.eval().requires_grad_(False)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{path}: its {name} does not fit this version of the project: {reason}") from None
+    return networks

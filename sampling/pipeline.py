@@ -1,0 +1,211 @@
+"""TextToImage: one checkpoint -> captions in, images and masks out. main.py, the scores and the web page all use it."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from datasets.captions import EncodedCaptions, Vocabulary, encode_batch
+from miscc.checkpoint import load_checkpoint, load_file
+from miscc.distributed import choose_device
+from miscc.errors import CheckpointError, DataError
+from miscc.images import to_uint8
+from miscc.randomness import noise_for
+from models.mixed_text import mixed_text_encoder
+from models.modes import device_of
+from models.released import load_generator, naming
+from models.types import GeneratorOutput, TextFeatures
+from sampling.encoders import load_encoders, rebuild_networks, released_vocabulary
+
+logger = logging.getLogger(__name__)
+
+
+class Generated(NamedTuple):
+    """images: (N, H, W, 3) uint8; masks: of each stage (N, h, w) float32 in [0, 1], coarse to fine, empty where the
+    system predicts none or nobody asked for them; where asked for, attention: of each stage that attends (N, T, h, w)
+    float32, coarse to fine, and stages: the images (N, h', w', 3) uint8 that were drawn with it."""
+
+    images: np.ndarray
+    masks: list[np.ndarray]
+    attention: list[np.ndarray] = []
+    stages: list[np.ndarray] = []
+
+
+class TextToImage:
+    """A generator with all that it needs to draw: text encoder and vocabulary.
+
+    The same seed gives the same images, whatever the batch size and whatever was drawn before: the noise is the same, and
+    rounding may move single values by one level of 255.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        text_encoder: nn.Module,
+        vocabulary: Vocabulary,
+        origin: dict[str, Any] | None = None,
+    ):
+        """Networks in eval mode. origin: where the weights come from (file, step, epoch, config), for reports."""
+        known = text_encoder.embedding.num_embeddings
+        if known != len(vocabulary):
+            raise CheckpointError(
+                f"the text encoder knows {known} words, the vocabulary has {len(vocabulary)}: they do not belong "
+                f"together; use the captions.pickle or vocabulary.json that the encoder was trained with"
+            )
+        self.generator = generator
+        self.text_encoder = text_encoder
+        self.vocabulary = vocabulary
+        self.origin = origin or {}
+        self._named_length = False
+        self._named: set[str] = set()  # unknown words that were warned of already
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device | None = None, averaged: bool = True) -> "TextToImage":
+        """From one of our checkpoints. device None: a GPU if there is one. averaged False: G itself, not its average.
+
+        Raises CheckpointError for a file that is missing, broken, of another kind or without a generator.
+        """
+        device = choose_device() if device is None else torch.device(device)
+        checkpoint = load_checkpoint(path)
+        if "text_encoder" not in checkpoint["networks"]:
+            raise CheckpointError(f"{path}: holds no text encoder but {', '.join(checkpoint['networks'])}")
+        wanted = "generator_ema" if averaged and "generator_ema" in checkpoint["networks"] else "generator"
+        networks = rebuild_networks(checkpoint, (wanted, "text_encoder"), path)
+        if wanted not in networks:
+            raise CheckpointError(
+                f"{path}: holds no generator but {', '.join(checkpoint['networks'])}; train one first"
+            )
+        origin = {
+            "checkpoint": str(path),
+            "averaged": wanted == "generator_ema",
+            "step": checkpoint.get("step"),
+            "epoch": checkpoint.get("epoch"),
+            "config": checkpoint.get("config", {}),
+        }
+        vocabulary = Vocabulary(checkpoint["vocabulary"])
+        return cls(networks[wanted].to(device), networks["text_encoder"].to(device), vocabulary, origin)
+
+    @classmethod
+    def from_released(
+        cls,
+        generator_path: str | Path,
+        text_encoder_path: str | Path,
+        data_dir: str | Path,
+        device: str | torch.device | None = None,
+        max_words: int = 18,
+        transformer: str = "",
+    ) -> "TextToImage":
+        """From the authors' loose files: netG*.pth, text_encoder*.pth and the captions.pickle in data_dir.
+
+        Also takes one of our encoder checkpoints instead of text_encoder*.pth; data_dir then is not read.
+        transformer: folder of a Transformer that gives half of the sentence, as models.mixed_text has it.
+        """
+        device = choose_device() if device is None else torch.device(device)
+        encoders = load_encoders(text_encoder_path, device, max_words)
+        vocabulary = encoders.vocabulary or released_vocabulary(data_dir)
+        with naming(generator_path):
+            generator = load_generator(load_file(generator_path)).to(device)
+        text_encoder = encoders.text_encoder
+        if transformer:
+            text_encoder = mixed_text_encoder(text_encoder, vocabulary.words, transformer).to(device)
+        return cls(generator, text_encoder, vocabulary, {"checkpoint": str(generator_path), "averaged": False})
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.generator)
+
+    @property
+    def image_size(self) -> int:
+        return self.generator.image_size
+
+    @property
+    def attends(self) -> bool:
+        """Whether the generator's output has word attention; generators with any say so."""
+        return bool(getattr(self.generator, "num_attending", 0))
+
+    @property
+    def predicts_masks(self) -> bool:
+        """Whether the generator's output has masks; generators with any say where they come from."""
+        return "mask" in self.generator.arguments
+
+    def tokens(self, captions: Sequence[str]) -> EncodedCaptions:
+        """Captions as indices; unknown words and cut captions are named in a warning, once each.
+
+        Raises DataError where no word is left.
+        """
+        encoded = encode_batch(captions, self.vocabulary, self.text_encoder.max_words)
+        most = self.text_encoder.max_words
+        longest = max((len(self.vocabulary.encode(caption)[0]) for caption in captions), default=0)
+        if longest > most and not self._named_length:
+            self._named_length = True
+            logger.warning("captions of up to %d words: the model reads the first %d that it knows", longest, most)
+        unknown = sorted({word for words in encoded.unknown for word in words} - self._named)
+        if unknown:
+            self._named.update(unknown)
+            logger.warning("words that the model does not know are left out: %s", ", ".join(unknown))
+        return encoded
+
+    def check(self, captions: Sequence[str]) -> None:
+        """Say once for all captions which words are unknown. Raises DataError where no word is left."""
+        self.tokens(captions)
+
+    @torch.inference_mode()
+    def encode(self, captions: Sequence[str]) -> TextFeatures:
+        """Captions -> text features on the generator's device. Raises DataError as `tokens`."""
+        encoded = self.tokens(captions)
+        return self.text_encoder(encoded.tokens.to(self.device), encoded.lengths)
+
+    @torch.inference_mode()
+    def synthesize(self, text: TextFeatures, noise: Tensor) -> GeneratorOutput:
+        """Text features and noise (N, noise_dim) -> images in [-1, 1], masks, attention."""
+        return self.generator(noise.to(self.device), text)
+
+    def noise(self, seed: int, indices: Iterable[int], truncation: float | None = None) -> Tensor:
+        """Noise (N, noise_dim); a row depends on (seed, its index) alone. truncation: see miscc.randomness.noise_for."""
+        return noise_for(seed, 0, indices, self.generator.noise_dim, truncation)
+
+    def generate(
+        self,
+        captions: Sequence[str],
+        seed: int = 0,
+        truncation: float | None = None,
+        batch_size: int = 32,
+        indices: Sequence[int] | None = None,
+        with_attention: bool = False,
+        with_masks: bool = True,
+    ) -> Generated:
+        """Draw one image for each caption.
+
+        seed: the i-th image's noise is a function of (seed, i), or of (seed, indices[i]), so that a long list can be drawn
+        in parts; truncation: cut the noise at ±2 and scale it by this; with_attention: keep the word attention; with_masks
+        False: leave the masks, which are more bytes than the images, where they are.
+        Raises DataError for an empty list, and for a caption of which no word is known.
+        """
+        if isinstance(captions, str):
+            captions = [captions]
+        if not captions:
+            raise DataError("there is no caption to draw")
+        indices = range(len(captions)) if indices is None else indices
+        encoded = self.tokens(captions)
+        images, masks, attention, stages = [], [], [], []
+        for start in range(0, len(captions), batch_size):
+            rows = slice(start, start + batch_size)
+            with torch.inference_mode():
+                text = self.text_encoder(encoded.tokens[rows].to(self.device), encoded.lengths[rows])
+                output = self.synthesize(text, self.noise(seed, indices[rows], truncation))
+            images.append(to_uint8(output.images[-1]))
+            if with_masks:
+                masks.append([mask[:, 0].float().cpu().numpy() for mask in output.masks])
+            if with_attention:
+                attention.append([maps.float().cpu().numpy() for maps in output.attention])
+                last = len(output.images) - 1  # AttnDCGAN attends at every stage, but draws at the last alone
+                shown = [output.images[min(stage, last)] for stage in range(1, len(output.attention) + 1)]
+                stages.append([to_uint8(image) for image in shown])
+        parts = (masks, attention, stages)
+        return Generated(
+            np.concatenate(images), *([np.concatenate(stage) for stage in zip(*part, strict=True)] for part in parts)
+        )

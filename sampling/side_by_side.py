@@ -1,0 +1,77 @@
+"""The same captions and noise by several models, in one picture: `python -m sampling.side_by_side A=CKPT B=CKPT --out FILE`.
+
+For looking; numbers are eval/evaluate.py's.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from miscc.command_line import positive, truncation
+from miscc.distributed import choose_device
+from miscc.errors import UserError, run_command
+from miscc.images import caption_grid, save_image, unit_to_uint8
+from sampling.pipeline import TextToImage
+from sampling.requests import read_captions
+
+
+def side_by_side(
+    pipelines: Mapping[str, TextToImage],
+    captions: Sequence[str],
+    per_caption: int = 1,
+    seed: int = 0,
+    truncation: float | None = None,
+    masks: bool = False,
+) -> np.ndarray:
+    """A picture (.., .., 3) uint8: a row for each caption, `per_caption` columns for each model, under its name.
+
+    The i-th image of a caption has the same noise in all models that take as many random numbers; masks: the last
+    stage's beside each image, where a model has any.
+    """
+    cells: list[list[np.ndarray]] = [[] for _ in captions]
+    headings: list[str] = []
+    for name, pipeline in pipelines.items():
+        for sample in range(per_caption):
+            indices = [row * per_caption + sample for row in range(len(captions))]
+            drawn = pipeline.generate(captions, seed, truncation, indices=indices, with_masks=masks)
+            shows_masks = bool(drawn.masks)
+            headings += [name if sample == 0 else "", *(["mask"] if shows_masks else [])]
+            for row, cell in enumerate(cells):
+                cell.append(drawn.images[row])
+                if shows_masks:
+                    cell.append(unit_to_uint8(drawn.masks[-1][row]))
+    return caption_grid(captions, cells, columns=1, headings=headings)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m sampling.side_by_side", description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+", metavar="NAME=CKPT", help="checkpoints of ours, each with a name to show")
+    parser.add_argument("--caption", action="append", default=[], metavar="TEXT", help="may be repeated")
+    parser.add_argument("--captions", metavar="FILE", help="a text file with a caption a line")
+    parser.add_argument("--per-caption", type=positive, default=1, metavar="N", help="images of each caption and model")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise")
+    parser.add_argument("--truncation", type=truncation, metavar="T", help="cut the noise at +-2 and scale it by T")
+    parser.add_argument("--masks", action="store_true", help="show the last masks, too")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the picture, a PNG")
+    parser.add_argument("--gpu", type=int, metavar="N", help="-1: CPU; default: a GPU if there is one")
+    options = parser.parse_args()
+    captions = [*options.caption, *(read_captions(options.captions) if options.captions else [])]
+    if not captions:
+        raise UserError("give --caption TEXT or --captions FILE")
+    device, pipelines = choose_device(options.gpu), {}
+    for model in options.models:
+        name, sign, path = model.partition("=")
+        if not sign:
+            name, path = Path(model).stem, model
+        if name in pipelines:
+            raise UserError(f"{model}: there are two models of the name {name}; name them NAME=CKPT")
+        pipelines[name] = TextToImage.load(path, device)
+    chosen = (options.per_caption, options.seed, options.truncation, options.masks)
+    save_image(side_by_side(pipelines, captions, *chosen), options.out)
+    print(options.out)
+
+
+if __name__ == "__main__":
+    run_command(main)
