@@ -7,7 +7,7 @@ DEMO   := output/demo
 GPU    ?=
 DEVICE := $(if $(GPU),--gpu $(GPU),)
 
-.PHONY: demo test slow-test check clean-demo environment
+.PHONY: demo test slow-test check house clean-demo environment
 
 environment: $(VENV)/installed
 
@@ -40,3 +40,8 @@ slow-test: environment
 check: environment
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyrefly check
+
+# The drawing in docs/architecture.md.
+house:
+	$(PYTHON) docs/house.py
