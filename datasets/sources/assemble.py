@@ -1,6 +1,6 @@
-"""From captions that name image files to a data set: finding the files, keys, classes and splits.
+"""From rows of captions that name images to a data set: finds the files, makes keys, class ids and splits.
 
-What the caption files look like is known to folder.py and flickr.py.
+How caption files are read is in folder.py and flickr.py.
 """
 
 import logging
@@ -23,7 +23,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Row:
-    """Captions for one image, as a file names it: by path or name, with or without suffix."""
+    """One line of a caption file.
+
+    image: the image's path or name, with or without suffix
+    captions: any number of texts
+    class_name: None where the file has no classes
+    """
 
     image: str
     captions: Sequence[str]
@@ -34,8 +39,14 @@ class ImageIndex:
     """The image files below a folder, found by path or, where that is unique, by name; suffixes may be left out."""
 
     def __init__(self, root: Path, folder: Path):
+        """
+        root: of the data set; paths of entries start there
+        folder: where the images are, below root or elsewhere
+        """
         self.root, self.folder = root, folder
         self.paths: list[str] = sorted(_walk(folder))
+
+        # Four tables, from the most to the least specific spelling of a file.
         self._by_name: list[dict[str, list[str]]] = [defaultdict(list) for _ in range(4)]
         for path in self.paths:
             name = path.rpartition("/")[2]
@@ -76,9 +87,11 @@ def _walk(folder: Path) -> Iterable[str]:
 
 def image_index(root: Path, options: BuildOptions | None, names: Sequence[str] = ("images", "Images")) -> ImageIndex:
     """The images in --images, else in the first of these folders that is there, else anywhere below the root."""
+    # --images may be given from the current folder or from the root.
     chosen = options.images if options else None
     if chosen is not None:
         chosen = chosen if chosen.is_dir() or not (root / chosen).is_dir() else root / chosen
+
     folder = chosen or next((root / name for name in names if (root / name).is_dir()), root)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; it should hold the images")
@@ -86,23 +99,26 @@ def image_index(root: Path, options: BuildOptions | None, names: Sequence[str] =
 
 
 def locate(root: Path, keys: Sequence[str]) -> tuple[list[Path], None]:
-    """The image of each key of somebody's own data set in the form of AttnGAN's metadata; there are no boxes."""
+    """The image of each key of a data set of one's own in the form of AttnGAN's metadata; there are no boxes."""
     index = image_index(root, None)
-    found = [index.find(key) for key in keys]
-    lost = [key for key, path in zip(keys, found, strict=True) if path is None]
+    found = {key: path for key in keys if (path := index.find(key)) is not None}
+    lost = [key for key in keys if key not in found]
     if lost:
         raise DataError(f"{index.folder}: has no image for {named(lost)}, which filenames.pickle lists")
-    return [index.folder / path for path in found], None
+    return [index.folder / found[key] for key in keys], None
 
 
 def assemble(
     root: Path, rows: Iterable[Row], index: ImageIndex, options: BuildOptions, lists: dict[str, list[str]]
 ) -> dict[str, list[Entry]]:
-    """The splits of a data set. lists: for each split the names of its images; empty: a seeded split.
+    """The splits of a data set.
 
-    Says how many captions have no image and how many images no caption, and names some. Raises DataError if no image
+    lists: for each split the names of its images; empty: a seeded split
+
+    Warns of captions without an image and of images without a caption, and names some. Raises DataError if no image
     with a caption is left.
     """
+    # Captions and classes by file; a file may have several rows.
     captions: dict[str, list[str]] = {}
     classes: dict[str, str] = {}
     lost: dict[str, None] = {}
@@ -115,6 +131,8 @@ def assemble(
             captions.setdefault(path, []).extend(texts)
             if row.class_name is not None:
                 classes[path] = row.class_name
+
+    # Say what is left out, and stop where nothing is left.
     if lost:
         logger.warning("%d names with captions, but no such image (or several): %s", len(lost), named(lost))
     bare = [path for path in index.paths if path not in captions]
@@ -126,6 +144,7 @@ def assemble(
             f"with captions that fit none of them; say where the images are and how they are named with --images and "
             f"--image-column"
         )
+
     entries = _entries(sorted(captions), captions, classes, index)
     return _by_lists(entries, index, lists) if lists else _seeded(entries, options)
 
@@ -133,30 +152,35 @@ def assemble(
 def _entries(
     paths: Sequence[str], captions: dict[str, list[str]], classes: dict[str, str], index: ImageIndex
 ) -> dict[str, Entry]:
+    """The entry of each image by its path: its key is the path without suffix where that is unique."""
     stems = [os.path.splitext(path)[0] for path in paths]
     keys = stems if len(set(stems)) == len(stems) else paths
-    numbers = {name: number for number, name in enumerate(sorted(set(classes.values())))}
+
+    # An image without a class is a class of its own, with an id that no named class has.
+    class_ids = {name: class_id for class_id, name in enumerate(sorted(set(classes.values())))}
     entries = {}
-    for position, (path, key) in enumerate(zip(paths, keys, strict=True)):
-        # Each image without a class is one of its own; its number must not be that of a class with a name.
-        class_id = numbers[classes[path]] if path in classes else len(numbers) + position
+    for index_in_paths, (path, key) in enumerate(zip(paths, keys, strict=True)):
+        class_id = class_ids[classes[path]] if path in classes else len(class_ids) + index_in_paths
         entries[path] = Entry(key, index.from_root(path), captions[path], class_id)
     return entries
 
 
 def _by_lists(entries: dict[str, Entry], index: ImageIndex, lists: dict[str, list[str]]) -> dict[str, list[Entry]]:
-    """Splits as lists of names say; where the list of train or test is missing, it is what the others leave."""
+    """Splits as the lists of names say; a missing list of train or test means all images that no other list names."""
+    # What the lists name; an image in two lists is an error, a name without an image a warning.
     assigned: dict[str, str] = {}
     unknown = []
     for split, names in lists.items():
         for name in names:
             path = index.find(name)
-            if path not in entries:
+            if path is None or path not in entries:
                 unknown.append(name)
             elif assigned.setdefault(path, split) != split:
                 raise DataError(f"{name} is in the list of {assigned[path]} and in that of {split}; take it from one")
     if unknown:
         logger.warning("%d names in the split lists without an image and caption: %s", len(unknown), named(unknown))
+
+    # What no list names: the split without a list, or left out.
     rest = [path for path in entries if path not in assigned]
     for split in ("train", "test"):
         if split not in lists and rest:
@@ -169,14 +193,19 @@ def _by_lists(entries: dict[str, Entry], index: ImageIndex, lists: dict[str, lis
 
 
 def _seeded(entries: dict[str, Entry], options: BuildOptions) -> dict[str, list[Entry]]:
-    """The split of each image by the rank of a number drawn from its key alone: of N images round(fraction · N) are test
-    images, at least one, then as many for val. Images added later so move no others but some next to the borders.
+    """A split at random: each image is ranked by a number that depends on its key and the seed alone.
+
+    Of N images the first round(test_fraction * N), at least one, are for testing, the next round(val_fraction * N) for
+    validation. So images added later change the split of others only near the borders.
     """
+    # Rank the images.
     draws = {
         path: float(stream(options.seed, "split", zlib.crc32(entry.key.encode())).random())
         for path, entry in entries.items()
     }
     by_draw = sorted(entries, key=draws.__getitem__)
+
+    # Cut the ranking in three.
     total = len(by_draw)
     num_test = min(max(1, round(options.test_fraction * total)), max(1, total - 1))  # one is left to train on
     num_val = min(round(options.val_fraction * total), max(0, total - 1 - num_test))

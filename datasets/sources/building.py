@@ -13,7 +13,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What the user may say about the originals; prepare.py documents each where it is an argument."""
+    """What the user may say about the originals; the options of prepare.py.
+
+    name: the data set's
+    allow_partial: prepare what is there, with a warning
+    captions: the caption file; None: looked for
+    images: the folder with the images; None: looked for
+    image_column, caption_columns, class_column: names of columns or fields; empty: guessed from their names
+    val_fraction, test_fraction: sizes of splits for which there is no list
+    seed: of the drawn split
+    """
 
     name: str
     allow_partial: bool = False

@@ -21,11 +21,13 @@ _ANNOTATION_FOLDERS = (".", "annotations", "annotations_trainval2014/annotations
 
 def locate(root: Path, keys: Sequence[str]) -> tuple[list[Path], None]:
     """The image of each key (`COCO_train2014_000000000009`). Raises DataError when no image folder is there."""
+    # The folders that these keys need.
     folders = {part: _image_folder(root, part) for part in _PARTS.values() if any(f"_{part}_" in key for key in keys)}
     folders[""] = first_present(root, ["images"])  # keys of another form
     missing = [f"{root / part}: the images of COCO's {part}" for part, path in folders.items() if part and path is None]
     if missing:
         raise DataError(missing_pieces(f"{root}: the images of the data set are not there", missing))
+
     parts = [key.split("_")[1] if key.startswith("COCO_") else "" for key in keys]
     return [(folders.get(part) or root / "images") / f"{key}.jpg" for part, key in zip(parts, keys, strict=True)], None
 
@@ -35,7 +37,9 @@ def build(root: Path, options: BuildOptions) -> dict[str, list[Entry]]:
 
     The first five captions of each image, as the originals take them. Raises DataError listing everything missing.
     """
-    missing, found = [], {}
+    # Captions and images of each split: all that is missing is listed at once.
+    missing: list[str] = []
+    found: dict[str, tuple[Path, Path]] = {}
     for split, part in _PARTS.items():
         name = f"captions_{part}.json"
         annotations = first_present(root, [f"{folder}/{name}" for folder in _ANNOTATION_FOLDERS])
@@ -44,10 +48,14 @@ def build(root: Path, options: BuildOptions) -> dict[str, list[Entry]]:
             missing.append(f"{root / 'annotations' / name}: the captions (annotations_trainval2014.zip)")
         if images is None:
             missing.append(f"{root / part}: the images ({part}.zip)")
-        found[split] = annotations, images
+        if annotations is not None and images is not None:
+            found[split] = annotations, images
     if missing:
         raise DataError(missing_pieces(f"{root}: the data set is not complete", missing))
-    splits, absent = {}, []
+
+    # Entries for the images that are there; with --allow-partial the others are left out.
+    splits: dict[str, list[Entry]] = {}
+    absent: list[str] = []
     for split, (annotations, images) in found.items():
         there = set(os.listdir(images))
         captions = read_coco_captions(annotations)
@@ -57,8 +65,8 @@ def build(root: Path, options: BuildOptions) -> dict[str, list[Entry]]:
         folder = images.relative_to(root).as_posix()
         kept = [(name, texts) for name, texts in captions.items() if name in there]
         splits[split] = [
-            Entry(os.path.splitext(name)[0], f"{folder}/{name}", texts[:CAPTIONS_PER_IMAGE], class_id=number)
-            for number, (name, texts) in enumerate(kept)
+            Entry(os.path.splitext(name)[0], f"{folder}/{name}", texts[:CAPTIONS_PER_IMAGE], class_id)
+            for class_id, (name, texts) in enumerate(kept)
         ]
     options.complain(root, absent)
     options.check_counts(root, splits, COUNTS)

@@ -1,6 +1,6 @@
-"""Flickr8k and Flickr30k as their authors give them out: where their files lie and how they are written.
+"""Flickr8k and Flickr30k as their authors published them: where their files lie and how they are written.
 
-A folder with captions in some other form is folder.py's, which also calls this one for these files.
+Captions in any other form are read by folder.py, which calls this file for Flickr's own.
 """
 
 import csv
@@ -24,7 +24,11 @@ _TOKEN_LINE = re.compile(r"(.+?)#\d+\t(.*)")  # 1000268201_693b08cb0e.jpg#0<tab>
 
 @dataclass(frozen=True)
 class Originals:
-    """The caption file and the lists of images of each split that are there."""
+    """Flickr's files that were found.
+
+    captions: the caption file
+    lists: {split: its list of images}, only those that are there
+    """
 
     captions: Path
     lists: dict[str, Path]
@@ -59,7 +63,10 @@ def build(root: Path, options: BuildOptions) -> dict[str, list[Entry]]:
 def build_found(
     root: Path, originals: Originals, options: BuildOptions, other_lists: dict[str, list[str]]
 ) -> dict[str, list[Entry]]:
-    """As `build`, from what `find` has found; other_lists: names of each split, should Flickr's own not be there."""
+    """As `build`, from what `find` has found.
+
+    other_lists: image names of each split, used where Flickr's own lists are missing
+    """
     own_lists = {split: path.read_text(encoding="utf-8").split() for split, path in originals.lists.items()}
     index = image_index(root, options, IMAGE_FOLDERS)
     return assemble(root, _read_captions(originals.captions), index, options, own_lists or other_lists)
@@ -73,9 +80,12 @@ def _is_caption_file(path: Path) -> bool:
 
 def _read_captions(path: Path) -> list[Row]:
     """Token files (`name#number<tab>caption`), or the captions.txt that others made of them (`image,caption`)."""
+    # captions.txt: not every caption with a comma is quoted, so all fields after the first are joined.
     text = path.read_text(encoding="utf-8", errors="replace")
     if not _TOKEN_LINE.match(text):
         lines = list(csv.reader(text.splitlines()))[1:]
-        return [Row(line[0], [", ".join(line[1:])]) for line in lines if len(line) > 1]  # not all commas are quoted
+        return [Row(line[0], [", ".join(line[1:])]) for line in lines if len(line) > 1]
+
+    # Token files.
     matches = (_TOKEN_LINE.match(line) for line in text.splitlines())
     return [Row(match[1], [match[2]]) for match in matches if match]

@@ -1,6 +1,6 @@
-"""Images of anybody's own with captions in a CSV, a JSONL, COCO's JSON, or a text file beside each image.
+"""A folder of images of one's own, with captions in a CSV, a JSONL, COCO's JSON, or a text file beside each image.
 
-Matching names to files and making splits is assemble.py's business; here is only what caption files look like.
+How caption files are read; matching their names to image files and making splits is in assemble.py.
 """
 
 import csv
@@ -34,21 +34,23 @@ _LABEL_COLUMNS, _TAG_COLUMNS = ("label", "labels", "title", "name"), ("tags", "k
 
 
 def build(root: Path, options: BuildOptions) -> dict[str, list[Entry]]:
-    """The common layout from images and whatever captions are found with them.
+    """The common layout from images and the captions that are found with them.
 
     Splits: train.txt, val.txt or dev.txt, test.txt with a name a line where they are, else a seeded one. Raises
-    DataError when there are no captions, several sources of them, or columns that say nothing.
+    DataError when there are no captions, several caption files, or no column that is known to hold captions.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; put the images and their captions there")
-    source = options.captions or _find_source(root)
-    if options.captions is not None and not source.is_file() and (root / source).is_file():
-        source = root / source
+
+    # Flickr's own files are read by flickr.py.
+    source = _find_source(root) if options.captions is None else _chosen_source(root, options.captions)
     if source is None:
         originals = flickr.find(root)
         if originals is not None:
             logger.info("captions: %s", originals.captions)
             return flickr.build_found(root, originals, options, _lists(root))
+
+    # Captions: from one file, or from a text file beside each image.
     index = image_index(root, options)
     if not index.paths:
         raise DataError(f"{index.folder}: holds no image; --images says where they are")
@@ -61,12 +63,20 @@ def build(root: Path, options: BuildOptions) -> dict[str, list[Entry]]:
     return assemble(root, rows, index, options, _lists(root))
 
 
+def _chosen_source(root: Path, captions: Path) -> Path:
+    """--captions, which may be given from the current folder or from the root."""
+    return root / captions if not captions.is_file() and (root / captions).is_file() else captions
+
+
 def _find_source(root: Path) -> Path | None:
     """The one caption file in the root. Raises DataError if there are several."""
+    # Tables and JSON lines before COCO's JSON; what prepare wrote itself is no source.
     own = {VOCABULARY_NAME, *(f"{split}.jsonl" for split in SPLITS)}
     files = [path for path in sorted(root.iterdir()) if path.is_file() and path.name not in own]
     found = [path for path in files if path.suffix.lower() in (".csv", ".tsv", ".jsonl")]
     found = found or [path for path in files if path.suffix.lower() == ".json" and _is_coco(path)]
+
+    # Of several, captions.* or metadata.*, if only one has such a name.
     preferred = [path for path in found if path.stem.lower() in ("captions", "metadata")]
     if len(found) > 1 and len(preferred) != 1:
         raise DataError(f"{root}: captions in {', '.join(path.name for path in found)}; choose one with --captions")
@@ -99,6 +109,7 @@ def _read_text(path: Path) -> str:
 
 def _table(path: Path, options: BuildOptions) -> list[Row]:
     """A table whose first line names the columns, separated by commas, semicolons, tabs or bars."""
+    # The delimiter is the one that occurs most often in the first line.
     text = _read_text(path)
     header = text.partition("\n")[0]
     delimiter = max(",;\t|", key=header.count)
@@ -108,11 +119,13 @@ def _table(path: Path, options: BuildOptions) -> list[Row]:
         lines = [(reader.line_num, line) for line in reader if line]
     except csv.Error as error:
         raise DataError(f"{path}: cannot be read as a table ({error}); look for a quote that is not closed") from None
+
+    # A line with too many fields holds a caption with a comma and no quotes. Where the caption is the last column, the
+    # surplus fields belong to it; elsewhere it could be any of them.
     columns = _choose_columns(path, names, lines, options)
     records = []
     for number, line in lines:
         if len(line) > len(names):
-            # A caption with a comma and without quotes; where it is the last column nothing else can be meant.
             if [names[-1]] not in columns.captions:
                 raise DataError(
                     f"{path}, line {number}: has {len(line)} fields under {len(names)} names; put texts that contain "
@@ -157,7 +170,12 @@ def _text_files(index: ImageIndex) -> list[Row]:
 
 @dataclass(frozen=True)
 class _Columns:
-    """Which columns hold what; each group in `captions` makes one caption."""
+    """Which columns hold what.
+
+    image: the column that names the image
+    captions: groups of columns; each group makes one caption
+    class_name: the column of the class, or None
+    """
 
     image: str
     captions: list[list[str]]
@@ -165,7 +183,7 @@ class _Columns:
 
 
 def _choose_columns(path: Path, names: Sequence[str], lines: Sequence, options: BuildOptions) -> _Columns:
-    """The columns that the user chose, or else those whose names speak for themselves, and a line that says which."""
+    """The columns that the user chose, or those with a known name; logs which."""
     if not lines:
         raise DataError(f"{path}: holds no line but perhaps a header")
     image, captions = _image_column(path, names, options), _caption_columns(path, names, options)
@@ -190,9 +208,12 @@ def _rows(records: Sequence[dict], columns: _Columns) -> list[Row]:
 
 def _texts(record: dict, group: Sequence[str]) -> list[str]:
     """The captions in these columns together: a list of them, or the values joined to one."""
+    # One column: each of its texts is a caption.
     values = [record.get(name) for name in group]
     if len(values) == 1:
         return [str(text) for text in (values[0] if isinstance(values[0], list) else [values[0]]) if text]
+
+    # Several: one caption of all values; tags are separated by bars.
     flat = (text for value in values for text in (value if isinstance(value, list) else [value]) if text)
     return [", ".join(str(text).replace("|", ", ") for text in flat)]
 
@@ -214,12 +235,15 @@ def _image_column(path: Path, names: Sequence[str], options: BuildOptions) -> st
 
 def _caption_columns(path: Path, names: Sequence[str], options: BuildOptions) -> list[list[str]]:
     """Groups of columns; each group makes one caption."""
+    # As the user says: a name, or names joined by +.
     if options.caption_columns:
         groups = [[column] if column in names else column.split("+") for column in options.caption_columns]
         for name in (name for group in groups for name in group):
             if name not in names:
                 raise DataError(f"--caption-column {name}: {path} has only {', '.join(names)}")
         return groups
+
+    # By their names: caption columns, else a label with its tags.
     written = [[name] for name in names if _CAPTION_COLUMN.match(name.lower())]
     if written:
         return written

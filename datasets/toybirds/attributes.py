@@ -1,6 +1,6 @@
 """What a toy bird can be: the attributes, the colours, the 200 classes and which of them are kept for testing.
 
-How a bird is drawn is in toybirds_drawing.py, what is said about it in toybirds_captions.py.
+How a bird is drawn is in drawing.py, what its captions say in captions.py.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 }
 COLORS = tuple(PALETTE)
 
-# Every attribute with all its values, in the order in which a classifier numbers them.
+# Every attribute with its values, in the order of a classifier's outputs.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "crown_color": COLORS,
     "wing_color": COLORS,
@@ -48,14 +48,17 @@ def _choose_classes() -> tuple[list[tuple[str, str, str]], list[tuple[str, str, 
     """The training and the test classes as (wing, belly, size).
 
     Eleven colours give 110 pairs of wing and belly, so 200 classes are 100 pairs in two sizes, and ten pairs are not
-    used. Splitting by pair, 25 of them for testing, means that training has seen a test bird's pair in no size. A
-    pair and its reverse go together: else a test bird would show what training has taught the other way round.
+    used. The split is by pair, 25 of them for testing: training sees a test bird's pair in neither size. A pair and
+    its reverse are in the same split; otherwise a test bird would differ from a training bird only by the exchange.
     """
+    # Each pair is followed by its reverse, so that a slice keeps both together.
     count = len(COLORS)
     steps = [(i, (i + distance) % count) for distance in _DISTANCES for i in range(count)]
     pairs = [
         (COLORS[wing], COLORS[belly]) for first, second in steps for wing, belly in ((first, second), (second, first))
     ]
+
+    # The last 75 pairs for training, the first 25 for testing; the ten in between are not used.
     train, test = (
         [(*pair, size) for pair in part for size in ATTRIBUTES["size"]] for part in (pairs[-75:], pairs[:25])
     )
@@ -64,7 +67,7 @@ def _choose_classes() -> tuple[list[tuple[str, str, str]], list[tuple[str, str, 
 
 _TRAIN_CLASSES, _TEST_CLASSES = _choose_classes()
 CLASSES = tuple(sorted(_TRAIN_CLASSES + _TEST_CLASSES))
-_CLASS_IDS = {description: number for number, description in enumerate(CLASSES, start=1)}
+_CLASS_IDS = {description: class_id for class_id, description in enumerate(CLASSES, start=1)}
 CLASS_IDS: dict[str, tuple[int, ...]] = {
     "train": tuple(sorted(_CLASS_IDS[c] for c in _TRAIN_CLASSES)),
     "test": tuple(sorted(_CLASS_IDS[c] for c in _TEST_CLASSES)),
@@ -76,16 +79,18 @@ def class_id(attributes: Mapping[str, str]) -> int:
     return _CLASS_IDS[attributes["wing_color"], attributes["belly_color"], attributes["size"]]
 
 
-def class_name(number: int) -> str:
+def class_name(class_id: int) -> str:
     """The name of class 1 to 200 as CUB writes its folders, e.g. `017.Blue_wing_orange_belly_small`."""
-    wing, belly, size = CLASSES[number - 1]
-    return f"{number:03d}.{wing.capitalize()}_wing_{belly}_belly_{size}"
+    wing, belly, size = CLASSES[class_id - 1]
+    return f"{class_id:03d}.{wing.capitalize()}_wing_{belly}_belly_{size}"
 
 
 def choose_attributes(split: str, index: int, rng: np.random.Generator) -> dict[str, str]:
-    """The attributes of bird `index`: its class goes round the split's classes, the rest is drawn from `rng`."""
-    numbers = CLASS_IDS[split]
+    """The attributes of bird `index`: its class follows from the index, the rest is drawn from `rng`."""
     # 47 shares no factor with 150 or 50: every class comes equally often, and neighbours differ.
-    wing, belly, size = CLASSES[numbers[index * 47 % len(numbers)] - 1]
+    class_ids = CLASS_IDS[split]
+    wing, belly, size = CLASSES[class_ids[index * 47 % len(class_ids)] - 1]
+
+    # Drawn for all attributes, so that a bird's other attributes do not depend on its class.
     attributes = {name: values[int(rng.random() * len(values))] for name, values in ATTRIBUTES.items()}
     return attributes | {"wing_color": wing, "belly_color": belly, "size": size}

@@ -1,6 +1,6 @@
-"""What is said about a toy bird: captions in CUB's manner from attributes, and attributes back from a caption.
+"""Captions of toy birds: written from attributes in the manner of CUB's, and parsed back into attributes.
 
-The words are about a hundred. Which way the bird faces is never said, because training flips its pictures.
+About a hundred words. Captions never say which way the bird faces, because training flips the images.
 """
 
 import re
@@ -13,7 +13,7 @@ from datasets.toybirds.attributes import COLORS
 CAPTIONS_PER_IMAGE = 10
 MAX_WORDS = 18  # WORDS_NUM of the bird settings: a caption of ours is never shortened
 
-# What a caption may speak of, and how readily. Evaluation reads the colours of crown, wing and belly.
+# Topics of a caption with their weights in the random choice. Evaluation reads the colours of crown, wing and belly.
 _TOPICS = {"crown": 1.0, "wing": 1.0, "belly": 1.0, "beak": 0.45, "size": 0.45, "pattern": 0.3, "background": 0.3}
 _COLORED = ("crown", "wing", "belly")
 
@@ -49,7 +49,7 @@ _PLACE_WORDS = {
 
 
 def write_captions(attributes: Mapping[str, str], rng: np.random.Generator) -> list[tuple[str, dict[str, str]]]:
-    """Ten captions, each with the attributes that it names: two to four topics, the beak being one, in any order."""
+    """Ten captions, each with the attributes that it names: two to four topics in any order."""
     return [_write_caption(attributes, rng) for _ in range(CAPTIONS_PER_IMAGE)]
 
 
@@ -57,15 +57,20 @@ def named_attributes(caption: str) -> dict[str, str]:
     """The attributes that a caption names, e.g. {"belly_color": "red", "size": "small"}.
 
     Exact for captions of our own; in others a colour counts for the part right after it ("red wings") or for the
-    part that "is" or "are" of that colour, and words that we do not use are passed over.
+    part that "is" or "are" of that colour, and words that we do not use are ignored.
     """
     named: dict[str, str] = {}
-    color = subject = None
-    told = False  # between "is" and the end of what is said of `subject`
+    color: str | None = None  # a colour whose part comes later: "red wings"
+    subject: str | None = None  # a part whose colour comes later: "wings are red"
+    told = False  # after "is" or "are", until the clause about `subject` ends
+
     for word in re.findall(r"\w+", caption.lower()):
+        # Words that name an attribute on their own: "striped", "tiny", "dusk".
         if word in _UNIQUE:
             attribute, value = _UNIQUE[word]
             named[attribute] = value
+
+        # Colours and parts, in either order.
         elif word in _COLOR_OF:
             color = _COLOR_OF[word]
             if told:
@@ -75,6 +80,8 @@ def named_attributes(caption: str) -> dict[str, str]:
             if color:
                 named[f"{subject}_color"] = color
                 color = subject = None
+
+        # Verbs open a clause; anything but "and" ends it.
         elif word in ("is", "are"):
             told = subject is not None
         elif word != "and":
@@ -102,6 +109,7 @@ _UNIQUE = {
 
 
 def _write_caption(attributes: Mapping[str, str], rng: np.random.Generator) -> tuple[str, dict[str, str]]:
+    # Which attributes the caption names: those of its topics.
     topics = _choose_topics(rng)
     said = {f"{part}_color": attributes[f"{part}_color"] for part in _COLORED if part in topics}
     if "beak" in topics:
@@ -110,6 +118,7 @@ def _write_caption(attributes: Mapping[str, str], rng: np.random.Generator) -> t
     for topic, key in (("size", "size"), ("pattern", "wing_pattern"), ("background", "background")):
         if topic in topics:
             said[key] = attributes[key]
+
     # Some wordings of four topics are too long; every choice of topics also has short ones, so this ends.
     while True:
         caption = _Wording(said, topics, rng).caption()
@@ -119,8 +128,11 @@ def _write_caption(attributes: Mapping[str, str], rng: np.random.Generator) -> t
 
 def _choose_topics(rng: np.random.Generator) -> list[str]:
     """Two to four topics in random order, at least one of them a colour of crown, wing or belly."""
+    # 2, 3 or 4 topics with probability 0.25, 0.4, 0.35.
     count = 2 + int(np.searchsorted((0.25, 0.65), rng.random()))
-    keys = rng.random(len(_TOPICS)) ** (1 / np.array(list(_TOPICS.values())))  # a weighted order
+
+    # A weighted random order (Efraimidis and Spirakis 2006): sort by u^(1/weight).
+    keys = rng.random(len(_TOPICS)) ** (1 / np.array(list(_TOPICS.values())))
     order = [topic for _, topic in sorted(zip(keys, _TOPICS, strict=True), reverse=True)]
     if not set(order[:count]) & set(_COLORED):
         order.insert(0, next(topic for topic in order if topic in _COLORED))
@@ -136,7 +148,7 @@ def _with_article(phrase: str) -> str:
 
 
 class _Wording:
-    """One way of putting into words what is to be said: `said` is a part of the attributes."""
+    """Writes one caption for the attributes in `said`; each method for a phrase picks its words at random."""
 
     def __init__(self, said: Mapping[str, str], topics: Sequence[str], rng: np.random.Generator):
         self.said, self.rng = said, rng
@@ -145,7 +157,7 @@ class _Wording:
             self.parts.append("wing")
 
     def caption(self) -> str:
-        """Subject, parts and place joined in one of several orders."""
+        """Subject, parts and background joined in one of several orders."""
         styles = [self._plain, self._plain, self._plain, self._told, self._on]
         if len(self.parts) > 1:
             styles += [self._mixed, self._mixed]
@@ -165,6 +177,8 @@ class _Wording:
         first, *rest = self.parts
         bird = self._pick(("this", "the")) + " " + self._bird()
         text = f"the {self._clause(first, owner=f' of {bird}')}"
+
+        # The other parts: as clauses of their own, or as a list.
         if rest and self._pick((True, False)):
             text += ", " + self._join([f"its {self._clause(part)}" for part in rest])
         elif rest:
@@ -218,6 +232,8 @@ class _Wording:
         noun, adjectives = self._pick(_NOUNS[part]), self._adjectives(part)
         if part != "wing":
             return _with_article(" ".join([*adjectives, noun]))
+
+        # A wing's pattern: as a noun behind it, or as an adjective before or after the colour.
         marks, pattern = self._marks(), []
         if "wing_pattern" in self.said and not marks:
             pattern = [self._pick(_PATTERN_ADJECTIVES[self.said["wing_pattern"]])]

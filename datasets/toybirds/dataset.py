@@ -1,7 +1,7 @@
 """ToyBirds, our embedded data set: drawn birds with ten captions, an outline and attributes each, made on demand.
 
-Here are the data set and its writer in CUB's own layout. What a bird can be is in toybirds_attributes.py, how it looks
-in toybirds_drawing.py and toybirds_scenery.py, what is said about it in toybirds_captions.py.
+The data set, and its writer in CUB's own layout. What a bird can be is in attributes.py, how it looks in drawing.py and
+scenery.py, what its captions say in captions.py.
 """
 
 import json
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 DEFAULT_SIZES = {"train": 8000, "test": 2000}
-SEED = 0  # of the world that is drawn; experiments have seeds of their own
+SEED = 0  # of all drawings; experiments have seeds of their own
 
 VERSION = 1  # of the drawings and captions; raised when the same index gives another bird
 MARKER, UNFINISHED = "toybirds.json", "toybirds.unfinished.json"
@@ -56,9 +56,12 @@ _TOP_LEVEL = ("CUB_200_2011", _MASKS, _TEXT, _ATTRIBUTES_FILE, *_CLASS_LISTS.val
 
 
 class ToyBird(NamedTuple):
-    """One drawing. image (S, S, 3) uint8; mask (S, S) uint8, 255 inside the outline, without legs; ten captions.
+    """One drawing.
 
-    attributes: {"crown_color": "red", …}, the keys and values of ATTRIBUTES.
+    image: (S, S, 3) uint8
+    mask: (S, S) uint8, 255 inside the outline, without legs
+    attributes: {"crown_color": "red", …}, the keys and values of ATTRIBUTES
+    captions: ten of them
     """
 
     image: np.ndarray
@@ -68,14 +71,16 @@ class ToyBird(NamedTuple):
 
 
 class ToyBirds(Dataset):
-    """Drawn birds, a pure function of (split, index, image_size).
-
-    split: "train" or "test", whose birds have pairs of wing and belly colours that training does not have; size:
-    number of drawings, 8,000 or 2,000 by default; another number changes no drawing; image_size: 32 to 512 pixels,
-    each showing the same birds. Raises DataError for values outside these.
-    """
+    """Drawn birds, a pure function of (split, index, image_size)."""
 
     def __init__(self, split: str, size: int | None = None, image_size: int = 64):
+        """
+        split: "train", or "test", whose birds have pairs of wing and belly colours that training does not have
+        size: number of drawings, 8,000 or 2,000 by default; another number changes no drawing
+        image_size: 32 to 512 pixels; the same birds at each size
+
+        Raises DataError for values outside these.
+        """
         if split not in SPLITS:
             raise DataError(f"toybirds: no split {split!r}; there are {' and '.join(SPLITS)}")
         size = DEFAULT_SIZES[split] if size is None else size
@@ -96,7 +101,7 @@ class ToyBirds(Dataset):
     def attributes(self, index: int) -> dict[str, str]:
         """The attributes of one bird, without drawing it."""
         if not 0 <= index < self.size:
-            raise IndexError(f"toybirds {self.split} has {self.size} drawings, no number {index}")
+            raise IndexError(f"toybirds {self.split} has {self.size} drawings, no index {index}")
         return choose_attributes(self.split, index, self._stream("attributes", index))
 
     def captions(self, index: int) -> list[str]:
@@ -120,9 +125,13 @@ def write_cub_layout(
 
     The bounding box is the mask's; CUB's crop around it (a square of 1.5 times its longer side) lies within or
     nearly within the frame, and size stays legible in it because small and large birds are built differently. A run
-    that was killed is redone; a finished one with the same parameters is left alone. workers: processes, by default
-    as many as there are cores where that pays. Raises DataError when `root` holds something else or cannot be written.
+    that was killed is redone; a finished one with the same parameters is left alone.
+
+    workers: processes, by default as many as there are cores where that pays
+
+    Raises DataError when `root` holds something else or cannot be written.
     """
+    # Nothing to do where these very drawings are there.
     root = Path(root)
     parameters = {"version": VERSION, "train_size": train_size, "test_size": test_size, "image_size": image_size}
     birds = [ToyBirds("train", train_size, image_size), ToyBirds("test", test_size, image_size)]
@@ -130,6 +139,8 @@ def write_cub_layout(
         if progress:
             print(f"{root}: the {train_size + test_size} toy birds are already there")
         return root
+
+    # The marker comes last: a folder without it is unfinished and may be replaced.
     try:
         _clear_unfinished(root)
         write_json(root / UNFINISHED, parameters)
@@ -170,14 +181,19 @@ def _clear_unfinished(root: Path) -> None:
 
 def _write_birds(root: Path, birds: list[ToyBirds], progress: bool, workers: int | None) -> None:
     """Draw everything, then write the lists."""
+    # Folders first, so that no process has to make them.
     for number in range(1, NUM_CLASSES + 1):
         for folder in (_IMAGES, _MASKS, _TEXT):
             (root / folder / class_name(number)).mkdir(parents=True, exist_ok=True)
+
+    # How many processes draw.
     writer = _Writer(root, birds)
     if workers is None:
         workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
     if workers < 2 or len(writer) < 500:  # starting processes takes longer than a few drawings
         workers = 0
+
+    # Draw, and keep what the lists say of each bird.
     loader = DataLoader(writer, batch_size=25, num_workers=workers, collate_fn=list)
     with tqdm(total=len(writer), desc="toy birds", unit="bird", disable=not progress) as bar:
         written = []
@@ -188,7 +204,14 @@ def _write_birds(root: Path, birds: list[ToyBirds], progress: bool, workers: int
 
 
 class _Written(NamedTuple):
-    """What the lists say about one bird; key: `class/name` without suffix; box: x, y, width, height in pixels."""
+    """What the lists say about one bird.
+
+    key: `class/name` without suffix
+    class_id: 1 to 200
+    box: x, y, width, height in pixels
+    split, index: which of the ToyBirds it is
+    attributes: as a ToyBird has them
+    """
 
     key: str
     class_id: int
@@ -208,18 +231,21 @@ class _Writer(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, position: int) -> _Written:
-        birds, index = self.items[position]
-        bird, number = birds[index], class_id(birds.attributes(index))
+    def __getitem__(self, index: int) -> _Written:
+        # Draw it and name it as CUB names its images.
+        birds, bird_index = self.items[index]
+        bird, number = birds[bird_index], class_id(birds.attributes(bird_index))
         folder = class_name(number)
-        name = f"{folder.split('.')[1].title()}_{index:05d}"
+        name = f"{folder.split('.')[1].title()}_{bird_index:05d}"
         key = f"{folder}/{name}"
+
+        # Image, mask and captions, each in its own folder under the same key.
         image = Image.fromarray(bird.image)
         image.save(self.root / _IMAGES / f"{key}.jpg", quality=95, subsampling=0)
         Image.fromarray(bird.mask).save(self.root / _MASKS / f"{key}.png")
         text = "\n".join(bird.captions) + "\n"
         (self.root / _TEXT / f"{key}.txt").write_text(text, encoding="utf-8")
-        return _Written(key, number, bounding_box(bird.mask), birds.split, index, bird.attributes)
+        return _Written(key, number, bounding_box(bird.mask), birds.split, bird_index, bird.attributes)
 
 
 def bounding_box(mask: np.ndarray) -> tuple[float, float, float, float]:
@@ -231,6 +257,7 @@ def bounding_box(mask: np.ndarray) -> tuple[float, float, float, float]:
 
 def _write_lists(root: Path, birds: list[_Written]) -> None:
     """CUB's lists, Reed's lists of classes, and the attributes; ids count from 1 in the order of the keys."""
+    # CUB's own: images, boxes, classes.
     cub = root / "CUB_200_2011"
     names = [class_name(number) for number in range(1, NUM_CLASSES + 1)]
     numbered = list(enumerate(birds, start=1))
@@ -238,6 +265,8 @@ def _write_lists(root: Path, birds: list[_Written]) -> None:
     _write_lines(cub / "bounding_boxes.txt", (f"{n} {' '.join(f'{v:.1f}' for v in bird.box)}" for n, bird in numbered))
     _write_lines(cub / "image_class_labels.txt", (f"{n} {bird.class_id}" for n, bird in numbered))
     _write_lines(cub / "classes.txt", (f"{n} {name}" for n, name in enumerate(names, start=1)))
+
+    # Beside them: the classes of each split, and the attributes.
     for split, file in _CLASS_LISTS.items():
         _write_lines(root / file, (class_name(number) for number in CLASS_IDS[split]))
     entries = ({"key": b.key, "split": b.split, "index": b.index, "attributes": b.attributes} for b in birds)

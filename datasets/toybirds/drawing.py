@@ -1,7 +1,7 @@
 """How a toy bird looks: attributes in, picture and outline out. Shapes are polygons, so every size shows one bird.
 
 The bird is made in its own coordinates (facing right, y down, the body about one unit long, its middle at the
-origin) and then placed in the frame, whose sides are 0 to 1. The scene behind it is in toybirds_scenery.py.
+origin) and then placed in the frame, whose sides are 0 to 1. The scene behind it is in scenery.py.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from datasets.toybirds.attributes import PALETTE
-from datasets.toybirds.scenery import Canvas, arc, draw_scenery, mix
+from datasets.toybirds.scenery import Canvas, Color, arc, draw_scenery, mix
 
 OUTLINE = 0.009  # width of the dark line around each part, in frame sides
 DARKENING = 0.5  # of that line, against the part that it surrounds
@@ -19,10 +19,15 @@ INK = (24, 22, 26)
 
 
 class Shape(NamedTuple):
-    """A filled polygon: points (n, 2), RGB, and whether a darker line surrounds it."""
+    """A filled polygon.
+
+    points: (n, 2)
+    color: RGB
+    outlined: whether a darker line surrounds it
+    """
 
     points: np.ndarray
-    color: tuple[int, int, int]
+    color: Color
     outlined: bool = True
 
 
@@ -71,9 +76,12 @@ def draw(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A picture (S, S, 3) and the bird's outline (S, S), both uint8; outside is 0, edges lie between.
 
-    The outline holds body, head, beak, wing and tail with their dark lines; the thin legs are not in it. `rng` gives
-    pose, shades and scenery; the same stream draws the same bird at each size. Without `bird`, scenery and legs alone.
+    The outline holds body, head, beak, wing and tail with their dark lines, but not the thin legs.
+
+    rng: gives pose, shades and scenery; the same stream draws the same bird at each size
+    bird: False draws scenery and legs alone
     """
+    # Scenery and legs, behind the bird.
     shapes, hip, foot = _place(attributes, rng)
     canvas = Canvas(image_size)
     draw_scenery(canvas, attributes["background"], rng, ground=foot[0][1])
@@ -81,6 +89,8 @@ def draw(
         _draw_leg(canvas, hip, end, attributes["facing"])
     if not bird:
         return canvas.pixels(), np.zeros((image_size, image_size), dtype=np.uint8)
+
+    # The bird, part by part: in colours on the picture, in white on the outline.
     outline = Canvas(image_size, mode="L")
     for shape in shapes:
         for target, fill, line in ((canvas, shape.color, darken(shape.color)), (outline, 255, 255)):
@@ -90,31 +100,38 @@ def draw(
     return canvas.pixels(), outline.pixels()
 
 
-def darken(color: tuple[int, int, int], factor: float = DARKENING) -> tuple[int, int, int]:
+def darken(color: Color, factor: float = DARKENING) -> Color:
     """A darker shade of an RGB colour."""
     return mix(INK, color, factor)
 
 
-def shade(name: str, rng: np.random.Generator) -> tuple[int, int, int]:
+def shade(name: str, rng: np.random.Generator) -> Color:
     """One bird's own shade of a palette colour: lighter or darker, a little off in hue, at most JITTER away."""
     light = rng.uniform(-0.6, 0.6)
     offsets = (light + rng.uniform(-0.4, 0.4, size=3)) * JITTER
-    return tuple(int(c) for c in np.clip(np.add(PALETTE[name], offsets).round(), 0, 255))
+    red, green, blue = np.clip(np.add(PALETTE[name], offsets).round(), 0, 255)
+    return int(red), int(green), int(blue)
 
 
 def _place(attributes: Mapping[str, str], rng: np.random.Generator) -> tuple[list[Shape], np.ndarray, np.ndarray]:
     """The bird in the frame: its shapes, the hips (2,) and the ends of both legs (2, 2), in frame coordinates."""
     build = BUILDS[attributes["size"]]
     shapes = _bird(attributes, build, rng)
+
+    # A random turn, size and position; birds that face left are mirrored.
     angle, unit = rng.uniform(-0.13, 0.13), build.unit * rng.uniform(0.94, 1.06)
     shift = rng.uniform(-0.045, 0.045, size=2) + (0.5, 0.49)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) * unit
     if attributes["facing"] == "left":
         turn[:, 0] *= -1
+
+    # The middle of the whole bird, not of its body, goes to that position.
     everything = np.concatenate([shape.points for shape in shapes]) @ turn
     low, high = everything.min(axis=0), everything.max(axis=0)
     offset = shift - (low + high) / 2
     placed = [shape._replace(points=shape.points @ turn + offset) for shape in shapes]
+
+    # Legs are vertical in the frame, however the bird is turned.
     hip = np.array([0.0, build.body[1] * 0.8]) @ turn + offset
     ground = hip[1] + build.leg * unit
     spread = 0.09 * unit
@@ -123,10 +140,13 @@ def _place(attributes: Mapping[str, str], rng: np.random.Generator) -> tuple[lis
 
 def _bird(attributes: Mapping[str, str], build: Build, rng: np.random.Generator) -> list[Shape]:
     """All parts from back to front, in bird coordinates, facing right."""
+    # Shades and pose, drawn in this order: a change of it would draw other birds.
     crown, wing, belly = (shade(attributes[part], rng) for part in ("crown_color", "wing_color", "belly_color"))
     beak = shade(attributes["beak_color"], rng)
     head_x, head_y, radius = build.head + rng.uniform(-1, 1, size=3) * (0.03, 0.03, 0.012)
     tilt = build.tilt + rng.uniform(-0.08, 0.08)
+
+    # Body and neck.
     rx, ry = build.body
     body = arc(0, 0, rx, ry, -tilt)
     neck = _hull(build.chest, (head_x, head_y, radius))
@@ -174,7 +194,7 @@ def _crown(x: float, y: float, radius: float, nod: float) -> np.ndarray:
     return arc(x, y, radius, radius, 0, np.pi * 0.8 + nod, np.pi * 1.97 + nod)
 
 
-def _beak(x: float, y: float, radius: float, nod: float, length: str, color: tuple[int, int, int]) -> list[Shape]:
+def _beak(x: float, y: float, radius: float, nod: float, length: str, color: Color) -> list[Shape]:
     """Two mandibles; a long one is slim, a short one a stout triangle."""
     reach, height = (0.45, 0.09) if length == "long" else (0.17, 0.12)
     base = np.array([x, y + radius * 0.22])
@@ -198,10 +218,9 @@ def _eye(x: float, y: float, radius: float, nod: float) -> list[Shape]:
     ]
 
 
-def _wing(
-    build: Build, tilt: float, pattern: str, color: tuple[int, int, int], rng: np.random.Generator
-) -> list[Shape]:
+def _wing(build: Build, tilt: float, pattern: str, color: Color, rng: np.random.Generator) -> list[Shape]:
     """The folded wing with its bars or spots; marks are light on a dark wing and dark on a light one."""
+    # The wing has coordinates of its own: u along it, v across.
     *shoulder, length, half = build.wing
     angle = np.pi - tilt + rng.uniform(-0.14, 0.1)
     along = np.array([np.cos(angle), np.sin(angle)])
@@ -211,8 +230,11 @@ def _wing(
         width = half * 1.75 * np.clip(u, 0, 1) ** 0.55 * np.clip(1 - u, 0, 1) ** 0.75
         return shoulder + np.outer(u * length, along) + np.outer(v * width, across)
 
+    # The wing itself.
     ends = np.linspace(0, 1, 24)
     feathers = np.concatenate([at(ends, np.full(24, -0.8)), at(ends[::-1], np.full(24, 1.15))])
+
+    # Its marks.
     mark = mix(color, (255, 255, 255), 0.55) if _brightness(color) < 125 else mix(color, INK, 0.5)
     marks = []
     if pattern == "striped":
@@ -227,7 +249,7 @@ def _wing(
     return [Shape(feathers, color), *marks]
 
 
-def _brightness(color: tuple[int, int, int]) -> float:
+def _brightness(color: Color) -> float:
     return float(np.dot(color, (0.299, 0.587, 0.114)))
 
 

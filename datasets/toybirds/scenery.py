@@ -1,4 +1,4 @@
-"""What is behind a toy bird, and the canvas on which both are painted. The bird itself is in toybirds_drawing.py."""
+"""What is behind a toy bird, and the canvas on which both are painted. The bird itself is in drawing.py."""
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -8,7 +8,8 @@ Color = tuple[int, int, int]
 
 def mix(first: Color, second: Color, share: float) -> Color:
     """RGB between two colours: `share` of the second."""
-    return tuple(round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
+    return red, green, blue
 
 
 def arc(
@@ -80,6 +81,8 @@ def _branch(canvas: Canvas, rng: np.random.Generator, ground: float) -> None:
 
 def _sky(canvas: Canvas, rng: np.random.Generator, ground: float) -> None:
     canvas.fill(gradient([(112, 178, 232), (160, 208, 242), (206, 232, 248)], rng))
+
+    # Two to four clouds of five puffs each, over their shadow.
     for _ in range(rng.integers(2, 5)):
         x, y, size = rng.uniform(0, 1), rng.uniform(0.05, 0.95), rng.uniform(0.06, 0.11)
         puffs = [
@@ -98,6 +101,8 @@ def _sky(canvas: Canvas, rng: np.random.Generator, ground: float) -> None:
 
 def _leaves(canvas: Canvas, rng: np.random.Generator, ground: float) -> None:
     canvas.fill(gradient([(86, 128, 78), (64, 104, 62), (52, 88, 54)], rng))
+
+    # Leaves all over the frame, each with a vein.
     count = 44
     places, sizes = rng.uniform(-0.05, 1.05, size=(count, 2)), rng.uniform(0.045, 0.085, size=count)
     angles, tones = rng.uniform(0, np.pi, size=count), rng.uniform(0, 1, size=count)
@@ -111,6 +116,8 @@ def _leaves(canvas: Canvas, rng: np.random.Generator, ground: float) -> None:
 
 def _water(canvas: Canvas, rng: np.random.Generator, ground: float) -> None:
     canvas.fill(gradient([(66, 156, 168), (52, 136, 156), (34, 104, 134)], rng))
+
+    # Waves, broader towards the viewer.
     x = np.linspace(-0.05, 1.05, 40)
     for row in range(9):
         y = (row + rng.uniform(0.2, 0.8)) / 9
@@ -118,6 +125,8 @@ def _water(canvas: Canvas, rng: np.random.Generator, ground: float) -> None:
         wave = np.stack([x, y + height * np.sin(2 * np.pi * x / length + phase)], axis=1)
         color = (146, 208, 212) if row % 2 else (112, 184, 196)
         canvas.line(wave, color, 0.012 + 0.008 * y)
+
+    # A rock to stand on.
     width = rng.uniform(0.2, 0.28)
     canvas.polygon(arc(0.5, ground + 0.075, width, 0.085, points=24), (92, 94, 98))
     canvas.polygon(arc(0.5, ground + 0.06, width * 0.85, 0.055, points=24), (122, 124, 126))
@@ -125,9 +134,13 @@ def _water(canvas: Canvas, rng: np.random.Generator, ground: float) -> None:
 
 def _sunset(canvas: Canvas, rng: np.random.Generator, ground: float) -> None:
     canvas.fill(gradient([(112, 84, 146), (196, 112, 138), (244, 158, 112), (252, 204, 132)], rng))
+
+    # The sun in its glow.
     x, y, radius = rng.uniform(0.1, 0.9), rng.uniform(0.35, 0.7), rng.uniform(0.09, 0.13)
     canvas.polygon(arc(x, y, radius * 1.35, radius * 1.35), (252, 206, 140))
     canvas.polygon(arc(x, y, radius, radius), (255, 240, 186))
+
+    # Thin clouds, and the ground.
     for _ in range(3):
         cx, cy, length = rng.uniform(0, 1), rng.uniform(0.1, 0.6), rng.uniform(0.12, 0.25)
         canvas.polygon(arc(cx, cy, length, 0.014, points=20), (226, 148, 140))
@@ -136,6 +149,8 @@ def _sunset(canvas: Canvas, rng: np.random.Generator, ground: float) -> None:
 
 def _snow(canvas: Canvas, rng: np.random.Generator, ground: float) -> None:
     canvas.fill(gradient([(164, 182, 202), (190, 204, 218), (214, 222, 232)], rng))
+
+    # Four fir trees of three triangles each.
     for x in rng.uniform(0, 1, size=4):
         base, height = ground + 0.02, rng.uniform(0.28, 0.5)
         for level in range(3):
@@ -145,6 +160,8 @@ def _snow(canvas: Canvas, rng: np.random.Generator, ground: float) -> None:
                 (112, 138, 140),
             )
     _hill(canvas, rng, ground, (236, 240, 246))
+
+    # Snowflakes in front of everything but the bird.
     for x, y, size in rng.uniform((0, 0, 0.006), (1, 1, 0.013), size=(34, 3)):
         canvas.polygon(arc(x, y, size, size, points=10), (252, 253, 255))
 
