@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
 def draw(cfg: Mapping, options: argparse.Namespace) -> int:
     """Images for a split's captions or for the user's own; the path of the picture is the last line printed."""
     from miscc.distributed import choose_device
-    from miscc.images import save_image
+    from miscc.pictures import save_image
     from models.registry import network_name
     from sampling.folders import sample
     from sampling.interpolate import interpolate

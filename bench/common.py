@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from miscc import distributed
-from miscc.checkpoint import write_json, write_text
 from miscc.command_line import positive
+from miscc.files import write_json, write_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

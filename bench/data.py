@@ -16,13 +16,13 @@ from PIL import Image
 
 from bench import common
 from datasets.cache import ImageCache
-from datasets.captions import Vocabulary
 from datasets.loading import training_loader
 from datasets.records import Records
 from datasets.text_image import TextImageDataset
 from miscc.command_line import positive
 from miscc.errors import ConfigError, run_command
 from miscc.randomness import stream
+from miscc.vocabulary import Vocabulary
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90  # the size of most of CUB's photographs
 MAX_WORDS = 18

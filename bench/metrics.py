@@ -23,8 +23,8 @@ from eval.features.sources import open_source
 from eval.features.statistics import collect_features, statistics_of_features
 from eval.FID import distance, frechet_distance
 from eval.protocol.scores import versions
-from miscc.checkpoint import write_json, write_text
 from miscc.errors import DataError, run_command
+from miscc.files import write_json, write_text
 from miscc.randomness import stream
 
 RESULTS = Path(__file__).resolve().parent / "results"

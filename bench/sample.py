@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from bench import common
-from datasets.captions import Vocabulary
-from miscc.checkpoint import write_atomically
 from miscc.command_line import positive
 from miscc.errors import ConfigError, run_command
-from miscc.images import encode_png
+from miscc.files import write_atomically
+from miscc.pictures import encode_png
+from miscc.vocabulary import Vocabulary
 from models.damsm import TextEncoder
 from models.layers import num_upsamples
 from models.ssa_gan import SSAGenerator

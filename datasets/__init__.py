@@ -4,11 +4,12 @@ import difflib
 import logging
 from pathlib import Path
 
-from datasets.captions import METADATA_NAMES, Vocabulary
+from datasets.captions import METADATA_NAMES
 from datasets.layout import has_layout, metadata_file, read_layout, read_metadata, splits_present
 from datasets.records import Records
 from datasets.sources import birds, coco, flickr, folder
 from miscc.errors import DataError
+from miscc.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 

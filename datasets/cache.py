@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from datasets.records import Records
 from datasets.text_image import load_resized
-from miscc.checkpoint import write_atomically
 from miscc.errors import DataError
+from miscc.files import write_atomically
 
 try:
     import fcntl

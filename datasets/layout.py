@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.captions import METADATA_NAMES, Vocabulary, load_captions_pickle
+from datasets.captions import METADATA_NAMES, load_captions_pickle
 from datasets.pickles import load_legacy_pickle
 from datasets.records import Records
-from miscc.checkpoint import write_text
 from miscc.errors import DataError
+from miscc.files import write_text
+from miscc.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 

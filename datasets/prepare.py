@@ -15,11 +15,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datasets import DATASETS, check_name
-from datasets.captions import Vocabulary, tokenize
 from datasets.layout import SPLITS, VOCABULARY_NAME, Entry, metadata_file, write_layout
 from datasets.sources.building import BuildOptions
 from miscc.errors import DataError, run_command
 from miscc.images import open_rgb
+from miscc.vocabulary import Vocabulary, tokenize
 
 _OWN_PICTURES = ("folder", "flickr")
 _ONLY_FOR = {  # options that mean nothing for the others

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.captions import Vocabulary
+from miscc.vocabulary import Vocabulary
 
 
 @dataclass

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
-from datasets.captions import shorten
 from datasets.records import Records
 from miscc.errors import DataError
 from miscc.images import from_uint8, open_pixels
 from miscc.randomness import stream
+from miscc.vocabulary import shorten
 
 logger = logging.getLogger(__name__)
 

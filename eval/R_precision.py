@@ -21,14 +21,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from datasets.captions import Vocabulary, encode_batch, tokenize
+from datasets.captions import encode_batch
 from eval.features.sources import ImageSource, Sample, batches, read_samples
 from eval.features.statistics import load_source
 from eval.protocol.scores import Score, add_arguments, named_device, report, seed_number
-from miscc.checkpoint import hash_tensors, write_text
+from miscc.checkpoint import hash_tensors
 from miscc.errors import CheckpointError, DataError, UserError, run_command
+from miscc.files import write_text
 from miscc.images import from_uint8
 from miscc.randomness import stream
+from miscc.vocabulary import Vocabulary, tokenize
 from models.modes import no_tf32
 from sampling.encoders import Encoders, load_encoders, released_vocabulary
 

@@ -20,7 +20,6 @@ if __package__ in (None, ""):  # run as a script: this folder hides the standard
 import torch
 
 from datasets import load_records
-from datasets.captions import Vocabulary
 from datasets.records import Records
 from eval.features.reference import RealImages
 from eval.protocol.protocols import Protocol, find_protocol
@@ -32,6 +31,7 @@ from miscc.checkpoint import hash_tensors
 from miscc.distributed import World
 from miscc.errors import CheckpointError, ConfigError, run_command
 from miscc.randomness import stream
+from miscc.vocabulary import Vocabulary
 from sampling.encoders import Encoders, load_encoders
 from sampling.pipeline import Generated, TextToImage
 from sampling.requests import Request, split_requests

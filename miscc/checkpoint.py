@@ -1,73 +1,18 @@
-"""Files written whole or not at all, and weight files loaded without running their code."""
+"""Weight files: saved whole or not at all, loaded without running their code."""
 
-import errno
 import hashlib
-import json
-import os
 import pickle
-import secrets
 import struct
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from miscc.errors import CheckpointError, UserError
+from miscc.errors import CheckpointError
+from miscc.files import write_atomically
 
 FORMAT = 1  # of our checkpoints; raised when an older reader would misread a newer file
-
-
-def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], flush: bool = True) -> None:
-    """Call `write(stream)` on a temporary file beside `path`, flush it to the disk, then put it in place.
-
-    A reader sees the old file or the new one, never half of one, whenever the process is killed. flush False: whole
-    after a kill, but perhaps not after a power cut; for thousands of small files that can be made again.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        stream = _create(temporary)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
-    try:
-        with stream:
-            write(stream)
-            if flush:
-                stream.flush()
-                os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(f"{path}: cannot be written ({error.strerror}); what was there before is kept") from None
-        raise
-
-
-def _create(path: Path) -> IO[bytes]:
-    """A new file. Its folder is made only when missing: asking for it each time costs more than writing a small image."""
-    try:
-        return path.open("xb")
-    except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("xb")
-
-
-def remove_unfinished(folder: str | Path) -> None:
-    """Delete what writes into this folder left unfinished when their process was killed."""
-    for path in Path(folder).glob(".*.tmp"):
-        path.unlink(missing_ok=True)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file, whole or not at all."""
-    write_atomically(path, lambda stream: stream.write(text.encode("utf-8")))
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON with an indent, whole or not at all."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:

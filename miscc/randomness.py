@@ -1,14 +1,20 @@
 """Stateless randomness: every random draw is a function of (seed, purpose, numbers) and of nothing that ran before.
 
-So a resumed run equals one that never stopped, and the number of workers or GPUs changes nothing.
+So a resumed run equals one that never stopped, and the number of workers or GPUs changes nothing. torch is imported where
+it is needed: an exported model is served without it, with the same noise.
 """
+
+from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from scipy import special
+
+if TYPE_CHECKING:
+    import torch
 
 
 def stream(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
@@ -19,10 +25,10 @@ def stream(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *(int(n) for n in numbers)])
 
 
-def noise_for(
+def noise_array(
     seed: int, epoch: int, indices: Iterable[int], z_dim: int, truncation: float | None = None
-) -> torch.Tensor:
-    """Noise (N, z_dim) float32 on the CPU; row i depends on (seed, epoch, indices[i]) alone.
+) -> np.ndarray:
+    """Noise (N, z_dim) float32; row i depends on (seed, epoch, indices[i]) alone.
 
     truncation None: standard normal. Otherwise a normal truncated to [-2, 2], times `truncation` (the
     truncated sampling of DF-GAN, 0.88, and SEMA, 0.8).
@@ -34,9 +40,20 @@ def noise_for(
     else:
         low, high = special.ndtr(-2.0), special.ndtr(2.0)
         values = special.ndtri(low + uniform * (high - low)) * truncation
-    return torch.from_numpy(values.astype(np.float32))
+    return values.astype(np.float32)
+
+
+def noise_for(
+    seed: int, epoch: int, indices: Iterable[int], z_dim: int, truncation: float | None = None
+) -> torch.Tensor:
+    """`noise_array` as a tensor (N, z_dim) on the CPU."""
+    import torch
+
+    return torch.from_numpy(noise_array(seed, epoch, indices, z_dim, truncation))
 
 
 def seed_everything(seed: int, *numbers: int) -> None:
     """Seed torch's global generators (dropout, weight initialisation) from (seed, numbers)."""
+    import torch
+
     torch.manual_seed(int(stream(seed, "torch", *numbers).integers(2**62)))

@@ -64,7 +64,7 @@ class FirstStage(nn.Module):
         self.blocks = nn.Sequential(*(UpBlock(a, b) for a, b in zip(channels, channels[1:], strict=False)))
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C + Z) -> (N, gf_dim, base_size, base_size)
-        return self.blocks(self.fc(x).view(len(x), -1, 4, 4))
+        return self.blocks(self.fc(x).view(x.shape[0], -1, 4, 4))
 
 
 class WordAttention(nn.Module):
@@ -165,7 +165,7 @@ class AttnGenerator(nn.Module):
         (N, condition_dim), drawn anew where it is None."""
         z, rest = noise[:, : self.z_dim], noise[:, self.z_dim :]
         if augmentation_noise is None:
-            augmentation_noise = rest if rest.shape[1] else noise.new_empty(len(noise), self.condition_dim).normal_()
+            augmentation_noise = rest if rest.shape[1] else noise.new_empty(noise.shape[0], self.condition_dim).normal_()
         condition, mu, logvar = self.augmentation(text.sentence, augmentation_noise)
         x = self.first(torch.cat([condition, z], dim=1))
         images, attention = [self.to_rgb[0](x)] if self.draws_every_stage else [], []

@@ -40,7 +40,7 @@ class DFGenerator(nn.Module):
 
     def forward(self, noise: Tensor, text: TextFeatures) -> GeneratorOutput:  # (N, z_dim) -> images (N, 3, H, W)
         condition = torch.cat([noise, text.sentence], dim=1)
-        x = self.fc(noise).view(len(noise), -1, 4, 4)
+        x = self.fc(noise).view(noise.shape[0], -1, 4, 4)
         for block in self.blocks:
             x = block(x, condition, doubles=True)
         return GeneratorOutput(images=[self.to_rgb(x)])

@@ -207,7 +207,7 @@ class SSAGenerator(nn.Module):
 
     def forward(self, noise: Tensor, text: TextFeatures) -> GeneratorOutput:  # (N, z_dim) -> images (N, 3, H, W)
         sentence = text.sentence
-        x = self.fc(noise).view(len(noise), -1, 4, 4)
+        x = self.fc(noise).view(noise.shape[0], -1, 4, 4)
         mask_logits = self.first_mask_predictor(x)
         masks = []
         for number, block in enumerate(self.blocks):

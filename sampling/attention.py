@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from miscc.errors import ConfigError
-from miscc.images import attention_picture
+from miscc.pictures import attention_picture
 from sampling.pipeline import Generated, TextToImage
 
 CELL = 128  # pixels of the image and of each word's map in a strip

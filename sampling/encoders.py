@@ -6,9 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from datasets.captions import METADATA_NAMES, Vocabulary
+from datasets.captions import METADATA_NAMES, load_captions_pickle
 from miscc.checkpoint import load_file
 from miscc.errors import CheckpointError, DataError
+from miscc.vocabulary import Vocabulary
 from models import NETWORKS
 from models.registry import from_state
 from models.released import load_image_encoder, load_text_encoder, naming
@@ -70,7 +71,7 @@ def released_vocabulary(data_dir: str | Path) -> Vocabulary:
     """The vocabulary of AttnGAN's captions.pickle in a data folder. Raises DataError when there is none."""
     for name in METADATA_NAMES:
         if (Path(data_dir) / name).is_file():
-            return Vocabulary.from_pickle(Path(data_dir) / name)
+            return load_captions_pickle(Path(data_dir) / name)[2]
     raise DataError(
         f"{data_dir}: holds no captions.pickle; the authors' encoders need the vocabulary in it (a rebuilt one numbers "
         f"the words otherwise): set DATA_DIR to the folder of AttnGAN's metadata"

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from datasets.records import Records
 from datasets.text_image import load_resized
-from miscc.checkpoint import hash_tensors, write_atomically, write_json, write_text
+from miscc.checkpoint import hash_tensors
 from miscc.errors import ConfigError, DataError
-from miscc.images import caption_grid, encode_png, save_image, unit_to_uint8
+from miscc.files import write_atomically, write_json, write_text
+from miscc.pictures import caption_grid, encode_png, save_image, unit_to_uint8
 from sampling.attention import caption_words, check_attends, write_strips
 from sampling.pipeline import Generated, TextToImage
 from sampling.requests import Request

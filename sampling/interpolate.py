@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from miscc.images import grid, to_uint8
+from miscc.images import to_uint8
+from miscc.pictures import grid
 from models.types import TextFeatures
 from sampling.pipeline import TextToImage
 

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datasets.captions import EncodedCaptions, Vocabulary, encode_batch
+from datasets.captions import EncodedCaptions, encode_batch
 from miscc.checkpoint import load_checkpoint, load_file
 from miscc.distributed import choose_device
 from miscc.errors import CheckpointError, DataError
 from miscc.images import to_uint8
 from miscc.randomness import noise_for
+from miscc.vocabulary import Vocabulary
 from models.mixed_text import mixed_text_encoder
 from models.modes import device_of
 from models.released import load_generator, naming

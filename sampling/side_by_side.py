@@ -12,7 +12,7 @@ import numpy as np
 from miscc.command_line import positive, truncation
 from miscc.distributed import choose_device
 from miscc.errors import UserError, run_command
-from miscc.images import caption_grid, save_image, unit_to_uint8
+from miscc.pictures import caption_grid, save_image, unit_to_uint8
 from sampling.pipeline import TextToImage
 from sampling.requests import read_captions
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.captions import Vocabulary
 from datasets.records import Records
+from miscc.vocabulary import Vocabulary
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # not part of the project; tests skip without it
 

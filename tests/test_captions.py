@@ -8,9 +8,10 @@ import pytest
 import torch
 from dataset_samples import REAL_DATA, python2_pickle
 
-from datasets.captions import Vocabulary, encode_batch, load_captions_pickle, shorten, tokenize
+from datasets.captions import encode_batch, load_captions_pickle
 from miscc.errors import DataError
 from miscc.randomness import stream
+from miscc.vocabulary import Vocabulary, shorten, tokenize
 
 WORDS = ["<end>", "a", "small", "red", "bird", "with", "black", "wings"]
 
@@ -82,7 +83,7 @@ def test_the_vocabulary_of_captions_pickle(tmp_path):
     (tmp_path / "captions.pickle").write_bytes(python2_pickle(content))
     train, test, vocabulary = load_captions_pickle(tmp_path / "captions.pickle")
     assert (train, test, vocabulary.words) == ([[1, 4]], [[3, 4]], WORDS)
-    assert Vocabulary.from_pickle(tmp_path / "captions.pickle") == vocabulary
+    assert load_captions_pickle(tmp_path / "captions.pickle")[2] == vocabulary
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, [[], [], {0: "<end>", 2: "a"}, {}]])

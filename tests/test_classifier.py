@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from torchvision.models import inception_v3
 
-from datasets.captions import Vocabulary
 from datasets.records import Records
 from eval import train_classifier as training
 from eval.features.classifier import InceptionClassifier, SmallClassifier, classifier_input, load_classifier
@@ -19,6 +18,7 @@ from eval.protocol.scores import score_name
 from eval.train_classifier import Settings, split_within_classes, train_classifier
 from miscc.checkpoint import load_file, save_checkpoint
 from miscc.errors import CheckpointError, ConfigError, DataError
+from miscc.vocabulary import Vocabulary
 
 QUICK = Settings("small", image_size=16, epochs=12, batch_size=8, learning_rate=0.01, held_out=0.25, seed=3)
 COLOURS = ((220, 40, 40), (40, 60, 220), (60, 200, 60))

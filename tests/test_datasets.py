@@ -9,12 +9,12 @@ import pytest
 from dataset_samples import REAL_DATA, python2_pickle, write_cub, write_image
 
 from datasets import DATASETS, load_records
-from datasets.captions import Vocabulary
 from datasets.layout import Entry, splits_present, write_layout
 from datasets.sources import birds
 from datasets.sources.building import BuildOptions
 from datasets.text_image import TextImageDataset
 from miscc.errors import DataError
+from miscc.vocabulary import Vocabulary
 
 CLASSES = {"001.Finch": 3, "002.Gull": 2, "003.Jay": 2}
 WORDS = ["<end>", "a", "red", "bird", "with", "wings"]

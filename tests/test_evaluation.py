@@ -12,7 +12,6 @@ from test_distributed import torchrun
 from test_trainer import assert_same_state, final_state, stats_of
 
 from datasets import load_records
-from datasets.captions import Vocabulary
 from datasets.records import Records
 from eval.features import networks
 from eval.features.networks import load_network
@@ -22,6 +21,7 @@ from eval.FID import distance
 from miscc.checkpoint import load_checkpoint, save_checkpoint
 from miscc.distributed import World
 from miscc.errors import ConfigError, DataError
+from miscc.vocabulary import Vocabulary
 from sampling.pipeline import TextToImage
 from sampling.requests import split_requests
 from training.dry_run import describe

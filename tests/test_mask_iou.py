@@ -13,7 +13,7 @@ from eval.mask_iou import iou, mask_iou, mean_shape, resized
 from eval.toybirds.classifiers import Drawings, Recipe
 from eval.toybirds.samples import captions_of_test_birds, generate_birds, read_birds
 from miscc.errors import DataError, run_command
-from miscc.images import unit_to_uint8
+from miscc.pictures import unit_to_uint8
 from sampling.folders import sample
 from sampling.pipeline import TextToImage
 from sampling.requests import Request, caption_requests

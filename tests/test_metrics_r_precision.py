@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from datasets.captions import Vocabulary, tokenize
 from eval.R_precision import CandidateLists, draw_candidates, encoder_hash, r_precision, sample_precision
 from miscc.errors import CheckpointError, DataError
+from miscc.vocabulary import Vocabulary, tokenize
 from models.types import TextFeatures
 from sampling.encoders import Encoders
 

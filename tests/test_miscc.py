@@ -10,20 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from miscc.checkpoint import load_checkpoint, load_file, save_checkpoint, write_atomically, write_text
+from miscc.checkpoint import load_checkpoint, load_file, save_checkpoint
 from miscc.distributed import choose_device
 from miscc.errors import CheckpointError, ConfigError, DataError, UserError, run_command
-from miscc.images import (
-    attention_picture,
-    caption_grid,
-    encode_png,
-    from_uint8,
-    grid,
-    open_rgb,
-    save_image,
-    to_uint8,
-    unit_to_uint8,
-)
+from miscc.files import write_atomically, write_text
+from miscc.images import from_uint8, open_rgb, to_uint8
+from miscc.pictures import attention_picture, caption_grid, encode_png, grid, save_image, unit_to_uint8
 from miscc.randomness import noise_for, stream
 
 

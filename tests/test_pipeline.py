@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.captions import Vocabulary
 from datasets.toybirds.dataset import ToyBirds
 from main import main
 from miscc.checkpoint import hash_tensors
 from miscc.distributed import World
 from miscc.errors import CheckpointError, DataError, UserError
+from miscc.vocabulary import Vocabulary
 from models.damsm import TextEncoder
 from models.ssa_gan import SSAGenerator
 from sampling import folders as sampling

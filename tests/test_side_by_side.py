@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.captions import Vocabulary
 from miscc.checkpoint import save_checkpoint
-from miscc.images import resize_pixels
+from miscc.pictures import resize_pixels
+from miscc.vocabulary import Vocabulary
 from models.damsm import TextEncoder
 from models.df_gan import DFGenerator
 from models.registry import to_state

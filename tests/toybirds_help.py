@@ -2,9 +2,9 @@
 
 import torch
 
-from datasets.captions import Vocabulary
 from datasets.toybirds.dataset import ToyBirds
 from miscc.checkpoint import save_checkpoint
+from miscc.vocabulary import Vocabulary
 from models.damsm import TextEncoder
 from models.registry import to_state
 from models.ssa_gan import SSAGenerator

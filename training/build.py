@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from datasets.captions import Vocabulary
 from miscc.checkpoint import load_file
 from miscc.config import lookup
 from miscc.errors import CheckpointError, ConfigError, UserError
+from miscc.vocabulary import Vocabulary
 from models import NETWORKS, SYSTEMS
 from models.mixed_text import mixed_text_encoder
 from models.registry import from_state, network_name

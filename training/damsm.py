@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import Inception_V3_Weights
 
-from datasets.captions import Vocabulary
 from datasets.layout import splits_present
 from datasets.loading import ordered_loader, training_loader
 from datasets.records import Records
 from miscc.batch import Batch
-from miscc.checkpoint import load_checkpoint, load_file, remove_unfinished, save_checkpoint, write_text
+from miscc.checkpoint import load_checkpoint, load_file, save_checkpoint
 from miscc.config import to_plain, to_yaml
 from miscc.errors import CheckpointError, ConfigError, TrainingError
-from miscc.images import attention_picture, save_image, to_uint8
+from miscc.files import remove_unfinished, write_text
+from miscc.images import to_uint8
 from miscc.losses import sentence_loss, word_attention, word_loss
+from miscc.pictures import attention_picture, save_image
 from miscc.randomness import seed_everything, stream
+from miscc.vocabulary import Vocabulary
 from models import IMAGE_ENCODERS, NETWORKS, TEXT_ENCODERS
 from models.modes import eval_mode
 from models.registry import from_state, network_name, to_state

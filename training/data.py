@@ -9,10 +9,10 @@ import torch
 
 from datasets import load_records
 from datasets.cache import ImageCache
-from datasets.captions import Vocabulary
 from datasets.records import Records
 from datasets.text_image import TextImageDataset
 from miscc.errors import DataError
+from miscc.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 

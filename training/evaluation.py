@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets.captions import Vocabulary
 from datasets.records import Records
 from eval.evaluate import quiet_pipeline
 from eval.features.networks import WeightsError, load_network
@@ -24,6 +23,7 @@ from eval.FID import distance
 from eval.protocol.scores import distance_name
 from miscc.errors import ConfigError, DataError, UserError
 from miscc.randomness import stream
+from miscc.vocabulary import Vocabulary
 from sampling.pipeline import TextToImage
 from sampling.requests import split_requests
 from training.data import read_records

@@ -5,8 +5,8 @@ import os
 import re
 from pathlib import Path
 
-from miscc.checkpoint import write_text
 from miscc.errors import CheckpointError, UserError
+from miscc.files import write_text
 
 
 class RunDir:

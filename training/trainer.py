@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasets.captions import Vocabulary
 from datasets.loading import EpochBatches, training_loader
 from miscc import distributed
 from miscc.batch import Batch
-from miscc.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint
+from miscc.checkpoint import load_checkpoint, save_checkpoint
 from miscc.config import to_plain, to_yaml
 from miscc.distributed import World
 from miscc.errors import CheckpointError, TrainingError
-from miscc.images import save_image
+from miscc.files import remove_unfinished
+from miscc.pictures import save_image
 from miscc.randomness import noise_for, seed_everything
+from miscc.vocabulary import Vocabulary
 from models import NETWORKS
 from models.modes import eval_mode
 from models.registry import from_state, network_name, to_state

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.captions import tokenize
 from datasets.layout import SPLITS, Entry
 from datasets.sources.building import BuildOptions, named
 from miscc.errors import DataError
 from miscc.images import IMAGE_SUFFIXES
 from miscc.randomness import stream
+from miscc.vocabulary import tokenize
 
 logger = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from datasets.toybirds.attributes import (
 )
 from datasets.toybirds.captions import named_attributes, write_captions
 from datasets.toybirds.drawing import draw
-from miscc.checkpoint import write_json, write_text
 from miscc.errors import DataError
+from miscc.files import write_json, write_text
 from miscc.randomness import stream
 
 __all__ = [

@@ -27,8 +27,8 @@ from eval.features.statistics import (
     save_statistics,
     statistics_of_features,
 )
-from miscc.checkpoint import write_atomically
 from miscc.errors import DataError, UserError
+from miscc.files import write_atomically
 from miscc.images import to_uint8
 
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from eval.features.networks import FeatureNetwork
 from eval.features.sources import ImageSource, batches, drop_broken, open_source
-from miscc.checkpoint import write_atomically
 from miscc.errors import DataError, UserError
+from miscc.files import write_atomically
 
 CACHE_FORMAT = 1  # part of every cache key; raised when features would come out differently from the same files
 

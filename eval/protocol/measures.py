@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from datasets.captions import Vocabulary
 from eval import attributes, mask_iou
 from eval.features.networks import FeatureNetwork
 from eval.features.reference import Reference
@@ -28,6 +27,7 @@ from eval.R_precision import draw_candidates, encode_captions, encoder_hash, r_p
 from miscc.distributed import World, gather
 from miscc.errors import CheckpointError, DataError
 from miscc.images import from_uint8
+from miscc.vocabulary import Vocabulary
 from models.modes import no_tf32
 from sampling.encoders import Encoders
 from sampling.pipeline import Generated

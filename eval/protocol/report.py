@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from eval.protocol.scores import COUNTS, versions
-from miscc.checkpoint import write_json
 from miscc.errors import DataError, UserError
+from miscc.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from datasets.captions import Vocabulary
 from datasets.records import Records
 from eval.features.networks import WeightsError, load_network
 from eval.features.reference import RealImages, reference
@@ -32,6 +31,7 @@ from eval.protocol.report import environment
 from eval.protocol.scores import Score
 from miscc.distributed import World
 from miscc.errors import CheckpointError, DataError, UserError
+from miscc.vocabulary import Vocabulary
 from sampling.encoders import Encoders
 from sampling.pipeline import Generated
 from sampling.requests import Request

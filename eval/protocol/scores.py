@@ -13,9 +13,9 @@ import torch
 
 from eval.features.networks import NETWORKS, RESIZE, FeatureNetwork, load_network
 from eval.features.statistics import default_cache
-from miscc.checkpoint import write_json
 from miscc.distributed import choose_device
 from miscc.errors import ConfigError
+from miscc.files import write_json
 
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "transformers", "pillow", "numpy", "scipy")
 COUNTS = {  # fields of a protocol that stand beside the number

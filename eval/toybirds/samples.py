@@ -20,8 +20,8 @@ from eval.features.statistics import default_cache, load_source
 from eval.protocol.scores import add_arguments as add_score_arguments
 from eval.protocol.scores import named_device, seed_number, versions
 from eval.toybirds.classifiers import Recipe
-from miscc.checkpoint import write_json
 from miscc.errors import DataError
+from miscc.files import write_json
 from miscc.randomness import stream
 from sampling.pipeline import TextToImage
 

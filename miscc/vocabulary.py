@@ -1,0 +1,146 @@
+"""Captions as word indices: how a caption is cut, which words a model knows. Owner of vocabulary.json; works without torch."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from miscc.errors import DataError
+from miscc.files import write_json
+
+END = "<end>"  # word 0: the padding
+_WORD = re.compile(r"\w+")  # what the originals ask of nltk's RegexpTokenizer; importing nltk takes two seconds
+
+
+def tokenize(caption: str) -> list[str]:
+    """A caption's words as AttnGAN makes them.
+
+    Pairs of U+FFFD (a lost character) become a space, the rest is lower-cased and cut into runs of letters,
+    digits and underscores; characters outside ASCII are dropped from each, and words of which nothing is left
+    with them.
+    """
+    words = _WORD.findall(caption.replace("\ufffd\ufffd", " ").lower())
+    if caption.isascii():
+        return words
+    plain = (word.encode("ascii", "ignore").decode("ascii") for word in words)
+    return [word for word in plain if word]
+
+
+class Vocabulary:
+    """The words that an encoder knows, each at its index; index 0 is `<end>`, the padding."""
+
+    def __init__(self, words: Iterable[str]):
+        """words: all of them in the order of their indices, `<end>` first. Raises DataError if it is not, or
+        one is there twice."""
+        self.words = list(words)
+        if not self.words or self.words[0] != END:
+            raise DataError(f"vocabulary: the first entry must be {END}, not {self.words[:1]}")
+        self._indices = {word: index for index, word in enumerate(self.words)}
+        if len(self._indices) != len(self.words):
+            twice = next(word for index, word in enumerate(self.words) if self._indices[word] != index)
+            raise DataError(f"vocabulary: {twice!r} is there twice")
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __contains__(self, word: str) -> bool:
+        return word in self._indices
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.words == other.words
+
+    __hash__ = None
+
+    def encode(self, caption: str) -> tuple[list[int], list[str]]:
+        """A caption -> the indices of its words in order, and the words that are not in the vocabulary."""
+        return self.encode_words(tokenize(caption))
+
+    def encode_words(self, words: Iterable[str]) -> tuple[list[int], list[str]]:
+        """As `encode`, for words that are cut already. `<end>` is a word like any other here, and so
+        unknown."""
+        indices, unknown = [], []
+        for word in words:
+            index = self._indices.get(word, 0)
+            if index:
+                indices.append(index)
+            else:
+                unknown.append(word)
+        return indices, unknown
+
+    def decode(self, indices: Iterable[int]) -> str:
+        """Indices -> the words with spaces between them; the padding is left out."""
+        return " ".join(self.words[int(index)] for index in indices if index)
+
+    @classmethod
+    def build(cls, captions: Iterable[str]) -> "Vocabulary":
+        """Every word of the captions, in the order in which they first occur, as AttnGAN's code numbers
+        them."""
+        words = {END: None}
+        for caption in captions:
+            words.update(dict.fromkeys(tokenize(caption)))
+        return cls(words)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Vocabulary":
+        """Read vocabulary.json: a list of words. Raises DataError when it is missing or something else."""
+        path = Path(path)
+        try:
+            words = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such vocabulary; write it with `python -m datasets.prepare`") from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read as JSON ({error}); write it again with datasets.prepare") from None
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise DataError(f"{path}: must be a list of words")
+        return cls(words)
+
+    def save(self, path: str | Path) -> None:
+        """Write vocabulary.json, whole or not at all."""
+        write_json(path, self.words)
+
+
+def shorten(indices: Sequence[int], max_words: int, rng: np.random.Generator | None) -> list[int]:
+    """At most `max_words` of a caption's words, in their order.
+
+    With rng a random choice of them, as in AttnGAN and SSA-GAN; rng None: the first `max_words`, always the
+    same.
+    """
+    if len(indices) <= max_words:
+        return list(indices)
+    if rng is None:
+        return list(indices[:max_words])
+    kept = np.sort(rng.permutation(len(indices))[:max_words])
+    return [indices[position] for position in kept]
+
+
+def encode_rows(
+    captions: Sequence[str], vocabulary: Vocabulary, max_words: int
+) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
+    """Captions that somebody typed -> tokens (N, max_words) int64 padded with 0, lengths (N,) int64, unknown words (N lists).
+
+    Unknown words are left out and handed back, so that the caller can name them; longer captions keep their
+    first `max_words` known words. Raises DataError for a caption that is empty or of which no word is known.
+    """
+    tokens = np.zeros((len(captions), max_words), dtype=np.int64)
+    lengths = np.zeros(len(captions), dtype=np.int64)
+    unknown = []
+    for row, caption in enumerate(captions):
+        indices, missing = vocabulary.encode(caption)
+        if not indices:
+            raise DataError(_nothing_known(caption, missing))
+        indices = shorten(indices, max_words, rng=None)
+        tokens[row, : len(indices)] = indices
+        lengths[row] = len(indices)
+        unknown.append(missing)
+    return tokens, lengths, unknown
+
+
+def _nothing_known(caption: str, missing: list[str]) -> str:
+    if not missing:
+        return f"caption {caption!r} holds no word; write one such as 'a small red bird with black wings'"
+    return (
+        f"caption {caption!r}: none of its words ({', '.join(missing)}) is in the model's vocabulary; "
+        f"use words that occur in the captions of its training set"
+    )
