@@ -165,7 +165,7 @@ class AttnGenerator(nn.Module):
         (N, condition_dim), drawn anew where it is None."""
         z, rest = noise[:, : self.z_dim], noise[:, self.z_dim :]
         if augmentation_noise is None:
-            augmentation_noise = rest if rest.shape[1] else noise.new_empty(noise.shape[0], self.condition_dim).normal_()
+            augmentation_noise = rest if rest.shape[1] else noise.new_empty(rest.shape[0], self.condition_dim).normal_()
         condition, mu, logvar = self.augmentation(text.sentence, augmentation_noise)
         x = self.first(torch.cat([condition, z], dim=1))
         images, attention = [self.to_rgb[0](x)] if self.draws_every_stage else [], []
