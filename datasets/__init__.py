@@ -1,4 +1,4 @@
-"""Data sets by name. What they share is in text_image.py, layout.py and captions.py."""
+"""Data sets by name: the registry, and `load_records`. How each is read from its originals is in sources/."""
 
 import difflib
 import logging
@@ -21,7 +21,7 @@ DATASETS = {
     "coco": coco,
     "flickr": flickr,
     "folder": folder,
-    "toybirds": birds,  # drawn by datasets/toybirds/dataset.py, written in CUB's own layout
+    "toybirds": birds,  # drawn by toybirds/dataset.py, written in CUB's own layout
 }
 
 
@@ -42,6 +42,7 @@ def load_records(
     `vocabulary`, a checkpoint's for instance, captions are encoded with that one. Raises DataError when neither is
     there, with the command that makes it.
     """
+    # Which of the two forms is there.
     check_name(name)
     root = Path(root)
     metadata, layout = metadata_file(root, split), has_layout(root, split)
@@ -51,20 +52,25 @@ def load_records(
             "remove or rename it to use vocabulary.json",
             *(root, metadata.name),
         )
+
+    # Read it.
     if metadata:
         records = read_metadata(name, root, split, vocabulary, DATASETS[name].locate)
     elif layout:
         records = read_layout(name, root, split, vocabulary)
     else:
         raise DataError(_not_there(name, root, split))
+
     _check_images(records)
     return records, records.vocabulary
 
 
 def _not_there(name: str, root: Path, split: str) -> str:
+    """Why a split cannot be loaded, and the command that prepares it."""
     present = splits_present(root)
     if present:
         return f"{root}: the data set {name} has no split {split!r}, only {', '.join(present)}"
+
     state = "is not prepared" if root.is_dir() else "does not exist"
     if any((root / pickle).is_file() for pickle in METADATA_NAMES):
         state = f"holds AttnGAN's captions but not {split}/filenames.pickle, which belongs to them"
@@ -72,8 +78,8 @@ def _not_there(name: str, root: Path, split: str) -> str:
 
 
 def _check_images(records: Records) -> None:
-    """A moved or missing image folder shows here, before training starts; single files are named when they are read."""
-    some = [records.image_paths[position] for position in (0, len(records) // 2, -1)]
+    """Raise DataError for a moved or missing image folder before training starts, by looking for three of the images."""
+    some = [records.image_paths[index] for index in (0, len(records) // 2, -1)]
     if not any(path.is_file() for path in some):
         raise DataError(
             f"{some[0]}: no such image; the data set {records.name} lists it in its split {records.split!r}: "

@@ -1,6 +1,6 @@
-"""Decoded, cut out and resized images in one file that is mapped into memory, so that training need not decode them.
+"""ImageCache: decoded, cut out and resized images in one memory-mapped file, so that training need not decode them.
 
-What is stored is what text_image.load_resized returns, the whole rectangle; crops and flips are drawn afterwards.
+It stores what text_image.load_resized returns, the whole rectangle; crops and flips are drawn afterwards.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
-# A file is the pixels of all images, then for each of them (offset, height, width) as int64, then this footer:
-# fingerprint, number of images, bytes of pixels, magic. What is cut off has no footer, and so is not taken for a cache.
+# A file holds the pixels of all images, then (offset, height, width) of each as int64, then this footer: fingerprint,
+# number of images, bytes of pixels, magic. A file that was cut off has no footer and is not taken for a cache.
 _FOOTER = struct.Struct("<32sqq8s")
 _MAGIC = b"T2ICACH1"
 _BLOCK = 256  # images that are decoded ahead
@@ -55,14 +55,21 @@ class ImageCache:
     ) -> "ImageCache":
         """The cache of these records in `folder`, built now if there is none, or if an image or box has changed.
 
-        image_size: the largest that training wants. Processes that ask at once wait for the first to build it.
-        Raises DataError when an image cannot be read (with skip_broken only once that image is asked for), or the
-        disk is full.
+        records: whose images
+        image_size: the largest of the training's
+        folder: of the cache file
+        skip_broken: store a broken image as broken; `read` raises for it
+        progress: show a bar
+
+        A second process that opens the same cache waits until the first has built it. Raises DataError when an image
+        cannot be read or the disk is full.
         """
+        # The name identifies the images, the fingerprint their state.
         folder = Path(folder)
         identity = hashlib.sha256("\n".join(map(str, records.image_paths)).encode()).hexdigest()[:10]
         path = folder / f"{records.name}-{records.split}-{image_size}-{identity}.images"
         fingerprint = _fingerprint(records, image_size)
+
         if not _is_current(path, fingerprint):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -77,26 +84,29 @@ class ImageCache:
         return len(self._table)
 
     def read(self, index: int) -> np.ndarray:
-        """(h, w, 3) uint8, read-only: what load_resized gives for this image. Raises DataError if it was broken."""
+        """What load_resized returns for this image: (h, w, 3) uint8, read-only. Raises DataError if it was broken."""
         offset, height, width = (int(value) for value in self._table[index])
         if not height:
             raise DataError(f"{self._image_paths[index]}: cannot be read as an image; replace or remove it")
         return self._pixels[offset : offset + height * width * 3].reshape(height, width, 3)
 
     def _map(self) -> None:
+        """Read the table and map the pixels."""
         with self.path.open("rb") as file:
+            # Footer and table.
             file.seek(-_FOOTER.size, os.SEEK_END)
             _, count, num_bytes, _ = _FOOTER.unpack(file.read(_FOOTER.size))
             file.seek(num_bytes)
             self._table = np.frombuffer(file.read(count * 24), dtype="<i8").reshape(count, 3)
-            # From the open file, not from its name: another process may put a newer cache there at any moment.
+
+            # Pixels: from the open file, not from its name, because another process may put a newer cache there at any moment.
             mapped = (
                 np.memmap(file, dtype=np.uint8, mode="r", shape=(num_bytes,)) if num_bytes else np.zeros(0, np.uint8)
             )
         self._pixels = mapped.view(np.ndarray)  # memmap's own slicing is slow
 
     def __getstate__(self) -> dict:
-        """A worker that is spawned maps the file again; pickling the map would copy every image."""
+        """Without the map: a spawned worker maps the file again, instead of getting a copy of every image."""
         return {name: value for name, value in vars(self).items() if name not in ("_pixels", "_table")}
 
     def __setstate__(self, state: dict) -> None:
@@ -105,9 +115,12 @@ class ImageCache:
 
 
 def _fingerprint(records: Records, image_size: int) -> bytes:
-    """Changes with any file, box or the size; also with what decodes and scales, as their versions may round otherwise."""
+    """A hash that changes with any file, box, the size, and the versions of the libraries that decode and scale."""
+    # Another version may round differently.
     versions = f"{PIL.__version__} {torch.__version__} {torchvision.__version__}"
     digest = hashlib.sha256(f"{versions} {image_size}".encode())
+
+    # Size and time of every file, and its box.
     for index, path in enumerate(records.image_paths):
         try:
             status = os.stat(path)
@@ -120,6 +133,7 @@ def _fingerprint(records: Records, image_size: int) -> bytes:
 
 
 def _is_current(path: Path, fingerprint: bytes) -> bool:
+    """Whether the file is a whole cache with this fingerprint."""
     try:
         with path.open("rb") as file:
             end = file.seek(0, os.SEEK_END)
@@ -132,9 +146,9 @@ def _is_current(path: Path, fingerprint: bytes) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of this cache, waiting for it if need be, and clear away what a killed process left.
+    """Hold the lock of this cache, waiting for it if need be, and remove the unfinished files of killed processes.
 
-    Where files cannot be locked two processes build the same cache, each in its own file, and the later one stays.
+    Where files cannot be locked, two processes build the same cache, each in its own file, and the later one stays.
     """
     with open(path.with_suffix(".lock"), "w") as lock:
         if _lock(lock, path):
@@ -144,6 +158,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _lock(lock: IO[str], path: Path) -> bool:
+    """Lock the file; False where that is not possible."""
     if fcntl is None:
         return False
     try:
@@ -159,6 +174,8 @@ def _lock(lock: IO[str], path: Path) -> bool:
 def _build(
     path: Path, records: Records, image_size: int, fingerprint: bytes, skip_broken: bool, progress: bool
 ) -> None:
+    """Decode all images with threads and write the cache file."""
+
     def load(index: int) -> np.ndarray:
         box = None if records.boxes is None else records.boxes[index]
         try:
@@ -173,14 +190,18 @@ def _build(
         offset = 0
         bar = tqdm(total=len(records), desc=f"cache {records.name} {records.split}", disable=None if progress else True)
         with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            # Block by block, so that decoded images do not pile up in memory.
             for start in range(0, len(records), _BLOCK):
                 block = range(start, min(start + _BLOCK, len(records)))
                 for index, pixels in zip(block, pool.map(load, block), strict=True):
                     table[index] = offset, *pixels.shape[:2]
                     offset += stream.write(pixels.tobytes())
                     bar.update()
+
+                # The first block says how large the file will be.
                 if start == 0:
                     _check_space(path.parent, offset // len(block) * (len(records) - len(block)))
+
         stream.write(table.tobytes())
         stream.write(_FOOTER.pack(fingerprint, len(records), offset, _MAGIC))
 
@@ -188,6 +209,7 @@ def _build(
 
 
 def _check_space(folder: Path, still_needed: int) -> None:
+    """Raise DataError before the disk is full. still_needed: bytes."""
     free = shutil.disk_usage(folder).free
     if still_needed > free:
         raise DataError(

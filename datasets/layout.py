@@ -1,16 +1,16 @@
 """Data sets on the disk, as Records: our common layout, which prepare.py writes, and AttnGAN's metadata.
 
 The common layout is `vocabulary.json` and one `{train,val,test}.jsonl` a split with a line for each image: key,
-image (path from the root), captions, class_id and, where there is one, box. What the original downloads look like is
-known to the data sets' own files alone.
+image (path from the root), captions, class_id and, where there is one, box. The original downloads are read in sources/.
 """
 
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,19 +23,28 @@ from miscc.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
+Captions = list[list[np.ndarray]]  # for each image its captions as int64 indices
+
 SPLITS = ("train", "val", "test")
 VOCABULARY_NAME = "vocabulary.json"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One image of a data set that is being built; `image` is its path from the data set's root, with slashes."""
+    """One image of a data set that is being built.
+
+    key: its name, unique
+    image: its path from the data set's root, with slashes
+    captions: as written, at least one
+    class_id: a class, or a number of its own
+    box: x, y, width, height in pixels, or None
+    """
 
     key: str
     image: str
     captions: list[str]
     class_id: int
-    box: list[float] | None = None  # x, y, width, height in pixels
+    box: list[float] | None = None
 
 
 def metadata_file(root: Path, split: str) -> Path | None:
@@ -55,19 +64,21 @@ def splits_present(root: Path) -> list[str]:
     return [split for split in SPLITS if has_layout(root, split) or metadata_file(root, split)]
 
 
-def write_layout(root: str | Path, splits: dict[str, Sequence[Entry]]) -> Vocabulary:
+def write_layout(root: str | Path, splits: Mapping[str, Sequence[Entry]]) -> Vocabulary:
     """Write the common layout, each file whole or not at all, and return the vocabulary.
 
-    The vocabulary holds the words of train and test (and val) together, as AttnGAN's does: a word that only test
-    captions use must have an index too, though nobody trains it. vocabulary.json comes last, and splits of an
-    earlier build that are no longer there are removed.
+    vocabulary.json comes last. Splits of an earlier build that `splits` lacks are removed. Raises DataError where train
+    or test would be empty.
     """
     root = Path(root)
     for split in ("train", "test"):
         if not splits.get(split):
             raise DataError(f"{root}: there would be no image in the split {split!r}")
+
+    # The words of all splits together, as in AttnGAN: a word that only test captions use needs an index, too.
     ordered = [split for split in ("train", "test", "val") if split in splits]
     vocabulary = Vocabulary.build(caption for split in ordered for entry in splits[split] for caption in entry.captions)
+
     for split in SPLITS:
         path = root / f"{split}.jsonl"
         if split in splits:
@@ -79,35 +90,47 @@ def write_layout(root: str | Path, splits: dict[str, Sequence[Entry]]) -> Vocabu
 
 
 def _to_line(entry: Entry) -> str:
-    record = {"key": entry.key, "image": entry.image, "captions": entry.captions, "class_id": entry.class_id}
+    record: dict[str, Any] = {
+        "key": entry.key,
+        "image": entry.image,
+        "captions": entry.captions,
+        "class_id": entry.class_id,
+    }
     if entry.box is not None:
         record["box"] = entry.box
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def read_layout(name: str, root: Path, split: str, vocabulary: Vocabulary | None) -> Records:
-    """One split of the common layout; with `vocabulary` its captions are encoded with that one instead of
-    vocabulary.json. Raises DataError, naming file and line."""
+    """One split of the common layout.
+
+    vocabulary: encodes the captions; None: vocabulary.json does
+
+    Raises DataError, naming file and line.
+    """
     own = Vocabulary.load(root / VOCABULARY_NAME) if vocabulary is None else vocabulary
     entries = _read_entries(root / f"{split}.jsonl")
+
+    # Boxes for all images or for none.
     boxes = None
     if entries and all(entry.box is not None for entry in entries):
         boxes = np.array([entry.box for entry in entries], dtype=np.float64)
     elif any(entry.box is not None for entry in entries):
         raise DataError(f"{root / f'{split}.jsonl'}: some images have a box and some have none; give all of them one")
-    return _encode(
-        Records(
-            name=name,
-            split=split,
-            keys=[entry.key for entry in entries],
-            image_paths=[root / entry.image for entry in entries],
-            captions=[],
-            class_ids=np.array([entry.class_id for entry in entries], dtype=np.int64),
-            vocabulary=own,
-            texts=[entry.captions for entry in entries],
-            boxes=boxes,
-        )
+
+    texts = [entry.captions for entry in entries]
+    records = Records(
+        name=name,
+        split=split,
+        keys=[entry.key for entry in entries],
+        image_paths=[root / entry.image for entry in entries],
+        captions=_encode(texts, own, f"{name}, {split}"),
+        class_ids=np.array([entry.class_id for entry in entries], dtype=np.int64),
+        vocabulary=own,
+        texts=texts,
+        boxes=boxes,
     )
+    return _without_empty(records)
 
 
 def _read_entries(path: Path) -> list[Entry]:
@@ -121,21 +144,52 @@ def _read_entries(path: Path) -> list[Entry]:
     return entries
 
 
-# key names -> paths of the images, and their boxes (N, 4) or None
+# (root, keys) -> paths of the images, and their boxes (N, 4) or None
 Locate = Callable[[Path, Sequence[str]], tuple[list[Path], np.ndarray | None]]
 
 
 def read_metadata(name: str, root: Path, split: str, vocabulary: Vocabulary | None, locate: Locate) -> Records:
     """One split from AttnGAN's captions.pickle, filenames.pickle and, where there is one, class_info.pickle.
 
-    The vocabulary is the pickle's, so that released encoders fit; with another `vocabulary` the captions are spelled
-    out with the pickle's and encoded anew. `locate` finds images and boxes. Raises DataError, naming the file.
+    vocabulary: encodes the captions, which are decoded with the pickle's first; None: the pickle's, which released
+        encoders need
+    locate: finds images and boxes
+
+    Raises DataError, naming the file.
     """
     captions_path = metadata_file(root, split)
-    train, test, own = load_captions_pickle(captions_path)
-    names_path = root / split / "filenames.pickle"
+    if captions_path is None:
+        raise DataError(f"{root}: holds no captions.pickle with {split}/filenames.pickle")
+    own, keys, captions = _read_captions(captions_path, root / split / "filenames.pickle", split)
+    paths, boxes = locate(root, keys)
+
+    # Captions in the caller's vocabulary: spelled out with the pickle's and encoded anew.
+    texts = None
+    if vocabulary is not None and vocabulary != own:
+        texts = [[own.decode(caption) for caption in group] for group in captions]
+        captions = _encode(texts, vocabulary, f"{name}, {split}")
+
+    records = Records(
+        name=name,
+        split=split,
+        keys=keys,
+        image_paths=paths,
+        captions=captions,
+        class_ids=_class_ids(root / split / "class_info.pickle", keys),
+        vocabulary=own if vocabulary is None else vocabulary,
+        texts=texts,
+        boxes=boxes,
+    )
+    return _without_empty(records)
+
+
+def _read_captions(captions_path: Path, names_path: Path, split: str) -> tuple[Vocabulary, list[str], Captions]:
+    """The vocabulary, the keys of the split's images, and for each its captions."""
+    train, test, vocabulary = load_captions_pickle(captions_path)
     keys = [str(key) for key in _expect_list(load_legacy_pickle(names_path), names_path)]
     flat = _expect_list(train if split == "train" else test, captions_path)
+
+    # The pickle holds one flat list: as many captions for each image.
     if not keys or len(flat) % len(keys):
         raise DataError(
             f"{captions_path}: holds {len(flat)} captions for {split}, which is no multiple of the {len(keys)} images "
@@ -143,25 +197,14 @@ def read_metadata(name: str, root: Path, split: str, vocabulary: Vocabulary | No
         )
     each = len(flat) // len(keys)
     captions = [np.asarray(caption, dtype=np.int64) for caption in flat]
+
+    # A damaged file shows as an index beyond the vocabulary.
     highest = max((int(caption.max(initial=0)) for caption in captions), default=0)
-    if highest >= len(own):
-        raise DataError(f"{captions_path}: word {highest} is beyond its vocabulary of {len(own)}; copy the file again")
-    paths, boxes = locate(root, keys)
-    records = Records(
-        name=name,
-        split=split,
-        keys=keys,
-        image_paths=paths,
-        captions=[captions[start : start + each] for start in range(0, len(captions), each)],
-        class_ids=_class_ids(root / split / "class_info.pickle", keys),
-        vocabulary=own,
-        boxes=boxes,
-    )
-    if vocabulary is None or vocabulary == own:
-        return _without_empty(records)
-    records.texts = [[own.decode(caption) for caption in group] for group in records.captions]
-    records.vocabulary = vocabulary
-    return _encode(records)
+    if highest >= len(vocabulary):
+        raise DataError(
+            f"{captions_path}: word {highest} is beyond its vocabulary of {len(vocabulary)}; copy the file again"
+        )
+    return vocabulary, keys, [captions[start : start + each] for start in range(0, len(captions), each)]
 
 
 def _expect_list(value: object, path: Path) -> list:
@@ -171,12 +214,13 @@ def _expect_list(value: object, path: Path) -> list:
 
 
 def _class_ids(path: Path, keys: Sequence[str]) -> np.ndarray:
-    """AttnGAN's class_info.pickle. Without it the folder in the key is the class, as in CUB, and where keys name no
-    folder each image is its own class, as in COCO."""
+    """AttnGAN's class_info.pickle, (N,) int64."""
+    # Without it the folder in the key is the class, as in CUB; keys without a folder are classes of their own, as in COCO.
     if not path.is_file():
         if any("/" in key for key in keys):
             return np.unique([key.rpartition("/")[0] for key in keys], return_inverse=True)[1].astype(np.int64)
         return np.arange(len(keys), dtype=np.int64)
+
     class_ids = np.array([int(number) for number in _expect_list(load_legacy_pickle(path), path)], dtype=np.int64)
     if len(class_ids) != len(keys):
         raise DataError(
@@ -185,40 +229,41 @@ def _class_ids(path: Path, keys: Sequence[str]) -> np.ndarray:
     return class_ids
 
 
-def _encode(records: Records) -> Records:
-    """Fill `captions` from `texts` with the records' vocabulary; says which words it does not know."""
+def _encode(texts: Sequence[Sequence[str]], vocabulary: Vocabulary, name: str) -> Captions:
+    """Captions as indices, a list for each image; a warning says which words the vocabulary lacks. name: for it."""
+    # Each different caption once: data sets repeat them.
+    encoded: dict[str, np.ndarray] = {}
     unknown: Counter[str] = Counter()
-    words = 0
-    known: dict[str, np.ndarray] = {}
-    for caption in _flatten(records.texts):
-        if caption not in known:
-            indices, missing = records.vocabulary.encode(caption)
-            known[caption] = np.array(indices, dtype=np.int64)
+    num_words = 0
+    for caption in (caption for group in texts for caption in group):
+        if caption not in encoded:
+            indices, missing = vocabulary.encode(caption)
+            encoded[caption] = np.array(indices, dtype=np.int64)
             unknown.update(missing)
-            words += len(indices) + len(missing)
+            num_words += len(indices) + len(missing)
+
     if unknown:
         logger.warning(
-            "%s, %s: %d of %d words in its captions are not in the vocabulary of %d and are left out (%s)",
-            *(records.name, records.split, unknown.total(), words, len(records.vocabulary)),
+            "%s: %d of %d words in its captions are not in the vocabulary of %d and are left out (%s)",
+            *(name, unknown.total(), num_words, len(vocabulary)),
             ", ".join(word for word, _ in unknown.most_common(8)),
         )
-    records.captions = [[known[caption] for caption in group] for group in records.texts]
-    return _without_empty(records)
-
-
-def _flatten(groups: Iterable[Iterable[str]]) -> Iterable[str]:
-    return (item for group in groups for item in group)
+    return [[encoded[caption] for caption in group] for group in texts]
 
 
 def _without_empty(records: Records) -> Records:
     """Leave out captions without a word, and images without a caption: nothing can be drawn or learnt from them."""
     if all(len(caption) for group in records.captions for caption in group) and all(records.captions):
         return records
+
+    # Captions without a word.
     for index, group in enumerate(records.captions):
         kept = [number for number, caption in enumerate(group) if len(caption)]
         records.captions[index] = [group[number] for number in kept]
         if records.texts is not None:
             records.texts[index] = [records.texts[index][number] for number in kept]
+
+    # Images without a caption.
     good = [index for index, group in enumerate(records.captions) if group]
     if not good:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Batches without end, in an order that depends on seed and epoch alone, read by worker processes."""
+"""Data loaders: endless batches in an order that depends on seed and epoch alone, read by worker processes."""
 
 import os
 import signal
@@ -29,11 +29,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 class EpochBatches(Sampler):
-    """Batches of (epoch, index) without end; each epoch goes through a permutation drawn from (seed, epoch).
+    """Endless batches of (epoch, index); each epoch is a permutation drawn from (seed, epoch).
 
-    What does not fill a batch at the end of an epoch is left out. Step s is the same batch whether one starts
-    there or comes from step 0, and rank r of R has the r-th R-th of it: together they see the batch that one
-    process would.
+    The images that do not fill a batch at the end of an epoch are left out. Step s is the same batch whether a run starts
+    there or at step 0. Rank r of R gets the r-th share of it: together they see the batch of a single process.
     """
 
     def __init__(
@@ -45,8 +44,15 @@ class EpochBatches(Sampler):
         rank: int = 0,
         world_size: int = 1,
     ):
-        """batch_size counts all ranks together. Raises DataError if the data set is smaller than one
-        batch."""
+        """
+        num_samples: of the data set
+        batch_size: of all ranks together
+        seed: of the order
+        start_step: the first batch
+        rank, world_size: of this process, and the number of processes
+
+        Raises DataError if the data set is smaller than one batch, ConfigError if ranks cannot share a batch equally.
+        """
         if num_samples < batch_size:
             raise DataError(
                 f"the training split holds {num_samples} images, fewer than one batch of {batch_size}; "
@@ -63,8 +69,10 @@ class EpochBatches(Sampler):
         self.batches_per_epoch = num_samples // batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        # Where the first batch lies, and this rank's share of each.
         share = self.batch_size // self.world_size
         epoch, batch = divmod(self.start_step, self.batches_per_epoch)
+
         while True:
             order = stream(self.seed, "order", epoch).permutation(self.num_samples)
             for number in range(batch, self.batches_per_epoch):
@@ -74,9 +82,9 @@ class EpochBatches(Sampler):
 
 
 class _Loader(DataLoader):
-    """A DataLoader whose workers' DataErrors arrive as they were, one line, without the worker's traceback."""
+    """A DataLoader that passes a worker's DataError on as one line, without the worker's traceback."""
 
-    def __iter__(self):
+    def __iter__(self):  # pyrefly: ignore[bad-override]  # a generator over the iterator that PyTorch returns
         try:
             yield from super().__iter__()
             return
@@ -84,14 +92,18 @@ class _Loader(DataLoader):
             # PyTorch re-raises with the traceback as the message; its last entry is `miscc.errors.DataError: text`.
             marker = f"\n{DataError.__module__}.{DataError.__qualname__}: "
             message = str(error).rpartition(marker)[2].strip()
+
             # PyTorch's frame and this error hold each other, and the workers, which then end only after a time limit.
             traceback.clear_frames(error.__traceback__)
         raise DataError(message)
 
 
 def _start_worker(worker: int) -> None:
-    """Keep workers alive when Ctrl-C or a scheduler signals the whole process group: the main process finishes its
-    step and saves, for which it needs them, and ends them itself. PyTorch has set one thread a worker by now."""
+    """Shield a worker from signals to the process group (Ctrl-C, a scheduler's).
+
+    The main process needs its workers to finish the step and save, and ends them itself. PyTorch has already limited the
+    worker to one thread.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
@@ -107,9 +119,10 @@ def training_loader(
     world_size: int = 1,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Batches without end, from `start_step` on; `loader.batch_sampler` is the EpochBatches, which knows
-    `batches_per_epoch`. batch_size counts all ranks together. Workers stay from epoch to epoch and use one
-    thread each.
+    """Endless batches from `start_step` on; see EpochBatches, which is the loader's `batch_sampler`.
+
+    workers: reading processes, which stay from epoch to epoch and use one thread each; 0: the main process reads
+    pin_memory: page-locked batches, for a GPU
     """
     batches = EpochBatches(len(dataset), batch_size, seed, start_step, rank, world_size)
     return _loader(dataset, workers, batch_sampler=batches, pin_memory=pin_memory)

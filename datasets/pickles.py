@@ -1,7 +1,6 @@
-"""Reading the pickles that the original systems left behind, Python 2 ones too, without running code from them.
+"""Loads the pickles of the original systems, Python 2 ones, too, without running code from them.
 
-What the pickles mean is known elsewhere: captions.py for captions.pickle, layout.py for file names and
-classes.
+Captions are taken out of them in captions.py, file names and classes in layout.py.
 """
 
 import codecs
@@ -21,7 +20,7 @@ from miscc.errors import DataError
 
 
 def _encode(text: str, encoding: str = "latin1", errors: str = "strict") -> bytes:
-    """How protocol 2 spells bytes; the codec is checked, because looking one up can import modules."""
+    """Protocol 2 stores bytes as a call of this. The codec is checked, because looking one up can import modules."""
     if str(encoding).lower().replace("-", "") not in ("latin1", "utf8", "ascii"):
         raise ValueError(f"codec {encoding!r}")
     return codecs.encode(text, encoding, errors)
@@ -44,12 +43,12 @@ for _core in ("numpy.core", "numpy._core"):
     _ALLOWED |= {
         (f"{_core}.multiarray", "_reconstruct"): multiarray._reconstruct,
         (f"{_core}.multiarray", "scalar"): multiarray.scalar,
-        (f"{_core}.numeric", "_frombuffer"): numeric._frombuffer,
+        (f"{_core}.numeric", "_frombuffer"): numeric._frombuffer,  # pyrefly: ignore[missing-attribute]  # private, not in the stubs
     }
 
 
 class _NotPlainError(Exception):
-    """The pickle asks for something that is not plain data."""
+    """The pickle refers to something that is not plain data."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -63,18 +62,22 @@ class _PlainUnpickler(pickle.Unpickler):
 def load_legacy_pickle(path: str | Path) -> Any:
     """Load a pickle of plain containers, strings, numbers and numpy arrays; Python 2's strings are read as latin-1.
 
-    Nothing else is admitted, so that a file from anywhere cannot run code. Raises DataError, naming the file
+    Anything else is refused, so that a file from an unknown source cannot run code. Raises DataError, naming the file
     (and the class where there is one), when it is missing, damaged or holds anything else.
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
             return _PlainUnpickler(file, encoding="latin-1").load()
+
+    # Refused.
     except _NotPlainError as error:
         raise DataError(
             f"{path}: holds {error}, which is more than plain data, and is not loaded, because that could "
             f"run code from it; get the file from its authors again, or delete it and rebuild the data set"
         ) from None
+
+    # Missing or damaged.
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:  # a damaged pickle can raise nearly anything

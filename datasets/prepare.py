@@ -1,6 +1,6 @@
 """`python -m datasets.prepare NAME --root DIR`: original downloads, or a folder of one's own, -> our common layout.
 
-Only the command is here: what the originals look like is in each data set's own file, what is written in layout.py.
+Only the command is here: originals are read in sources/, the layout is written in layout.py.
 """
 
 import argparse
@@ -39,7 +39,8 @@ _ONLY_FOR = {  # options that mean nothing for the others
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the arguments, build the data set, say what is there. Raises DataError for all that the user can mend."""
+    """Read the arguments, build the data set, print a summary. Raises DataError for all that the user can mend."""
+    # Options that belong to another data set are refused.
     args = _parse(argv)
     check_name(args.name)
     given = {name: value for name, value in vars(args).items() if name in _ONLY_FOR and value is not None}
@@ -47,17 +48,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.name not in _ONLY_FOR[name]:
             option = "--" + name.replace("caption_columns", "caption_column").replace("_", "-")
             raise DataError(f"{option} has no meaning for {args.name}, only for {' and '.join(_ONLY_FOR[name])}")
+
+    # ToyBirds' originals are drawn first.
     root = args.root or Path("data") / args.name
     sizes = {name: given.pop(name) for name in ("train_size", "test_size", "image_size") if name in given}
     if args.name == "toybirds":
         from datasets.toybirds.dataset import write_cub_layout
 
         write_cub_layout(root, **sizes)
+
+    # Originals -> splits.
     if "caption_columns" in given:
         given["caption_columns"] = tuple(given["caption_columns"])
     splits = DATASETS[args.name].build(root, BuildOptions(name=args.name, **given))
     if args.verify or args.drop_broken:
         splits = verify_images(root, splits, args.drop_broken)
+
+    # Splits -> layout.
     try:
         before = Vocabulary.load(root / VOCABULARY_NAME) if (root / VOCABULARY_NAME).is_file() else None
         vocabulary = write_layout(root, splits)
@@ -76,12 +83,15 @@ def verify_images(root: Path, splits: dict[str, list[Entry]], drop_broken: bool)
             return str(error)
         return None
 
+    # Open all of them.
     entries = [entry for split in splits.values() for entry in split]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         complaints = list(tqdm(pool.map(complaint, entries), total=len(entries), desc="verify", disable=None))
     broken = {entry.image: text for entry, text in zip(entries, complaints, strict=True) if text}
     if not broken:
         return splits
+
+    # Refuse or drop the broken ones.
     lines = "\n".join(f"  - {text}" for text in broken.values())
     if not drop_broken:
         raise DataError(f"{root}: {len(broken)} images cannot be read; replace them, or use --drop-broken:\n{lines}")
@@ -95,13 +105,14 @@ def verify_images(root: Path, splits: dict[str, list[Entry]], drop_broken: bool)
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m datasets.prepare", description=__doc__.partition("\n")[0])
-    parser.add_argument("name", metavar="NAME", help=f"{', '.join(DATASETS)}")
+    parser.add_argument("name", metavar="NAME", help=", ".join(DATASETS))
     parser.add_argument("--root", type=Path, help="the folder of the data set (default: data/NAME)")
     parser.add_argument("--verify", action="store_true", help="open every image, which takes a while, and name the bad")
     parser.add_argument("--drop-broken", action="store_true", help="as --verify, but leave the bad ones out")
     parser.add_argument(
         "--allow-partial", action="store_true", default=None, help="birds, coco: prepare what is there, with a warning"
     )
+
     own = parser.add_argument_group("folder, flickr")
     own.add_argument("--captions", type=Path, help="the caption file (default: the one .csv, .tsv, .jsonl or .json)")
     own.add_argument("--images", type=Path, help="the folder with the images (default: images/, else all of root)")
@@ -117,6 +128,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument("--test-fraction", type=_fraction, help="where there is no test.txt (default 0.1)")
     own.add_argument("--val-fraction", type=_fraction, help="where there is no val.txt (default 0)")
     own.add_argument("--seed", type=int, help="of the drawn split (default 100)")
+
     toys = parser.add_argument_group("toybirds")
     toys.add_argument("--train-size", type=int, help="birds to train on (default 8000)")
     toys.add_argument("--test-size", type=int, help="birds of the classes kept for testing (default 2000)")
@@ -134,7 +146,8 @@ def _fraction(text: str) -> float:
 def _summary(
     name: str, root: Path, splits: dict[str, list[Entry]], vocabulary: Vocabulary, before: Vocabulary | None
 ) -> list[str]:
-    """What is there, for people; the last line says where."""
+    """The lines that are printed at the end; the last one says where the data set is."""
+    # The splits: images, captions, classes.
     lines = [f"{name}: {sum(len(entries) for entries in splits.values()):,} images"]
     longest = 0
     for split in (split for split in SPLITS if split in splits):
@@ -147,6 +160,8 @@ def _summary(
             f"({each if min(counts) != max(counts) else counts[0]} an image), "
             f"{f'{classes:,} classes' if classes < len(entries) else 'each its own class'}"
         )
+
+    # The vocabulary, and what else matters to whoever trains on this.
     lines.append(
         f"  vocabulary: {len(vocabulary):,} entries, the words of {' and '.join(splits)} captions and <end>; "
         f"longest caption: {longest} words"
@@ -158,12 +173,15 @@ def _summary(
     pickle = metadata_file(root, "train")
     if pickle:
         lines.append(f"  {pickle} is there, too, and comes first when the data set is loaded")
+
     files = [VOCABULARY_NAME, *(f"{split}.jsonl" for split in SPLITS if split in splits)]
     lines.append(f"ready: {root} ({', '.join(files)})")
     return lines
 
 
 class _Plain(logging.Formatter):
+    """Log lines without a prefix, but for warnings and errors."""
+
     def format(self, record: logging.LogRecord) -> str:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         return prefix + record.getMessage()

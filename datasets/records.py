@@ -1,4 +1,4 @@
-"""Records: one split of a data set in memory. Where they come from is layout.py's; how images are read, text_image.py's."""
+"""Records: one split of a data set in memory. layout.py reads them from the disk, text_image.py reads their images."""
 
 import zlib
 from collections.abc import Iterable
@@ -12,11 +12,16 @@ from miscc.vocabulary import Vocabulary
 
 @dataclass
 class Records:
-    """One split of a data set in memory: for each of N images its key, path, captions, class and perhaps its box.
+    """One split of a data set in memory, N images.
 
-    captions: N lists of int64 arrays of word indices, no array empty, no list empty; texts: the captions as
-    written, or None where only the indices are known; class_ids: (N,) int64; boxes: (N, 4) float64 of x, y,
-    width, height in pixels, or None.
+    name, split: of the data set
+    keys: names of the images, unique
+    image_paths: their files
+    captions: N lists of int64 arrays of word indices; no array and no list is empty
+    class_ids: (N,) int64
+    vocabulary: what the indices mean
+    texts: the captions as written, or None where only the indices are known
+    boxes: (N, 4) float64 of x, y, width, height in pixels, or None
     """
 
     name: str
@@ -33,18 +38,19 @@ class Records:
         return len(self.keys)
 
     def text(self, index: int, number: int) -> str:
-        """Caption `number` of image `index` as it was written, or else the words that are known of it."""
+        """Caption `number` of image `index`: as it was written, or else its known words."""
         if self.texts is not None:
             return self.texts[index][number]
         return self.vocabulary.decode(self.captions[index][number])
 
     def fingerprint(self) -> dict[str, int]:
-        """What tells one set from another: the number of its images, checksums of their keys and captions."""
+        """Number of images and checksums of keys and captions: equal for equal data."""
         captions = zlib.crc32(b"".join(tokens.tobytes() for captions in self.captions for tokens in captions))
         return {"num_images": len(self), "keys": zlib.crc32("\n".join(self.keys).encode()), "captions": captions}
 
     def select(self, indices: Iterable[int]) -> "Records":
-        """The records at these positions, in this order."""
+        """The records at these indices, in this order."""
+        # Arrays and lists have a row for each image; everything else is the whole split's.
         indices = [int(index) for index in indices]
         chosen = {}
         for member in fields(self):

@@ -1,13 +1,12 @@
-"""Images with captions, whatever data set they come from: Records, TextImageDataset, Batch and the loaders.
+"""TextImageDataset: records -> samples of an image and a caption; reading, cutting out, scaling and cropping images.
 
-Where the records come from is layout.py's business and that of the data sets' own files; captions.py cuts
-words.
+Batches of samples are made by loading.py; images that are decoded already come from cache.py.
 """
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,12 +23,17 @@ from miscc.vocabulary import shorten
 logger = logging.getLogger(__name__)
 
 
-def _as_list(images: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
-    return images if isinstance(images, list) else [images]
-
-
 class Sample(NamedTuple):
-    """One row of a Batch: images (3, H, W) float32 in [-1, 1] or uint8, a list with one a size; caption (T,) int64."""
+    """One row of a Batch.
+
+    images: one a size, (3, H, W) float32 in [-1, 1] or uint8
+    caption: (T,) int64, padded with 0
+    length: number of its words
+    class_id: of the image
+    key: the image's name
+    index: of the image in the records
+    caption_number: which of the image's captions
+    """
 
     images: list[torch.Tensor]
     caption: torch.Tensor
@@ -41,8 +45,15 @@ class Sample(NamedTuple):
 
 
 def box_edges(width: int, height: int, box: Sequence[float]) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of the square around a bounding box (x, y, width, height) of half side 0.75 times its
-    longer side, clipped to an image of width × height: how AttnGAN and its followers cut birds out."""
+    """The square that is cut out around a bounding box, as in AttnGAN: left, top, right, bottom in pixels.
+
+    Half its side is 0.75 times the longer side of the box; it is clipped to the image.
+
+    width, height: of the image
+    box: x, y, width, height
+
+    Raises DataError for a box that is empty or outside.
+    """
     x, y, box_width, box_height = box
     half = int(max(box_width, box_height) * 0.75)
     center_x, center_y = int((2 * x + box_width) / 2), int((2 * y + box_height) / 2)
@@ -54,13 +65,12 @@ def box_edges(width: int, height: int, box: Sequence[float]) -> tuple[int, int, 
 
 
 def load_resized(path: str | Path, box: Sequence[float] | None, image_size: int) -> np.ndarray:
-    """Read an image, cut out its box and scale it so that the shorter side is int(image_size * 76 / 64)
-    pixels.
+    """Read an image, cut out its box and scale its shorter side to int(image_size * 76 / 64) pixels.
 
-    Returns (h, w, 3) uint8, the whole rectangle: what random crops are taken from, and what the cache keeps.
-    Bilinear with antialiasing, as torchvision's Resize: torch's own on uint8, three times as fast as PIL's and at most
-    one level away from it, in a few pixels of a thousand. Raises DataError, naming the file.
+    Returns (h, w, 3) uint8, the whole rectangle: random crops are taken from it, and the cache stores it. Raises
+    DataError, naming the file.
     """
+    # Cut out the box.
     pixels = open_pixels(path, upright=box is None)  # CUB's boxes belong to the pixels as they are stored
     if box is not None:
         try:
@@ -68,6 +78,9 @@ def load_resized(path: str | Path, box: Sequence[float] | None, image_size: int)
         except DataError as error:
             raise DataError(f"{path}: {error}; mend it in bounding_boxes.txt") from None
         pixels = pixels[top:bottom, left:right]
+
+    # Scale, bilinear with antialiasing as torchvision's Resize. torch on uint8 is three times as fast as PIL and differs
+    # from it by at most one level, in a few pixels of a thousand.
     height, width = pixels.shape[:2]
     short = int(image_size * 76 / 64)
     size = (int(short * height / width), short) if width <= height else (short, int(short * width / height))
@@ -75,12 +88,22 @@ def load_resized(path: str | Path, box: Sequence[float] | None, image_size: int)
     return scaled[0].permute(1, 2, 0).numpy()
 
 
-class TextImageDataset(Dataset):
-    """Images with one caption each, drawn as a function of (seed, epoch, index) and of nothing else.
+class ImageReader(Protocol):
+    """What TextImageDataset needs of a cache (cache.ImageCache)."""
 
-    An item is (epoch, index), (epoch, index, caption number) or index alone (epoch 0). With `augment` a
-    random caption, crop and horizontal flip; without, caption 0 (or the number given), the crop in the
-    middle, no flip. The crop has the largest of `image_sizes`; the other sizes are scaled from it.
+    image_size: int
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> np.ndarray:
+        """What load_resized returns for this image."""
+        ...
+
+
+class TextImageDataset(Dataset):
+    """Images with one caption each; crop, flip and caption are a function of (seed, epoch, index) alone.
+
+    An item is (epoch, index), (epoch, index, caption number) or index alone (epoch 0).
     """
 
     def __init__(
@@ -90,13 +113,20 @@ class TextImageDataset(Dataset):
         max_words: int = 18,
         seed: int = 100,
         augment: bool = True,
-        cache=None,
+        cache: ImageReader | None = None,
         skip_broken: bool = False,
         as_bytes: bool = False,
     ):
-        """as_bytes: images as uint8, a quarter of the memory; `Batch.to` makes floats of them on the device. cache: an
-        ImageCache of the same records and largest size. skip_broken: a file that cannot be read
-        is named once in a warning and the next good one takes its place, instead of a DataError."""
+        """
+        records: a split
+        image_sizes: in pixels; the crop has the largest, the others are scaled from it
+        max_words: captions are shortened to
+        seed: of crops, flips and captions
+        augment: random caption, crop and horizontal flip; else caption 0 (or the number given), the middle, no flip
+        cache: an ImageCache of the same records and largest size
+        skip_broken: replace a file that cannot be read by the next good one, with one warning, instead of a DataError
+        as_bytes: images as uint8, a quarter of the memory; `Batch.to` converts them on the device
+        """
         if not len(records):
             raise DataError(f"{records.name}: the split {records.split!r} holds no image")
         if cache is not None and (cache.image_size != max(image_sizes) or len(cache) != len(records)):
@@ -109,22 +139,27 @@ class TextImageDataset(Dataset):
         self.cache = cache
         self.skip_broken = skip_broken
         self.as_bytes = as_bytes
+
         # Which broken files have been named: in shared memory, so that the workers name each of them only once.
-        self._named = torch.zeros(len(records), dtype=torch.bool).share_memory_() if skip_broken else None
+        self._named = torch.zeros(len(records) if skip_broken else 0, dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, item: int | tuple[int, ...]) -> Sample:
-        epoch, index, *number = item if isinstance(item, tuple) else (0, item)
-        number = number[0] if number else None
+    def __getitem__(self, index: int | tuple[int, ...]) -> Sample:
+        epoch, index, *rest = index if isinstance(index, tuple) else (0, index)
+        number = rest[0] if rest else None
         if not 0 <= index < len(self):
             raise IndexError(index)
+
+        # One image, or an error that says how to go on without it.
         if not self.skip_broken:
             try:
                 return self._sample(epoch, index, number)
             except DataError as error:
                 raise DataError(f"{error}, or leave such files out: --set SKIP_BROKEN True") from None
+
+        # The next image that can be read.
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
             try:
@@ -140,43 +175,49 @@ class TextImageDataset(Dataset):
         tokens, number = self._caption(epoch, index, number)
         caption = np.zeros(self.max_words, dtype=np.int64)
         caption[: len(tokens)] = tokens
-        records = self.records
         return Sample(
-            images,
-            torch.from_numpy(caption),
-            len(tokens),
-            int(records.class_ids[index]),
-            records.keys[index],
-            index,
-            number,
+            images=images,
+            caption=torch.from_numpy(caption),
+            length=len(tokens),
+            class_id=int(self.records.class_ids[index]),
+            key=self.records.keys[index],
+            index=index,
+            caption_number=number,
         )
 
     def _caption(self, epoch: int, index: int, number: int | None) -> tuple[list[int], int]:
+        """The indices of a caption's words, at most max_words, and which caption it is."""
         captions = self.records.captions[index]
         if not self.augment:
             number = 0 if number is None else number % len(captions)
             return shorten(captions[number].tolist(), self.max_words, None), number
+
+        # Drawn even where the number is given, so that the choice of words does not depend on it.
         rng = stream(self.seed, "caption", epoch, index)
         drawn = int(rng.integers(len(captions)))
         number = drawn if number is None else number % len(captions)
         return shorten(captions[number].tolist(), self.max_words, rng), number
 
     def _images(self, epoch: int, index: int) -> list[torch.Tensor]:
+        """The image at every size."""
         if self.cache is not None:
             pixels = self.cache.read(index)
         else:
             boxes = self.records.boxes
             box = None if boxes is None else boxes[index]
             pixels = load_resized(self.records.image_paths[index], box, max(self.image_sizes))
+
         crop = self._crop(pixels, epoch, index)
         scales = [_to_tensor(crop, size) for size in self.image_sizes]
         return scales if self.as_bytes else [from_uint8(scale) for scale in scales]
 
     def _crop(self, pixels: np.ndarray, epoch: int, index: int) -> np.ndarray:
+        """(h, w, 3) uint8 -> (H, H, 3) of the largest size, perhaps flipped."""
         size = max(self.image_sizes)
         down, right = pixels.shape[0] - size, pixels.shape[1] - size
         if not self.augment:
             return pixels[down // 2 : down // 2 + size, right // 2 : right // 2 + size]
+
         rng = stream(self.seed, "crop", epoch, index)
         top, left, flip = rng.integers(down + 1), rng.integers(right + 1), rng.random() < 0.5
         crop = pixels[top : top + size, left : left + size]
