@@ -37,7 +37,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     draw.add_argument("--interpolate", nargs=2, metavar="TEXT", help="a strip from one caption to the other; the same "
                       "caption twice: from one noise to another")  # fmt: skip
     draw.add_argument(
-        "--checkpoint", metavar="FILE", help="draw with this one (default: NET_G, or the newest run's last)"
+        "--checkpoint",
+        metavar="FILE",
+        help="draw with this one, or a published model's folder (default: NET_G, or the newest run's last)",
     )
     draw.add_argument("--out", metavar="DIR", help="folder for the images (default: beside the checkpoint)")
     draw.add_argument("--overwrite", action="store_true", help="replace samples that are in the folder")
@@ -203,6 +205,9 @@ def find_pipeline(cfg: Mapping, options: argparse.Namespace, device) -> tuple:
                 f"weight file with --checkpoint or TRAIN.NET_G"
             ) from None
     path = Path(path)
+    if path.is_dir():
+        pipeline = TextToImage.load(path, device, averaged=not options.no_average)
+        return pipeline, path / "samples" / f"step{pipeline.origin['step']}"
     content = load_file(path)
     if isinstance(content, dict) and "networks" in content:
         pipeline = TextToImage.load(path, device, averaged=not options.no_average)

@@ -23,17 +23,19 @@ from datasets import load_records
 from datasets.records import Records
 from eval.features.reference import RealImages
 from eval.protocol.protocols import Protocol, find_protocol
-from eval.protocol.report import add_record, check_writable, hash_of_file, print_record
+from eval.protocol.report import add_record, check_writable, print_record
 from eval.protocol.runner import Judged, Tools, judge
 from eval.protocol.scores import add_cache_arguments, named_device, positive
 from miscc import distributed
 from miscc.checkpoint import hash_tensors
 from miscc.distributed import World
 from miscc.errors import CheckpointError, ConfigError, run_command
+from miscc.files import hash_of_file
 from miscc.randomness import stream
 from miscc.vocabulary import Vocabulary
 from sampling.encoders import Encoders, load_encoders
 from sampling.pipeline import Generated, TextToImage
+from sampling.published import weight_file
 from sampling.requests import Request, split_requests
 
 
@@ -224,7 +226,12 @@ def encoders_for(path: str | Path | None, config: Mapping[str, Any], device: tor
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="score a checkpoint by a named protocol", allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="CKPT", help="one of our checkpoints with a generator")
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="CKPT",
+        help="one of our checkpoints with a generator, or a published model",
+    )
     add("--protocol", required=True, metavar="NAME", help="a name in eval/protocol/protocols.py, e.g. small")
     add("--num-images", type=positive, metavar="N", help="a quick look at so many, recorded as an override")
     add("--selfcheck", action="store_true", help="the floor instead: real against real, nothing is generated")
@@ -248,7 +255,7 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         pipeline = TextToImage.load(args.checkpoint, world.device, averaged=protocol.averaged)
         config, vocabulary = pipeline.origin["config"], pipeline.vocabulary
-        out = Path(args.out) if args.out else Path(args.checkpoint).with_name("evaluation.json")
+        out = Path(args.out) if args.out else weight_file(args.checkpoint).with_name("evaluation.json")
         check_writable(out)
         encoders = encoders_for(args.encoders, config, world.device) if "R_precision" in protocol.metrics else None
         tools = Tools(encoders, args.weights, args.lpips_weights, args.cache, args.batch_size, progress=True)
@@ -264,7 +271,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 evaluate(pipeline, protocol, real, prompts, num_images=args.num_images, tools=tools, world=world)
             ]
         if world.is_main:
-            about = {"path": str(Path(args.checkpoint).resolve()), "sha256": hash_of_file(args.checkpoint)}
+            about = {"path": str(Path(args.checkpoint).resolve()), "sha256": hash_of_file(weight_file(args.checkpoint))}
             about |= {name: pipeline.origin[name] for name in ("step", "epoch")}
             for result in results:
                 result["checkpoint"] = about

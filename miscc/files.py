@@ -1,6 +1,7 @@
 """Files written whole or not at all. Works without torch, as serving an exported model does."""
 
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -60,3 +61,12 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON with an indent, whole or not at all."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def hash_of_file(path: str | Path) -> str:
+    """SHA-256 of a file, 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

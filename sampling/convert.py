@@ -4,7 +4,6 @@ Recognising and loading is models/released.py's; the vocabulary that a whole che
 """
 
 import argparse
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 
 from miscc.checkpoint import load_file, save_checkpoint
 from miscc.errors import CheckpointError, DataError, UserError, run_command
+from miscc.files import hash_of_file
 from models import DISCRIMINATORS
 from models.registry import count_parameters, network_name, to_state
 from models.released import LOADERS, holds, load_discriminator, load_discriminator_files, load_generator, naming
@@ -81,7 +81,9 @@ def convert(
         "networks": {part: to_state(network_name(network), network) for part, network in networks.items()},
         "step": 0,
         "epoch": 0,
-        "released": {str(path): _sha256(path) for path in (generator_path, discriminator_path, encoder_path) if path},
+        "released": {
+            str(path): hash_of_file(path) for path in (generator_path, discriminator_path, encoder_path) if path
+        },
     }
     save_checkpoint(out, checkpoint)
     return checkpoint
@@ -120,14 +122,6 @@ def _discriminator(generator: nn.Module, content: Any, path: str | Path | None) 
         }
         like = kind(**shared)
     return load_discriminator_files(path, like)
-
-
-def _sha256(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.captions import EncodedCaptions, encode_batch
-from miscc.checkpoint import load_checkpoint, load_file
+from miscc.checkpoint import load_file
 from miscc.distributed import choose_device
 from miscc.errors import CheckpointError, DataError
 from miscc.images import to_uint8
@@ -21,6 +21,7 @@ from models.modes import device_of
 from models.released import load_generator, naming
 from models.types import GeneratorOutput, TextFeatures
 from sampling.encoders import load_encoders, rebuild_networks, released_vocabulary
+from sampling.published import find_published, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +67,13 @@ class TextToImage:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device | None = None, averaged: bool = True) -> "TextToImage":
-        """From one of our checkpoints. device None: a GPU if there is one. averaged False: G itself, not its average.
+        """From one of our checkpoints, or from the folder of a published model.
 
+        device None: a GPU if there is one. averaged False: G itself, not its average.
         Raises CheckpointError for a file that is missing, broken, of another kind or without a generator.
         """
         device = choose_device() if device is None else torch.device(device)
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_model(path)
         if "text_encoder" not in checkpoint["networks"]:
             raise CheckpointError(f"{path}: holds no text encoder but {', '.join(checkpoint['networks'])}")
         wanted = "generator_ema" if averaged and "generator_ema" in checkpoint["networks"] else "generator"
@@ -86,9 +88,27 @@ class TextToImage:
             "step": checkpoint.get("step"),
             "epoch": checkpoint.get("epoch"),
             "config": checkpoint.get("config", {}),
+            "examples": checkpoint.get("examples", []),
         }
         vocabulary = Vocabulary(checkpoint["vocabulary"])
         return cls(networks[wanted].to(device), networks["text_encoder"].to(device), vocabulary, origin)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, device: str | torch.device | None = None) -> "TextToImage":
+        """From the folder of a published model, or "owner/name" of one online, which takes the package huggingface_hub.
+
+        No code from there is run. Raises CheckpointError as `load`, and where there is no such model.
+        """
+        return cls.load(find_published(name), device)
+
+    def save_pretrained(self, folder: str | Path, examples: Sequence[str] = (), overwrite: bool = False) -> Path:
+        """Write model.safetensors, config.json, vocabulary.json and README.md into a folder, and return it.
+
+        examples: captions that README.md shows with their images. Raises UserError where something is there already.
+        """
+        from sampling.publish import publish  # which imports this file
+
+        return publish(self, folder, examples=examples, overwrite=overwrite)
 
     @classmethod
     def from_released(

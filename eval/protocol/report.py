@@ -1,6 +1,5 @@
 """What an evaluation leaves behind: a table for people, and evaluation.json, a list to which every run adds a record."""
 
-import hashlib
 import json
 import platform
 import subprocess
@@ -38,15 +37,6 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
-
-
-def hash_of_file(path: str | Path) -> str:
-    """SHA-256 of a file, 64 hex digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_writable(path: Path) -> None:

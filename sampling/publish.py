@@ -1,0 +1,138 @@
+"""`python -m sampling.publish --checkpoint CKPT --out FOLDER`: a model as a folder that others load without running code.
+
+The folder's form is published.py's, its README.md model_card.py's.
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import load_records
+from miscc.errors import DataError, UserError, run_command
+from miscc.files import hash_of_file, write_text
+from miscc.pictures import caption_grid, save_image, unit_to_uint8
+from models.registry import network_name, to_state
+from sampling.model_card import model_card, without_local_paths
+from sampling.pipeline import TextToImage
+from sampling.published import CARD, CONFIG, PICTURE, WEIGHTS, weight_file, write_published
+from sampling.requests import read_captions
+
+logger = logging.getLogger(__name__)
+
+NUM_EXAMPLES = 12  # captions that a model carries along, and draws for its README.md
+
+
+def publish(
+    pipeline: TextToImage,
+    folder: str | Path,
+    *,
+    examples: Sequence[str] = (),
+    evaluations: Sequence[dict[str, Any]] = (),
+    sha256: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a pipeline as the folder of a published model; returns the folder.
+
+    examples: captions that README.md shows and the web page offers; evaluations: the records of evaluation.json; sha256: of
+    the checkpoint. Raises UserError where something is there already, DataError for an example without a known word.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+        raise UserError(f"{folder}: exists already; give --overwrite or another folder")
+    drawn = pipeline.generate(list(examples)) if examples else None
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)  # until all is written, this is no model
+
+    # The card before config.json, which write_published writes last.
+    about = describe(pipeline, examples)
+    if drawn is not None:
+        masks = [[unit_to_uint8(mask)] for mask in drawn.masks[-1]] if drawn.masks else [[] for _ in examples]
+        cells = [[image, *mask] for image, mask in zip(drawn.images, masks, strict=True)]
+        save_image(caption_grid(examples, cells, headings=("image", "mask")[: len(cells[0])]), folder / PICTURE)
+    card = model_card(folder.resolve().name, about, evaluations, sha256, pictured=drawn is not None)
+    write_text(folder / CARD, card)
+    networks = {"generator": pipeline.generator, "text_encoder": pipeline.text_encoder}
+    states = {part: to_state(network_name(network), network) for part, network in networks.items()}
+    write_published(folder, states, pipeline.vocabulary, about)
+    return folder
+
+
+def describe(pipeline: TextToImage, examples: Sequence[str] = ()) -> dict[str, Any]:
+    """What a model is, as config.json keeps it: system, sizes, words, where it comes from, settings without local paths."""
+    origin = pipeline.origin
+    return {
+        "system": network_name(pipeline.generator),
+        "image_size": pipeline.image_size,
+        "noise_dim": pipeline.generator.noise_dim,
+        "num_words": len(pipeline.vocabulary),
+        "max_words": pipeline.text_encoder.max_words,
+        "averaged": bool(origin.get("averaged")),
+        "step": origin.get("step"),
+        "epoch": origin.get("epoch"),
+        "examples": list(examples),
+        "settings": without_local_paths(origin.get("config") or {}),
+    }
+
+
+def example_captions(pipeline: TextToImage, number: int = NUM_EXAMPLES) -> list[str]:
+    """Captions to begin with: those that a published model carries, else of its data's test split; [] without either."""
+    carried = pipeline.origin.get("examples") or []
+    if carried:
+        return carried[:number]
+    config = pipeline.origin.get("config") or {}
+    try:
+        records, _ = load_records(config["DATASET_NAME"], config["DATA_DIR"], "test", pipeline.vocabulary)
+    except (KeyError, DataError):
+        return []
+    # Evenly spaced: neighbours in a data set often show the same class.
+    positions = [round(i * (len(records) - 1) / max(1, number - 1)) for i in range(min(number, len(records)))]
+    captions = dict.fromkeys(records.text(position, 0) for position in positions)
+    return [caption for caption in captions if pipeline.vocabulary.encode(caption)[0]]
+
+
+def read_evaluations(path: Path) -> list[dict[str, Any]]:
+    """The records of an evaluation.json, [] where there is none. Raises DataError for something else."""
+    if not path.is_file():
+        return []
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as a list of results ({error}); move it away") from None
+    if not isinstance(records, list):
+        raise DataError(f"{path}: is no list of results; move it away")
+    return records
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m sampling.publish", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="CKPT", help="one of our checkpoints, or a published model's folder")
+    add("--out", required=True, metavar="FOLDER", help="where the model goes; its last part is the model's name")
+    add("--caption", action="append", default=[], metavar="TEXT", help="an example caption; may be repeated")
+    add("--captions", metavar="FILE", help="example captions, one a line (default: of the data's test split)")
+    add("--no-average", action="store_true", help="publish G itself, not its average")
+    add("--overwrite", action="store_true", help="replace what is in the folder")
+    options = parser.parse_args(words)
+
+    pipeline = TextToImage.load(options.checkpoint, "cpu", averaged=not options.no_average)
+    captions = [*options.caption, *(read_captions(options.captions) if options.captions else [])]
+    captions = captions or example_captions(pipeline)
+    if not captions:
+        logger.warning("no caption is at hand, so there are no sample pictures; give some with --caption or --captions")
+    weights = weight_file(options.checkpoint)
+    folder = publish(
+        pipeline,
+        options.out,
+        examples=captions[:NUM_EXAMPLES],
+        evaluations=read_evaluations(weights.with_name("evaluation.json")),
+        sha256=hash_of_file(weights),
+        overwrite=options.overwrite,
+    )
+    print(f"{folder}: {WEIGHTS}, {CONFIG}, vocabulary.json, {CARD}")
+
+
+if __name__ == "__main__":
+    run_command(main)

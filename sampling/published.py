@@ -1,0 +1,142 @@
+"""A published model: a folder with model.safetensors, config.json, vocabulary.json and README.md, read as a checkpoint.
+
+Loading it executes nothing: tensors come from safetensors, everything else from JSON. The command that writes such a folder
+is publish.py, its README.md comes from model_card.py.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+
+from miscc.checkpoint import load_checkpoint
+from miscc.errors import CheckpointError, DataError
+from miscc.files import write_atomically, write_json
+from miscc.vocabulary import Vocabulary
+
+WEIGHTS, CONFIG, VOCABULARY, CARD, PICTURE = (
+    "model.safetensors", "config.json", "vocabulary.json", "README.md", "samples.png",
+)  # fmt: skip
+FORMAT = 1  # of config.json; raised when an older reader would misread a newer folder
+PARTS = ("generator", "text_encoder")
+
+
+def is_published(path: str | Path) -> bool:
+    """Whether this is the folder of a published model."""
+    return (Path(path) / CONFIG).is_file() and (Path(path) / WEIGHTS).is_file()
+
+
+def weight_file(path: str | Path) -> Path:
+    """The file that holds the weights: of a published model the one in its folder, else the path itself."""
+    return Path(path) / WEIGHTS if is_published(path) else Path(path)
+
+
+def load_model(path: str | Path) -> dict[str, Any]:
+    """The checkpoint in a file of ours, or in the folder of a published model. Raises CheckpointError."""
+    if Path(path).is_dir() and is_published(path):
+        return read_published(path)
+    if Path(path).is_dir() and not is_published(path):
+        raise CheckpointError(
+            f"{path}: a folder without {CONFIG} and {WEIGHTS}; name the .pth in it, or a folder that "
+            f"`python -m sampling.publish` wrote"
+        )
+    return load_checkpoint(path)
+
+
+def find_published(name: str | Path) -> Path:
+    """The folder of a published model: one on this disk, else "owner/name" by huggingface_hub, which nothing else needs.
+
+    Raises CheckpointError where there is neither.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    parts = str(name).split("/")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        raise CheckpointError(
+            f"{name}: no such folder; give the folder of a published model, or owner/name of one online"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError:
+        raise CheckpointError(
+            f"{name}: no such folder; to fetch a model of that name, pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[WEIGHTS, CONFIG, VOCABULARY, CARD]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{name}: no such folder, and it cannot be fetched: {reason}") from None
+
+
+def write_published(folder: Path, networks: Mapping[str, Mapping[str, Any]], words: Vocabulary, about: dict) -> None:
+    """Write weights, vocabulary and, last of all, config.json, without which the folder is not taken for a model.
+
+    networks: {"generator", "text_encoder"} as models.registry.to_state has them; about: what config.json says besides.
+    """
+    tensors = {
+        f"{part}.{name}": tensor.detach().cpu().contiguous().clone()
+        for part in PARTS
+        for name, tensor in networks[part]["state"].items()
+    }
+    # In memory first: the library would write the file in place.
+    encoded = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    write_atomically(folder / WEIGHTS, lambda stream: stream.write(encoded))
+    words.save(folder / VOCABULARY)
+    described = {part: {name: networks[part][name] for name in ("name", "arguments")} for part in PARTS}
+    write_json(folder / CONFIG, {"format": FORMAT, **about, **described})
+
+
+def read_published(folder: str | Path) -> dict[str, Any]:
+    """The folder as a checkpoint: networks, vocabulary, config, step, epoch, and examples, captions to begin with.
+
+    Raises CheckpointError where a file is missing, damaged, or of a newer format.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / CONFIG)
+    try:
+        tensors = safetensors.torch.load_file(folder / WEIGHTS)
+        words = Vocabulary.load(folder / VOCABULARY).words
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: cannot be read ({error}); copy it again") from None
+    except DataError as error:
+        raise CheckpointError(f"{error} (it belongs to the published model)") from None
+
+    # One file holds both networks, each under its own prefix.
+    networks = {}
+    for part in PARTS:
+        state = {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
+        networks[part] = {**config[part], "state": state}
+    if config.get("averaged"):
+        networks["generator_ema"] = networks.pop("generator")
+    return {
+        "networks": networks,
+        "vocabulary": words,
+        "config": config.get("settings") or {},
+        "step": config.get("step"),
+        "epoch": config.get("epoch"),
+        "examples": [text for text in config.get("examples") or [] if isinstance(text, str)],
+    }
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """config.json, as far as loading depends on it."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); copy it again") from None
+    if not isinstance(config, dict) or not isinstance(config.get("format"), int):
+        raise CheckpointError(f"{path}: describes no published model of this project (`format` is missing)")
+    if config["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path}: has format {config['format']}, this version reads up to {FORMAT}; update the project"
+        )
+    for part in PARTS:
+        entry = config.get(part)
+        described = isinstance(entry, dict) and isinstance(entry.get("name"), str)
+        if not described or not isinstance(entry.get("arguments"), dict):
+            raise CheckpointError(f"{path}: does not describe the {part}; publish the model again")
+    return config
