@@ -121,7 +121,8 @@ class AffineFusion(nn.Module):
 class FusionBlock(nn.Module):
     """out = shortcut(x) + residual(x), residual = fusion, Conv3×3, fusion, Conv3×3 (DF-GAN's UpBlock).
 
-    doubles: of features that are doubled first; fusion and shortcut treat pixels alike, and work before the doubling.
+    doubles, size: of features that are upsampled first, by 2 or to so many pixels (nearest neighbours); fusion and shortcut
+    treat pixels alike, and work before that.
     hidden: width of the layers that predict γ and β; None: as many as the features have channels.
     """
 
@@ -133,9 +134,12 @@ class FusionBlock(nn.Module):
         self.fusion2 = AffineFusion(channels_out, condition_dim, hidden or channels_out)
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
-    def forward(self, x: Tensor, condition: Tensor, doubles: bool = False) -> Tensor:
-        # (N, C, H, W), (N, D) -> (N, C', H, W), or (N, C', 2H, 2W) if it doubles
+    def forward(self, x: Tensor, condition: Tensor, doubles: bool = False, size: int | None = None) -> Tensor:
+        # (N, C, H, W), (N, D) -> (N, C', H, W), or (N, C', 2H, 2W) if it doubles, or (N, C', size, size)
         fused, shortcut = self.fusion1(x, condition), self.shortcut(x)
+        doubles = doubles or size == 2 * x.shape[-1]
+        if size is not None and not doubles:
+            fused, shortcut = (F.interpolate(part, size=size, mode="nearest") for part in (fused, shortcut))
         residual = conv_after_upsample_2x(self.conv1, fused) if doubles else self.conv1(fused)
         residual = self.conv2(self.fusion2(residual, condition))
         return (upsample_2x(shortcut) if doubles else shortcut) + residual

@@ -1,0 +1,289 @@
+"""GALIP (Tao et al., CVPR 2023, arXiv 2301.12959): a frozen CLIP inside G and in front of D, and the objective.
+
+Written from the paper and from what is known of the released code's behaviour; where the two differ the released code is
+followed: images of CLIP's own 224 pixels, no tanh, pixels scaled twice (a switch), mismatched pairs by rolling the sentences.
+Not followed where it only costs: D's step sends no gradient through CLIP, real images go no further than the last block that
+D reads, and the fake images' features are computed once for both steps.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, matching_aware_gradient_penalty
+from models.adversarial import AdversarialSystem, logit_stats
+from models.clip_features import ClipImageEncoder, Transformer, to_map
+from models.df_gan import CHANNELS
+from models.kernels import Conv2d, LeakyReLU
+from models.layers import AffineFusion, FusionBlock
+from models.modes import full_precision, no_parameter_grad
+from models.types import GeneratorOutput, TextFeatures, Update
+
+GRID = 7  # patches of a row: what G starts from and D's head ends with
+CODE_CHANNELS, MIDDLE_CHANNELS, NUM_MAPPING_BLOCKS = 64, 32, 4
+MAPPED_WEIGHT = 0.1  # of the ViT's output beside the bridge
+
+
+class MappingBlock(nn.Module):
+    """out = x + residual(x), residual = Conv3×3, fusion, Conv3×3, fusion: (N, 64, 7, 7) with a condition (N, D)."""
+
+    def __init__(self, condition_dim: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(CODE_CHANNELS, MIDDLE_CHANNELS, 3, padding=1)
+        self.conv2 = nn.Conv2d(MIDDLE_CHANNELS, CODE_CHANNELS, 3, padding=1)
+        self.fusion1 = AffineFusion(MIDDLE_CHANNELS, condition_dim, MIDDLE_CHANNELS)
+        self.fusion2 = AffineFusion(CODE_CHANNELS, condition_dim, CODE_CHANNELS)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        residual = self.fusion1(self.conv1(x), condition)
+        return x + self.fusion2(self.conv2(residual), condition)
+
+
+class PromptedViT(nn.Module):
+    """CLIP's ViT without its patch embedding: bridge features take the patches' place, prompts stand behind them.
+
+    Its tensors are buffers, since nothing trains them: no optimizer, average or gradient sees them, and copies of a generator share
+    them. They are zeros until `fill` or a state dict gives them values.
+    """
+
+    def __init__(self, width: int, num_blocks: int):
+        super().__init__()
+        with torch.device("meta"):  # initial values of 85 M weights would take seconds
+            self.class_embedding = nn.Parameter(torch.empty(width))
+            self.positional_embedding = nn.Parameter(torch.empty(GRID**2 + 1, width))
+            self.ln_pre = nn.LayerNorm(width)
+            self.transformer = Transformer(width, num_blocks, "quick_gelu")
+        for module in self.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                module.register_buffer(name, torch.zeros(parameter.shape))
+
+    def __deepcopy__(self, memo: dict) -> "PromptedViT":
+        return self
+
+    @property
+    def is_filled(self) -> bool:
+        return bool(self.class_embedding.any())
+
+    def fill(self, encoder: ClipImageEncoder) -> None:
+        """Take an image tower's weights, without a copy: they are in memory and in a checkpoint once. Raises ValueError."""
+        given = encoder.state_dict()
+        for name, own in self.state_dict().items():
+            if name not in given or given[name].shape != own.shape:
+                raise ValueError(f"GALIP's generator was made for another CLIP than this one ({name} differs)")
+            module, _, last = name.rpartition(".")
+            setattr(self.get_submodule(module), last, given[name])
+
+    def forward(self, bridge: Tensor, prompts: Tensor) -> Tensor:
+        """bridge (N, C, 7, 7), prompts (N, P, C), one for each of the blocks 1 to P -> patch features (N, C, 7, 7)."""
+        class_token = self.class_embedding.to(bridge.dtype).expand(len(bridge), 1, -1)
+        x = torch.cat([class_token, bridge.flatten(2).transpose(1, 2)], dim=1)  # (N, 50, C)
+        x = self.ln_pre(x + self.positional_embedding)
+        for number, block in enumerate(self.transformer.resblocks):
+            if 1 <= number <= prompts.shape[1]:
+                prompt = prompts[:, number - 1, None].to(x.dtype)
+                x = block(torch.cat([x, prompt], dim=1))[:, :-1]
+            else:
+                x = block(x)
+        return to_map(x[:, 1:], GRID)
+
+
+class GALIPGenerator(nn.Module):
+    """noise and sentence -> image: bridge features that a frozen, prompted ViT carries on, then fusion blocks of growing size.
+
+    nf: base number of channels; image_size: what CLIP reads, above 8; width, num_blocks: of CLIP's ViT, which must cut images
+    into 7×7 patches; num_prompts: blocks that get a prompt. Images are not bounded to [-1, 1]: what is drawn is clamped.
+    """
+
+    slow_start = True  # a state dict fills all its tensors
+
+    def __init__(
+        self,
+        nf: int = 64,
+        z_dim: int = 100,
+        image_size: int = 224,
+        sentence_dim: int = 512,
+        width: int = 768,
+        num_blocks: int = 12,
+        num_prompts: int = 8,
+    ):
+        super().__init__()
+        self.arguments = {
+            "nf": nf, "z_dim": z_dim, "image_size": image_size, "sentence_dim": sentence_dim, "width": width,
+            "num_blocks": num_blocks, "num_prompts": num_prompts,
+        }  # fmt: skip
+        self.z_dim, self.noise_dim, self.image_size, self.num_prompts = z_dim, z_dim, image_size, num_prompts
+        condition_dim = z_dim + sentence_dim
+        self.sizes = block_sizes(image_size)
+        num_blocks_out = len(self.sizes)
+        multipliers = ([CHANNELS[0]] * num_blocks_out + list(CHANNELS))[-num_blocks_out - 1 :]
+        channels = [nf * multiplier for multiplier in multipliers]
+
+        # Noise and sentence to features that look like patches to the ViT, and the prompts beside them.
+        self.fc = nn.Linear(z_dim, CODE_CHANNELS * GRID**2)
+        self.mapping_blocks = nn.ModuleList(MappingBlock(condition_dim) for _ in range(NUM_MAPPING_BLOCKS))
+        self.bridge = nn.Conv2d(CODE_CHANNELS, width, 5, padding=2)
+        self.prompt = nn.Linear(condition_dim, num_prompts * width)
+        self.vit = PromptedViT(width, num_blocks)
+
+        # From there to the image.
+        self.adapter = nn.Conv2d(width, channels[0], 5, padding=2)
+        self.blocks = nn.ModuleList(
+            FusionBlock(a, b, condition_dim) for a, b in zip(channels, channels[1:], strict=False)
+        )
+        self.to_rgb = nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(channels[-1], 3, 3, padding=1))
+
+    def bridge_features(self, noise: Tensor, condition: Tensor) -> Tensor:  # (N, z_dim), (N, D) -> (N, width, 7, 7)
+        x = self.fc(noise).view(len(noise), CODE_CHANNELS, GRID, GRID)
+        for block in self.mapping_blocks:
+            x = block(x, condition)
+        return self.bridge(x)
+
+    def prompts(self, condition: Tensor) -> Tensor:  # (N, D) -> (N, num_prompts, width)
+        return self.prompt(condition).unflatten(1, (self.num_prompts, -1))
+
+    def forward(self, noise: Tensor, text: TextFeatures) -> GeneratorOutput:  # (N, z_dim) -> images (N, 3, H, W)
+        condition = torch.cat([noise, text.sentence], dim=1)
+        bridge = self.bridge_features(noise, condition)
+        mapped = self.vit(bridge, self.prompts(condition))
+        x = self.adapter(bridge + MAPPED_WEIGHT * mapped)  # (N, 8nf, 7, 7)
+        for block, size in zip(self.blocks, self.sizes, strict=True):
+            x = block(x, condition, size=size)
+        return GeneratorOutput(images=[self.to_rgb(x)])
+
+
+class PatchBlock(nn.Module):
+    """shortcut(x) + gate·residual(x), and extra_gate·extra where a further map comes in; the gates are 0 at the start."""
+
+    def __init__(self, channels_in: int, channels_out: int, takes_extra: bool):
+        super().__init__()
+        self.residual = nn.Sequential(
+            Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
+            LeakyReLU(),
+            Conv2d(channels_out, channels_out, 3, padding=1, bias=False),
+            LeakyReLU(),
+        )
+        self.shortcut = nn.Identity() if takes_extra else Conv2d(channels_in, channels_out, 1)
+        self.gate = nn.Parameter(torch.zeros(1))
+        self.extra_gate = nn.Parameter(torch.zeros(1)) if takes_extra else None
+
+    def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:  # (N, C, 7, 7) -> (N, C', 7, 7)
+        out = self.shortcut(x) + self.gate * self.residual(x)
+        return out if extra is None else out + self.extra_gate * extra
+
+
+class GALIPDiscriminator(nn.Module):
+    """CLIP's patch features of an image after several blocks, and the sentence, give one logit. CLIP itself is not in here.
+
+    width: channels of the maps; num_maps: how many there are; channels: of the joined features; sentence_dim: of the sentence.
+    """
+
+    def __init__(
+        self, width: int = 768, num_maps: int = 3, channels: int = 512, sentence_dim: int = 512, head_channels: int = 128
+    ):
+        super().__init__()
+        self.arguments = {
+            "width": width, "num_maps": num_maps, "channels": channels, "sentence_dim": sentence_dim,
+            "head_channels": head_channels,
+        }  # fmt: skip
+        self.blocks = nn.ModuleList(PatchBlock(width, width, takes_extra=True) for _ in range(num_maps - 1))
+        self.last = PatchBlock(width, channels, takes_extra=False)
+        self.head = nn.Sequential(
+            Conv2d(channels + sentence_dim, head_channels, 4, bias=False),
+            LeakyReLU(),
+            Conv2d(head_channels, 1, GRID - 3, bias=False),
+        )
+
+    def features(self, maps: Sequence[Tensor]) -> Tensor:  # num_maps times (N, width, 7, 7) -> (N, channels, 7, 7)
+        x = maps[0]
+        for block, extra in zip(self.blocks, maps[1:], strict=True):
+            x = block(x, extra)
+        return self.last(x)
+
+    def logits(self, features: Tensor, sentence: Tensor) -> Tensor:  # (N, channels, 7, 7), (N, D) -> (N,)
+        replicated = sentence[:, :, None, None].expand(-1, -1, GRID, GRID)
+        return self.head(torch.cat([features, replicated], dim=1)).flatten()
+
+    def forward(self, maps: Sequence[Tensor], sentence: Tensor) -> Tensor:
+        return self.logits(self.features(maps), sentence)
+
+
+def block_sizes(image_size: int) -> list[int]:
+    """The sizes after G's blocks: powers of two from 8 on, and the image's own at the end. Raises ValueError."""
+    if image_size <= 8:
+        raise ValueError(f"GALIP's images must be larger than 8 pixels, not {image_size}")
+    return [2**power for power in range(3, (image_size - 1).bit_length())] + [image_size]
+
+
+class GALIP(AdversarialSystem):
+    """The objective: matching-aware hinge and MA-GP on CLIP's features in one step of D; then D's and CLIP's opinion for G.
+
+    networks: generator, discriminator, text_encoder (CLIP's, frozen), image_encoder (CLIP's, frozen). similarity_weight: of the
+    mean cosine of a fake image's CLIP embedding and its sentence.
+    """
+
+    SHOWN: ClassVar[tuple[str, ...]] = ("loss/hinge", "loss/penalty", "loss/adversarial", "similarity", "logits/real",
+                                        "logits/fake")  # fmt: skip
+
+    def __init__(
+        self,
+        networks: dict[str, nn.Module],
+        *,
+        generator_lr: float = 1e-4,
+        discriminator_lr: float = 4e-4,
+        betas: tuple[float, float] = (0.0, 0.9),
+        penalty_weight: float = 2.0,
+        penalty_power: float = 6.0,
+        similarity_weight: float = 4.0,
+    ):
+        super().__init__(networks, generator_lr, discriminator_lr, betas)
+        self.penalty = {"weight": penalty_weight, "power": penalty_power}
+        self.similarity_weight = similarity_weight
+
+    def updates(self, batch: Any, noise: Tensor) -> Iterator[Update]:
+        """Discriminator, then generator."""
+        generator, discriminator = self.networks["generator"], self.networks["discriminator"]
+        image_encoder = self.networks["image_encoder"]
+
+        # What CLIP sees. The fake images' features serve both steps: CLIP does not change between them.
+        sentence = self.networks["text_encoder"](batch.captions, batch.lengths).detach()
+        fake_images = generator(noise, sentence).images[-1]
+        fake_maps, fake_codes = image_encoder(fake_images)
+        with torch.no_grad():
+            real_maps = image_encoder.patches(batch.images)
+
+        losses, stats = self.discriminator_losses(real_maps, [m.detach() for m in fake_maps], sentence.sentence)
+        yield Update("discriminator", losses, stats)
+
+        with no_parameter_grad(discriminator):
+            adversarial = hinge_generator_loss(discriminator(fake_maps, sentence.sentence))
+            similarity = F.cosine_similarity(fake_codes.float(), sentence.sentence.float()).mean()
+            losses = {"adversarial": adversarial, "similarity": -self.similarity_weight * similarity}
+            yield Update("generator", losses, {"similarity": similarity.detach()})
+
+    def discriminator_losses(
+        self, real_maps: Sequence[Tensor], fake_maps: Sequence[Tensor], sentence: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """({"hinge", "penalty"}, values for the log): CLIP's maps (N, C, 7, 7) and sentences (N, D), all without a graph.
+
+        The penalty is taken for the maps and the sentence, not for pixels, and shares its forward pass with the hinge.
+        """
+        discriminator = self.networks["discriminator"]
+        maps = torch.stack(list(real_maps), dim=1).detach().float().requires_grad_()  # (N, maps, C, 7, 7)
+        own = sentence.detach().float().requires_grad_()
+        with full_precision(maps.device):
+            features = discriminator.features(maps.unbind(dim=1))
+            real_logits = discriminator.logits(features, own)
+            penalty = matching_aware_gradient_penalty(real_logits, maps, own, **self.penalty)
+
+        mismatched_logits = discriminator.logits(features, sentence.roll(-1, dims=0))
+        fake_logits = discriminator(fake_maps, sentence)
+        losses = {
+            "hinge": hinge_discriminator_loss(real_logits, fake_logits, mismatched_logits),
+            "penalty": penalty,
+        }
+        logits = {"real": real_logits, "fake": fake_logits, "mismatched": mismatched_logits}
+        return losses, logit_stats(logits)
