@@ -4,8 +4,10 @@ from torch import nn
 
 from models.attn_discriminator import AttnDCDiscriminator, AttnDiscriminator, StageDiscriminator
 from models.attn_gan import AttnDCGAN, AttnDCGenerator, AttnGAN, AttnGenerator
+from models.clip_features import ClipImageEncoder, ClipTextEncoder
 from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder
 from models.df_gan import DFGAN, DFDiscriminator, DFGenerator
+from models.galip import GALIPDiscriminator, GALIPGenerator
 from models.layers import OneWayDiscriminator
 from models.mixed_text import MixedTextEncoder
 from models.sema import SEMA, SEMAGenerator
@@ -23,6 +25,7 @@ GENERATORS: dict[str, type[nn.Module]] = {
     "ssa_gan": SSAGenerator,
     "df_gan": DFGenerator,
     "sema": SEMAGenerator,
+    "galip": GALIPGenerator,
     "attn_gan": AttnGenerator,
     "attn_dcgan": AttnDCGenerator,
 }
@@ -30,12 +33,17 @@ DISCRIMINATORS: dict[str, type[nn.Module]] = {
     "ssa_gan": OneWayDiscriminator,
     "df_gan": DFDiscriminator,
     "sema": OneWayDiscriminator,
+    "galip": GALIPDiscriminator,
     "attn_gan": AttnDiscriminator,
     "attn_dcgan": AttnDCDiscriminator,
     "attn_stage": StageDiscriminator,  # one of AttnGAN's, as its authors' files have it
 }
-TEXT_ENCODERS: dict[str, type[nn.Module]] = {"rnn": TextEncoder, "mixed": MixedTextEncoder}
-IMAGE_ENCODERS: dict[str, type[nn.Module]] = {"inception": InceptionEncoder, "small": SmallImageEncoder}
+TEXT_ENCODERS: dict[str, type[nn.Module]] = {"rnn": TextEncoder, "mixed": MixedTextEncoder, "clip": ClipTextEncoder}
+IMAGE_ENCODERS: dict[str, type[nn.Module]] = {
+    "inception": InceptionEncoder,
+    "small": SmallImageEncoder,
+    "clip": ClipImageEncoder,
+}
 
 # The registry that a network's place in a checkpoint is looked up in.
 NETWORKS = {

@@ -6,7 +6,7 @@ Not followed where it only costs: D's step sends no gradient through CLIP, real 
 D reads, and the fake images' features are computed once for both steps.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -45,8 +45,8 @@ class MappingBlock(nn.Module):
 class PromptedViT(nn.Module):
     """CLIP's ViT without its patch embedding: bridge features take the patches' place, prompts stand behind them.
 
-    Its tensors are buffers, since nothing trains them: no optimizer, average or gradient sees them, and copies of a generator share
-    them. They are zeros until `fill` or a state dict gives them values.
+    Its tensors are buffers, since nothing trains them: no optimizer, average or gradient sees them, and copies of a
+    generator share them. They are zeros until `fill` or a state dict gives them values.
     """
 
     def __init__(self, width: int, num_blocks: int):
@@ -182,7 +182,12 @@ class GALIPDiscriminator(nn.Module):
     """
 
     def __init__(
-        self, width: int = 768, num_maps: int = 3, channels: int = 512, sentence_dim: int = 512, head_channels: int = 128
+        self,
+        width: int = 768,
+        num_maps: int = 3,
+        channels: int = 512,
+        sentence_dim: int = 512,
+        head_channels: int = 128,
     ):
         super().__init__()
         self.arguments = {

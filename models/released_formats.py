@@ -97,6 +97,40 @@ def _df_discriminator_arguments(state: State) -> dict[str, Any]:
     }
 
 
+def _galip_generator_arguments(state: State) -> dict[str, Any]:
+    z_dim = state["fc_code.weight"].shape[1]
+    width, _, _, patch_size = state["mapping.CLIP_ViT.conv1.weight"].shape
+    num_prompts, condition_dim = (
+        state["mapping.fc_prompt.weight"].shape[0] // width,
+        state["mapping.fc_prompt.weight"].shape[1],
+    )
+    return {
+        "nf": state["to_rgb.1.weight"].shape[1],
+        "z_dim": z_dim,
+        "image_size": patch_size * round((len(state["mapping.CLIP_ViT.positional_embedding"]) - 1) ** 0.5),
+        "sentence_dim": condition_dim - z_dim,
+        "width": width,
+        "num_blocks": _count(state, r"mapping\.CLIP_ViT\.transformer\.resblocks\.(\d+)\."),
+        "num_prompts": num_prompts,
+    }
+
+
+def _galip_discriminator_arguments(state: State) -> dict[str, Any]:
+    if "joint_conv.0.weight" not in state:
+        raise CheckpointError(
+            "GALIP discriminator: its condition head is not here; the authors keep it as netC beside netD: give the file "
+            "that holds both, or one of {'netD': ..., 'netC': ...}"
+        )
+    channels, width = state["main.conv_r.0.weight"].shape[:2]
+    return {
+        "width": width,
+        "num_maps": 1 + _count(state, r"DBlocks\.(\d+)\."),
+        "channels": channels,
+        "sentence_dim": state["joint_conv.0.weight"].shape[1] - channels,
+        "head_channels": state["joint_conv.0.weight"].shape[0],
+    }
+
+
 def _attn_generator_arguments(state: State) -> dict[str, Any]:
     """Of AttnGAN and AttnDCGAN; image sizes follow from the up blocks of the first stage and the number of stages."""
     condition_dim, sentence_dim = state["ca_net.fc.weight"].shape[0] // 4, state["ca_net.fc.weight"].shape[1]
@@ -193,6 +227,37 @@ FORMATS = (
             (r"\.conv_s\.", ".shortcut."),
         ),
         _one_way_discriminator_arguments,
+    ),
+    Format(  # before DF-GAN's, whose names it has, too
+        "GALIP generator", "generator", "galip",
+        ("fc_code.weight", "mapping.fc_prompt.weight", "mapping.CLIP_ViT.conv1.weight", "to_rgb.1.weight"),
+        (
+            (r"^fc_code\.", "fc."),
+            (r"^mapping\.FBlocks\.", "mapping_blocks."),
+            (r"^mapping\.conv_fuse\.", "bridge."),
+            (r"^mapping\.fc_prompt\.", "prompt."),
+            (r"^mapping\.CLIP_ViT\.", "vit."),
+            (r"^mapping\.conv\.", "adapter."),
+            (r"^GBlocks\.", "blocks."),
+            *FUSION_RENAMES,
+        ),
+        _galip_generator_arguments,
+        ignored=r"mapping\.CLIP_ViT\.(conv1|ln_post|proj)",
+    ),
+    Format(
+        "GALIP discriminator", "discriminator", "galip",
+        ("DBlocks.0.conv_r.0.weight", "DBlocks.0.beta", "main.conv_r.0.weight"),
+        (
+            (r"^joint_conv\.", "head."),
+            (r"^DBlocks\.", "blocks."),
+            (r"^main\.", "last."),
+            (r"\.gamma$", ".gate"),
+            (r"\.beta$", ".extra_gate"),
+            (r"\.conv_r\.", ".residual."),
+            (r"\.conv_s\.", ".shortcut."),
+        ),
+        _galip_discriminator_arguments,
+        ignored=r"DBlocks\.\d+\.conv_s\.",  # unused
     ),
     Format(
         "DF-GAN generator", "generator", "df_gan",
