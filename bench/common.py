@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from miscc import distributed
-from miscc.command_line import positive
+from miscc.command_line import add_device_option, gpu_number, positive
 from miscc.files import write_json, write_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -177,9 +177,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> s
 def parser(description: str) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     options = argparse.ArgumentParser(description=description)
-    options.add_argument(
-        "--gpu", type=int, metavar="N", help="number of the GPU; -1: CPU; default: a GPU if there is one"
-    )
+    add_device_option(options)
     options.add_argument(
         "--rounds", type=positive, default=7, metavar="N", help="measured rounds, after those to warm up"
     )
@@ -190,7 +188,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def start(options: argparse.Namespace) -> torch.device:
     """The device to measure on."""
-    return distributed.start(options.gpu).device
+    return distributed.start(gpu_number(options.device)).device
 
 
 def report(options: argparse.Namespace, results: dict, text: str) -> None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from datasets import DATASETS, check_name
 from datasets.layout import SPLITS, VOCABULARY_NAME, Entry, metadata_file, write_layout
 from datasets.sources.building import BuildOptions
+from miscc.command_line import add_data_dir_option
 from miscc.errors import DataError, run_command
 from miscc.images import open_rgb
 from miscc.vocabulary import Vocabulary, tokenize
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise DataError(f"{option} has no meaning for {args.name}, only for {' and '.join(_ONLY_FOR[name])}")
 
     # ToyBirds' originals are drawn first.
-    root = args.root or Path("data") / args.name
+    root = args.data_dir or Path("data") / args.name
     sizes = {name: given.pop(name) for name in ("train_size", "test_size", "image_size") if name in given}
     if args.name == "toybirds":
         from datasets.toybirds.dataset import write_cub_layout
@@ -106,7 +107,7 @@ def verify_images(root: Path, splits: dict[str, list[Entry]], drop_broken: bool)
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m datasets.prepare", description=__doc__.partition("\n")[0])
     parser.add_argument("name", metavar="NAME", help=", ".join(DATASETS))
-    parser.add_argument("--root", type=Path, help="the folder of the data set (default: data/NAME)")
+    add_data_dir_option(parser, "the folder of the data set (default: data/NAME)", "--root")
     parser.add_argument("--verify", action="store_true", help="open every image, which takes a while, and name the bad")
     parser.add_argument("--drop-broken", action="store_true", help="as --verify, but leave the bad ones out")
     parser.add_argument(

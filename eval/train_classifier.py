@@ -27,7 +27,7 @@ from eval.features.classifier import CLASSIFIERS, classifier_input
 from eval.features.networks import TORCHVISION_FILES, find_weights
 from eval.protocol.scores import named_device, positive
 from miscc.checkpoint import load_file, save_checkpoint
-from miscc.command_line import settings_from
+from miscc.command_line import setting_pairs
 from miscc.config import load_config
 from miscc.errors import CheckpointError, ConfigError, DataError, TrainingError, run_command
 from miscc.randomness import seed_everything, stream
@@ -179,7 +179,6 @@ def arguments() -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     add("--out", metavar="FILE", help="default: OUTPUT_DIR/classifier-<data set>.pth")
     add("--overwrite", action="store_true", help="replace a classifier that is there")
-    parser.set_defaults(gpu=None, manualSeed=None, data_dir=None, cache=False, resume=False)
     return parser
 
 
@@ -187,7 +186,7 @@ def main(words: Sequence[str] | None = None) -> None:
     args = arguments().parse_args(words)
     if not 0 < args.held_out < 1 or args.learning_rate < 0:
         raise ConfigError("--held-out must lie between 0 and 1, --learning-rate must be above 0")
-    cfg = load_config(args.cfg, settings_from(args), systems=SYSTEMS)
+    cfg = load_config(args.cfg, setting_pairs(args.set), systems=SYSTEMS)
     out = Path(args.out or Path(cfg.OUTPUT_DIR) / f"classifier-{cfg.DATASET_NAME}.pth")
     if out.exists() and not args.overwrite:
         raise ConfigError(f"{out}: is there already; give --overwrite, or another file with --out")

@@ -1,39 +1,25 @@
-"""Arguments that main.py and pretrain_DAMSM.py share."""
+"""Options of the command line that several commands have, and the types of their values. One spelling, one meaning."""
 
 import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from miscc.errors import ConfigError
 
+if TYPE_CHECKING:
+    import torch
 
-def parser_with_settings(description: str, default_cfg: str) -> argparse.ArgumentParser:
-    """A parser with --cfg, --gpu, --set, --resume, --continue and the short forms of single settings."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--cfg", default=default_cfg, metavar="FILE", help="settings of the experiment")
-    add("--gpu", type=int, metavar="N", help="number of the GPU, -1: CPU (without it: a GPU if there is one)")
-    add("--set", nargs="+", action="append", default=[], metavar="KEY VALUE", help="change settings, may be repeated")
-    add("--resume", action="store_true", help="go on where the newest training of these settings stopped")
-    add("--continue", dest="go_on", action="store_true", help="the same if there is one to go on with, else start")
-    add("--manualSeed", type=int, metavar="N", help="the same as --set SEED N")
-    add("--data_dir", metavar="DIR", help="the same as --set DATA_DIR DIR")
-    add("--cache", action="store_true", help="the same as --set DATA_CACHE True")
-    return parser
+# -- values --------------------------------------------------------------------------------------------------------
 
 
-def settings_from(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """`--set` and the short forms as (key, value) pairs; the short forms win. Raises ConfigError."""
-    pairs = []
-    for words in options.set:
-        if len(words) % 2:
-            raise ConfigError(
-                f"--set {' '.join(words)}: give pairs of a key and a value, e.g. --set TRAIN.BATCH_SIZE 8"
-            )
-        pairs += zip(words[::2], words[1::2], strict=True)
-    shorter = {"GPU_ID": options.gpu, "SEED": options.manualSeed, "DATA_DIR": options.data_dir}
-    pairs += [(key, str(value)) for key, value in shorter.items() if value is not None]
-    return pairs + [("DATA_CACHE", "True")] * options.cache + [("RESTORE", "True")] * options.resume
+def positive(text: str) -> int:
+    """An argument's type: a whole number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
 
 
 def not_negative(text: str) -> int:
@@ -41,6 +27,16 @@ def not_negative(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must not be negative, but is {value}")
+    return value
+
+
+def seed_number(text: str) -> int:
+    """An argument's type: a seed, 0 to 2³² − 1 as numpy takes it."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, but is {value}")
+    if value >= 2**32:
+        raise argparse.ArgumentTypeError("must be 0 to 4294967295")
     return value
 
 
@@ -52,9 +48,96 @@ def truncation(text: str) -> float:
     return value
 
 
-def positive(text: str) -> int:
-    """An argument's type: a whole number from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+def device_name(text: str) -> str:
+    """An argument's type: 0, 1, ... -> cuda:0, cuda:1, ...; -1 -> cpu; a name such as cpu or cuda:1 as it is."""
+    if text == "-1":
+        return "cpu"
+    return f"cuda:{int(text)}" if text.isdecimal() else text
+
+
+# -- options -------------------------------------------------------------------------------------------------------
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """`--gpu` and `--device`, which are the same: as `options.device`, for `named_device` or `gpu_number`."""
+    parser.add_argument(
+        "--gpu",
+        "--device",
+        dest="device",
+        type=device_name,
+        metavar="N",
+        help="number of the GPU, or cuda:N; -1 or cpu: the CPU (without it: a GPU if there is one)",
+    )
+
+
+def add_data_dir_option(parser: argparse.ArgumentParser, help: str, *former: str) -> None:
+    """`--data-dir`, the folder of the data set, as the Path `options.data_dir`. former: other spellings of it."""
+    parser.add_argument("--data-dir", *former, dest="data_dir", type=Path, metavar="DIR", help=help)
+
+
+def named_device(name: str | None) -> "torch.device":
+    """The device that `--device` names, None: a GPU if there is one. Raises ConfigError for a device that is not there."""
+    import torch  # not above: `--help` should not wait for it
+
+    from miscc.distributed import choose_device
+
+    if name is None:
+        return choose_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name}: cannot be used here ({reason}); --device cpu always works") from None
+    return device
+
+
+def gpu_number(name: str | None) -> int | None:
+    """The GPU_ID that `--gpu` means: -1 for the CPU, None: a GPU if there is one. Raises ConfigError for other devices."""
+    if name is None:
+        return None
+    if name == "cpu":
+        return -1
+    if match := re.fullmatch(r"cuda(?::(\d+))?", name):
+        return int(match[1] or 0)
+    raise ConfigError(f"--device {name}: must be the number of a GPU, cuda:N, or cpu")
+
+
+# -- settings ------------------------------------------------------------------------------------------------------
+
+
+def parser_with_settings(description: str, default_cfg: str) -> argparse.ArgumentParser:
+    """A parser with --cfg, --set, --resume, --continue and the short forms of single settings."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--cfg", default=default_cfg, metavar="FILE", help="settings of the experiment")
+    add("--set", nargs="+", action="append", default=[], metavar="KEY VALUE", help="change settings, may be repeated")
+    add("--resume", action="store_true", help="go on where the newest training of these settings stopped")
+    add("--continue", dest="go_on", action="store_true", help="the same if there is one to go on with, else start")
+    add_device_option(parser)
+    add_data_dir_option(parser, "the same as --set DATA_DIR DIR", "--data_dir")
+    add("--manualSeed", type=int, metavar="N", help="the same as --set SEED N")
+    add("--cache", action="store_true", help="the same as --set DATA_CACHE True")
+    return parser
+
+
+def settings_from(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """`--set` and the short forms as (key, value) pairs; the short forms win. Raises ConfigError."""
+    shorter = {"GPU_ID": gpu_number(options.device), "SEED": options.manualSeed, "DATA_DIR": options.data_dir}
+    pairs = setting_pairs(options.set)
+    pairs += [(key, str(value)) for key, value in shorter.items() if value is not None]
+    return pairs + [("DATA_CACHE", "True")] * options.cache + [("RESTORE", "True")] * options.resume
+
+
+def setting_pairs(given: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
+    """The words behind each `--set` as (key, value) pairs. Raises ConfigError for a key without a value."""
+    pairs = []
+    for words in given:
+        if len(words) % 2:
+            raise ConfigError(
+                f"--set {' '.join(words)}: give pairs of a key and a value, e.g. --set TRAIN.BATCH_SIZE 8"
+            )
+        pairs += zip(words[::2], words[1::2], strict=True)
+    return pairs

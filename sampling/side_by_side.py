@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from miscc.command_line import positive, truncation
-from miscc.distributed import choose_device
+from miscc.command_line import add_device_option, named_device, positive, seed_number, truncation
 from miscc.errors import UserError, run_command
 from miscc.pictures import caption_grid, save_image, unit_to_uint8
 from sampling.pipeline import TextToImage
@@ -51,16 +50,16 @@ def main() -> None:
     parser.add_argument("--caption", action="append", default=[], metavar="TEXT", help="may be repeated")
     parser.add_argument("--captions", metavar="FILE", help="a text file with a caption a line")
     parser.add_argument("--per-caption", type=positive, default=1, metavar="N", help="images of each caption and model")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise")
+    parser.add_argument("--seed", type=seed_number, default=0, metavar="N", help="of the noise")
     parser.add_argument("--truncation", type=truncation, metavar="T", help="cut the noise at +-2 and scale it by T")
     parser.add_argument("--masks", action="store_true", help="show the last masks, too")
     parser.add_argument("--out", required=True, metavar="FILE", help="the picture, a PNG")
-    parser.add_argument("--gpu", type=int, metavar="N", help="-1: CPU; default: a GPU if there is one")
+    add_device_option(parser)
     options = parser.parse_args()
     captions = [*options.caption, *(read_captions(options.captions) if options.captions else [])]
     if not captions:
         raise UserError("give --caption TEXT or --captions FILE")
-    device, pipelines = choose_device(options.gpu), {}
+    device, pipelines = named_device(options.device), {}
     for model in options.models:
         name, sign, path = model.partition("=")
         if not sign:

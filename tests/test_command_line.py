@@ -1,0 +1,73 @@
+"""Options that commands share: one spelling, one meaning; former spellings; what a value may be."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+from miscc.command_line import (
+    add_data_dir_option,
+    add_device_option,
+    gpu_number,
+    named_device,
+    parser_with_settings,
+    seed_number,
+    settings_from,
+)
+from miscc.errors import ConfigError
+
+
+def parse(*words, former=()):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_device_option(parser)
+    add_data_dir_option(parser, "the data", *former)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("value", "device", "number"),
+    [
+        ("-1", "cpu", -1),
+        ("cpu", "cpu", -1),
+        ("0", "cuda:0", 0),
+        ("3", "cuda:3", 3),
+        ("cuda:3", "cuda:3", 3),
+        ("cuda", "cuda", 0),
+    ],
+)
+def test_gpu_and_device_are_one_option(value, device, number):
+    assert parse("--gpu", value).device == parse("--device", value).device == device
+    assert gpu_number(device) == number
+
+
+def test_devices_that_are_not_there_are_named():
+    assert parse().device is None and gpu_number(None) is None
+    assert named_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="--device cuda:77: cannot be used here"):
+        named_device("cuda:77")
+    with pytest.raises(ConfigError, match="--device mps: must be the number of a GPU"):
+        gpu_number("mps")
+
+
+def test_the_data_folder_has_one_name_and_its_former_ones():
+    words = (("--data-dir", "x"), ("--root", "x"))
+    assert [parse(*pair, former=["--root"]).data_dir for pair in words] == [Path("x"), Path("x")]
+
+
+def test_short_forms_come_after_set_and_win():
+    parser = parser_with_settings("about", "cfg/bird.yml")
+    options = parser.parse_args(["--set", "SEED", "1", "GPU_ID", "5", "--manualSeed", "2", "--gpu", "-1", "--cache"])
+    pairs = settings_from(options)
+    assert dict(pairs) == {"SEED": "2", "GPU_ID": "-1", "DATA_CACHE": "True"}
+    for spelling in ("--data-dir", "--data_dir"):
+        assert settings_from(parser.parse_args([spelling, "d"])) == [("DATA_DIR", "d")]
+
+
+@pytest.mark.parametrize(("text", "valid"), [("0", True), ("4294967295", True), ("4294967296", False), ("-1", False)])
+def test_seeds_are_what_numpy_takes(text, valid):
+    if valid:
+        assert seed_number(text) == int(text)
+    else:
+        with pytest.raises(argparse.ArgumentTypeError):
+            seed_number(text)
