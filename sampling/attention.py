@@ -1,6 +1,6 @@
-"""Word attention as pictures: for each stage that attends the image, and word by word where the caption looks.
+"""Word attention as pictures: for each stage, the image and, word by word, where the caption attends to it.
 
-Drawing is sampling/pipeline.py's, the folder of samples sampling/folders.py's, the picture itself miscc/images.py's.
+Images are drawn by pipeline.py, folders of samples written by folders.py, the picture itself made in miscc/pictures.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ def check_attends(pipeline: TextToImage) -> None:
 
 
 def caption_words(pipeline: TextToImage, captions: Sequence[str]) -> list[list[str]]:
-    """The words of each caption as the model reads them: known ones, at most as many as it takes."""
+    """The words of each caption that the model reads: known ones, at most max_words."""
     encoded = pipeline.tokens(captions)
     words = pipeline.vocabulary.words
     return [
@@ -36,7 +36,10 @@ def write_strips(
 ) -> None:
     """One strip for each image and stage, `<stem>_<h>px.png` by the height of its maps in pixels.
 
-    drawn: with its attention; words, stems: of each image; write(pixels, path) puts a picture there.
+    drawn: images with their attention
+    words: of each image's caption
+    stems: of each image's files
+    write: write(pixels, path) writes a picture
     """
     for images, attention in zip(drawn.stages, drawn.attention, strict=True):
         for image, maps, caption, stem in zip(images, attention, words, stems, strict=True):

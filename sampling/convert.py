@@ -1,6 +1,6 @@
-"""`python -m models.released FILE ...`: what weight files are, and --convert: the authors' loose files as one of ours.
+"""`python -m sampling.convert FILE ...`: what weight files are, and --convert: the authors' loose files as one of ours.
 
-Recognising and loading is models/released.py's; the vocabulary that a whole checkpoint needs is the data's, hence eval.
+Files are recognised and loaded in models/released.py.
 """
 
 import argparse
@@ -22,13 +22,14 @@ from sampling.pipeline import TextToImage
 
 
 def describe(path: str | Path) -> list[str]:
-    """What a weight file is, a line a network. Raises CheckpointError with the reason where it is nothing we can load."""
+    """What a weight file is, a line a network. Raises CheckpointError with the reason where it cannot be loaded."""
     content = load_file(path)
     if isinstance(content, Mapping) and "networks" in content:
         return _describe_ours(path, content)
     parts = [part for part in LOADERS if holds(content, part)]
+
+    # Nothing known: loading it raises the error that says why.
     if not parts:
-        # The loader says best what is wrong with it: wrapped otherwise, no tensors, unknown names.
         with naming(path):
             load_generator(content)
     return [f"{path}: {_network_line(part, LOADERS[part](content))}" for part in parts]
@@ -46,22 +47,31 @@ def convert(
 ) -> dict[str, Any]:
     """Join generator, encoders and vocabulary into one checkpoint of ours at `out`, which draws, scores and fine-tunes.
 
-    data_dir: the folder with the captions.pickle that the encoder was trained with; discriminator_path: AttnGAN's
-    first, others lie beside it; None: the one in the generator's file, if any; dataset: our name for the data, empty:
-    the folder's. Returns the checkpoint. Raises UserError where parts do not belong together, or `out` exists.
+    generator_path, encoder_path: netG*.pth and text_encoder*.pth; image_encoder*.pth beside it is taken along
+    data_dir: the folder with the captions.pickle that the encoder was trained with
+    discriminator_path: AttnGAN's first, others lie beside it; None: the one in the generator's file, if any
+    dataset: our name for the data; empty: the folder's
+    max_words: words of a caption at most
+    overwrite: replace `out`
+
+    Returns the checkpoint. Raises UserError where parts do not belong together, or `out` exists.
     """
     out = Path(out)
     if out.exists() and not overwrite:
         raise UserError(f"{out}: exists already; give --overwrite or another name")
+
+    # Load the parts; those that do not belong together are refused.
     content = load_file(generator_path)
     with naming(generator_path):
         generator = load_generator(content)
     encoders = load_encoders(encoder_path, max_words=max_words)
     vocabulary = encoders.vocabulary or released_vocabulary(data_dir)
     TextToImage(generator, encoders.text_encoder, vocabulary)  # raises where the vocabulary is of another size
-    theirs, ours = encoders.text_encoder.arguments["text_dim"], generator.arguments["sentence_dim"]
-    if theirs != ours:
-        raise CheckpointError(f"{encoder_path}: gives features of length {theirs}, the generator wants {ours}")
+    actual, expected = encoders.text_encoder.arguments["text_dim"], generator.arguments["sentence_dim"]
+    if actual != expected:
+        raise CheckpointError(f"{encoder_path}: gives features of length {actual}, the generator expects {expected}")
+
+    # Collect the networks, and write them as training would.
     networks = {"generator": generator, "text_encoder": encoders.text_encoder}
     if encoders.image_encoder is not None:
         networks["image_encoder"] = encoders.image_encoder
@@ -90,6 +100,7 @@ def convert(
 
 
 def _describe_ours(path: str | Path, content: Mapping) -> list[str]:
+    """The lines of one of our checkpoints: what it is, then a line a network."""
     networks, config = content["networks"], content.get("config", {})
     data = config.get("DATASET_NAME", "unknown data")
     lines = [
@@ -138,10 +149,14 @@ def main() -> None:
     join.add_argument("--max-words", type=int, default=18, metavar="N", help="words of a caption at most (default 18)")
     join.add_argument("--overwrite", action="store_true", help="replace OUT")
     options = parser.parse_args()
+
+    # Say what the files are.
     if not options.convert:
         for path in options.files:
             print("\n".join(describe(path)))
         return
+
+    # Or join them.
     if len(options.files) != 1 or not options.encoder or not options.data:
         raise DataError("--convert takes one generator file, --encoder and --data; see --help")
     convert(

@@ -1,4 +1,4 @@
-"""The DAMSM encoders of a checkpoint or of the authors' files, with their vocabulary."""
+"""Loads the DAMSM encoders of a checkpoint or of the authors' files, with their vocabulary."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +16,11 @@ from models.released import load_image_encoder, load_text_encoder, naming
 
 
 class Encoders(NamedTuple):
-    """A text encoder with its vocabulary, and the image encoder that was trained with it, where there is one.
+    """A text encoder with what was trained with it.
 
-    vocabulary is None for the authors' files, which do not carry one: it then comes from the data's captions.pickle.
+    text_encoder, image_encoder: networks in eval mode without gradients; None where there is no image encoder
+    vocabulary: None for the authors' files, which hold none: it then comes from the data's captions.pickle
+    max_words: words of a caption at most
     """
 
     text_encoder: nn.Module
@@ -28,7 +30,7 @@ class Encoders(NamedTuple):
 
     @property
     def image_size(self) -> int:
-        """Images of this size lose nothing on their way into the image encoder."""
+        """The size, in pixels, that the image encoder resizes images to."""
         if self.image_encoder is None:
             raise CheckpointError("there is no image encoder beside this text encoder")
         return self.image_encoder.image_size
@@ -37,7 +39,10 @@ class Encoders(NamedTuple):
 def load_encoders(path: str | Path, device: str | torch.device = "cpu", max_words: int = 18) -> Encoders:
     """DAMSM's encoders, frozen and in eval mode, from one of our checkpoints or the authors' text_encoder*.pth.
 
-    Beside the authors' file its image_encoder*.pth is looked for. max_words: for the authors' files, which do not say.
+    The authors' image_encoder*.pth is looked for beside it.
+
+    max_words: for the authors' files, which do not say
+
     Raises CheckpointError when a file is missing, broken or of another kind.
     """
     path = Path(path)
@@ -46,6 +51,8 @@ def load_encoders(path: str | Path, device: str | torch.device = "cpu", max_word
             f"{path}: no such encoders; train them with `python pretrain_DAMSM.py --cfg cfg/DAMSM/...` and the file of your "
             f"data set (bird.yml, coco.yml, folder.yml), or point TEXT.DAMSM_NAME at a released text_encoder200.pth"
         )
+
+    # One of ours.
     content = load_file(path)
     if isinstance(content, dict) and "networks" in content:
         networks = rebuild_networks(content, ("text_encoder", "image_encoder"), path)
@@ -53,6 +60,8 @@ def load_encoders(path: str | Path, device: str | torch.device = "cpu", max_word
             raise CheckpointError(f"{path}: holds no text encoder but {', '.join(content['networks'])}")
         text_encoder, image_encoder = networks["text_encoder"], networks.get("image_encoder")
         vocabulary, max_words = Vocabulary(content["vocabulary"]), text_encoder.max_words
+
+    # The authors'.
     else:
         with naming(path):
             text_encoder, vocabulary = load_text_encoder(content), None
@@ -61,6 +70,7 @@ def load_encoders(path: str | Path, device: str | torch.device = "cpu", max_word
         found = beside != path and beside.is_file()
         with naming(beside):
             image_encoder = load_image_encoder(load_file(beside)) if found else None
+
     for encoder in (text_encoder, image_encoder):
         if encoder is not None:
             encoder.to(device).eval().requires_grad_(False)
@@ -73,13 +83,13 @@ def released_vocabulary(data_dir: str | Path) -> Vocabulary:
         if (Path(data_dir) / name).is_file():
             return load_captions_pickle(Path(data_dir) / name)[2]
     raise DataError(
-        f"{data_dir}: holds no captions.pickle; the authors' encoders need the vocabulary in it (a rebuilt one numbers "
-        f"the words otherwise): set DATA_DIR to the folder of AttnGAN's metadata"
+        f"{data_dir}: holds no captions.pickle; the authors' encoders need the vocabulary in it (one built anew has other "
+        f"indices): set DATA_DIR to the folder of AttnGAN's metadata"
     )
 
 
 def rebuild_networks(checkpoint: dict, names: tuple[str, ...], path: str | Path) -> dict[str, nn.Module]:
-    """The networks of these names that the checkpoint holds."""
+    """{name: network} of these names that the checkpoint holds, in eval mode without gradients. path: for errors."""
     networks = {}
     for name in names:
         if name not in checkpoint["networks"]:

@@ -1,6 +1,6 @@
-"""Sample folders: images for the captions of a split or of the user, written with names that say what they are.
+"""Folders of samples: draws requests into PNG files whose names say image key, caption and sample number.
 
-Drawing itself is sampling/pipeline.py's; scores read the folders that are written here.
+Images are drawn by pipeline.py; the scores read the folders that are written here.
 """
 
 import glob
@@ -36,18 +36,21 @@ MOST_PICTURED = 24  # captions in samples.png
 
 
 def prepare_folder(folder: str | Path, overwrite: bool) -> Path:
-    """The folder to write to. Raises DataError when samples are there and may not be overwritten."""
+    """The folder to write to, without earlier samples. Raises DataError when there are some and overwrite is False."""
     folder = Path(folder)
-    if (folder / CAPTIONS).exists() or (folder / ABOUT).exists():
-        if not overwrite:
-            raise DataError(f"{folder}: holds samples already; give --overwrite, or another folder with --out")
-        for name in sampled_files(folder):  # only what an earlier sampling wrote
-            stem = name.removesuffix(".png")
-            maps = (
-                path for kind in ("masks", "attention") for path in (folder / kind).glob(f"{glob.escape(stem)}_*px.png")
-            )
-            for path in (folder / name, *maps, folder / "real" / f"{re.sub(r'_c[0-9]+_s[0-9]+$', '', stem)}.png"):
-                path.unlink(missing_ok=True)
+    if not (folder / CAPTIONS).exists() and not (folder / ABOUT).exists():
+        return folder
+    if not overwrite:
+        raise DataError(f"{folder}: holds samples already; give --overwrite, or another folder with --out")
+
+    # Delete what the earlier sampling wrote, and nothing else.
+    for name in sampled_files(folder):
+        stem = name.removesuffix(".png")
+        pattern = f"{glob.escape(stem)}_*px.png"
+        maps = [path for kind in ("masks", "attention") for path in (folder / kind).glob(pattern)]
+        real = folder / "real" / f"{re.sub(r'_c[0-9]+_s[0-9]+$', '', stem)}.png"
+        for path in (folder / name, *maps, real):
+            path.unlink(missing_ok=True)
     return folder
 
 
@@ -62,12 +65,12 @@ def sampled_files(folder: Path) -> Iterator[str]:
 
 
 def file_stem(request: Request) -> str:
-    """Where a request's image goes, without suffix: image key, caption number and sample number."""
+    """The file of a request's image, without suffix: image key, caption number and sample number."""
     return f"{key_stem(request.key)}_c{request.caption_number}_s{request.sample}"
 
 
 def key_stem(key: str) -> str:
-    """An image key as a path inside a folder; where that changes it, with a checksum, so that no two keys meet."""
+    """An image key as a path inside a folder; where characters are replaced, with a checksum that keeps it unique."""
     parts = [re.sub(r"[^\w.\-]+", "_", part) for part in key.split("/") if part not in ("", ".", "..")]
     stem = "/".join(parts) or "image"
     return stem if stem == key else f"{stem}-{zlib.crc32(key.encode()):08x}"
@@ -89,50 +92,79 @@ def sample(
 ) -> Path:
     """Draw all requests into a folder: PNG files, captions.jsonl, samples.json, and one picture of the first.
 
-    with_masks: masks of every stage under masks/; with_attention: where the words look, stage by stage, under attention/;
-    real: the split whose real images are written under real/, cropped and scaled as in training. Returns the picture's
-    path. Raises DataError for captions without a known word, and when samples are there and overwrite is False;
-    ConfigError for attention or masks of a generator that has none.
+    seed, truncation: of the noise
+    batch_size: images drawn at once
+    with_masks: write the masks of every stage under masks/
+    with_attention: write where the words attend, stage by stage, under attention/
+    real: the split whose real images are written under real/, cropped and scaled as in training
+    overwrite: replace earlier samples
+    about: more for samples.json
+
+    Returns the picture's path. Raises DataError for captions without a known word, for no request, and when samples are
+    there and overwrite is False; ConfigError for attention or masks of a generator that has none.
     """
+    # Every check comes before anything in the folder is changed.
+    _check(pipeline, requests, with_masks, with_attention)
+    folder = prepare_folder(folder, overwrite)
+
+    # What the folder holds; `finished` tells a stopped sampling from a whole one.
+    settings = _settings(pipeline, requests, seed, truncation) | (about or {})
+    _write_captions(requests, seed, folder / CAPTIONS)
+    write_json(folder / ABOUT, settings | {"finished": False})
+
+    # The images; the first batch also with masks, for the picture.
+    pictured = None
+    with _writing(4 * batch_size) as write, tqdm(total=len(requests), desc="sampling", unit="image") as bar:
+        for start in range(0, len(requests), batch_size):
+            batch = requests[start : start + batch_size]
+            captions, indices = [r.caption for r in batch], [r.index for r in batch]
+            drawn = pipeline.generate(
+                captions, seed, truncation, batch_size, indices, with_attention, with_masks or pictured is None
+            )
+            if pictured is None:
+                pictured = generated_picture(captions[:MOST_PICTURED], drawn)
+            _write_images(drawn, batch, folder, write, with_masks)
+            if with_attention:
+                stems = [folder / "attention" / file_stem(request) for request in batch]
+                write_strips(drawn, caption_words(pipeline, captions), stems, write)
+            bar.update(len(batch))
+
+    # Real images, and the picture of the first.
+    if real is not None:
+        _write_real(real, requests, folder / "real", pipeline.image_size)
+    write_json(folder / ABOUT, settings | {"finished": True})
+    if pictured is not None:
+        save_image(pictured, folder / PICTURE)
+    return folder / PICTURE
+
+
+def _check(pipeline: TextToImage, requests: Sequence[Request], with_masks: bool, with_attention: bool) -> None:
+    """Raise DataError or ConfigError where these requests cannot be drawn."""
+    if not requests:
+        raise DataError("there is no caption to draw")
     if with_attention:
         check_attends(pipeline)
     if with_masks and not pipeline.predicts_masks:
         raise ConfigError("--masks: this generator predicts no masks; SSA-GAN's does")
-    pipeline.check([request.caption for request in requests])  # before anything that is there is touched
-    folder = prepare_folder(folder, overwrite)
-    origin = {name: value for name, value in pipeline.origin.items() if name != "config"}
-    settings = {"seed": seed, "truncation": truncation, "num_images": len(requests), "image_size": pipeline.image_size}
-    settings |= origin | {"encoder_hash": hash_tensors(pipeline.text_encoder.state_dict())} | (about or {})
-    lines = [_describe(request, f"{file_stem(request)}.png", seed) for request in requests]
-    write_text(folder / CAPTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    write_json(folder / ABOUT, settings | {"finished": False})
-    batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
-    first = None
-    with _writing(4 * batch_size) as write, tqdm(total=len(requests), desc="sampling", unit="image") as bar:
-        for batch in batches:
-            captions, indices = [r.caption for r in batch], [r.index for r in batch]
-            wanted = {"with_attention": with_attention, "with_masks": with_masks or first is None}  # for the picture
-            drawn = pipeline.generate(captions, seed, truncation, batch_size, indices, **wanted)
-            first = drawn if first is None else first
-            stems = [file_stem(request) for request in batch]
-            for image, stem in zip(drawn.images, stems, strict=True):
-                write(image, folder / f"{stem}.png")
-            if with_masks:
-                _write_masks(drawn, [folder / "masks" / stem for stem in stems], write)
-            if with_attention:
-                places = [folder / "attention" / stem for stem in stems]
-                write_strips(drawn, caption_words(pipeline, captions), places, write)
-            bar.update(len(batch))
-    if real is not None:
-        _write_real(real, requests, folder / "real", pipeline.image_size)
-    write_json(folder / ABOUT, settings | {"finished": True})
-    pictured = [request.caption for request in batches[0][:MOST_PICTURED]]
-    save_image(generated_picture(pictured, first), folder / PICTURE)
-    return folder / PICTURE
+    pipeline.check([request.caption for request in requests])
+
+
+def _settings(
+    pipeline: TextToImage, requests: Sequence[Request], seed: int, truncation: float | None
+) -> dict[str, Any]:
+    """What samples.json says: how the images were drawn, and by which weights."""
+    return {
+        "seed": seed,
+        "truncation": truncation,
+        "num_images": len(requests),
+        "image_size": pipeline.image_size,
+        **{name: value for name, value in pipeline.origin.items() if name != "config"},
+        "encoder_hash": hash_tensors(pipeline.text_encoder.state_dict()),
+    }
 
 
 def generated_picture(captions: Sequence[str], drawn: Generated) -> np.ndarray:
-    """Captions with their images and, where there are any, the masks of the last stage: (.., .., 3) uint8."""
+    """Captions beside their images and the masks of the last stage, if any: (.., .., 3) uint8."""
     cells = []
     for row in range(len(captions)):
         mask = [unit_to_uint8(drawn.masks[-1][row])] if drawn.masks else []
@@ -147,9 +179,14 @@ def _describe(request: Request, name: str, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _write_captions(requests: Sequence[Request], seed: int, path: Path) -> None:
+    lines = [_describe(request, f"{file_stem(request)}.png", seed) for request in requests]
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
 def num_writers() -> int:
-    """Threads that encode and write images while the next are drawn: PIL compresses without Python's lock, so that threads
-    use as many cores as processes would, and no pixels are copied between processes."""
+    """Number of threads that encode and write images while the next are drawn."""
+    # Threads, not processes: PIL compresses without Python's lock, and no pixels are copied.
     return min(16, max(2, os.cpu_count() or 1))
 
 
@@ -160,8 +197,10 @@ def _write_png(pixels: np.ndarray, path: Path) -> None:
 
 @contextmanager
 def _writing(most: int) -> Iterator[Callable[[np.ndarray, Path], None]]:
-    """`with _writing(100) as write:` write(pixels, path) leaves encoding and writing to threads, but waits for the oldest
-    where more than `most` are under way; at the end all are written."""
+    """`with _writing(100) as write:` write(pixels, path) encodes and writes in other threads; at the end all are written.
+
+    most: pictures that may wait; beyond it a call of `write` waits for the oldest
+    """
     waiting: deque[Future] = deque()
     with ThreadPoolExecutor(num_writers()) as threads:
 
@@ -171,23 +210,35 @@ def _writing(most: int) -> Iterator[Callable[[np.ndarray, Path], None]]:
                 waiting.popleft().result()
 
         yield write
+
+        # Errors of the last ones are raised here.
         for future in waiting:
             future.result()
 
 
-def _write_masks(drawn: Generated, stems: Sequence[Path], write: Callable[[np.ndarray, Path], None]) -> None:
-    """The masks of each image and stage as `<stem>_<h>px.png`."""
-    for stage in drawn.masks:
+def _write_images(
+    drawn: Generated,
+    batch: Sequence[Request],
+    folder: Path,
+    write: Callable[[np.ndarray, Path], None],
+    with_masks: bool,
+) -> None:
+    """The images of a batch and, with_masks, the masks of every stage as `masks/<stem>_<h>px.png`."""
+    stems = [file_stem(request) for request in batch]
+    for image, stem in zip(drawn.images, stems, strict=True):
+        write(image, folder / f"{stem}.png")
+    for stage in drawn.masks if with_masks else []:
         for mask, stem in zip(unit_to_uint8(stage), stems, strict=True):
-            write(mask, stem.with_name(f"{stem.name}_{mask.shape[0]}px.png"))
+            write(mask, folder / "masks" / f"{stem}_{mask.shape[0]}px.png")
 
 
 def _write_real(records: Records, requests: Sequence[Request], folder: Path, image_size: int) -> None:
-    """The real images of the sampled keys, the middle of the crop that training takes from."""
-    places = {key: index for index, key in enumerate(records.keys)}
-    keys = list(dict.fromkeys(request.key for request in requests if request.key in places))
+    """The real images of the requests' keys: the middle of what training takes its crops from."""
+    index_of = {key: index for index, key in enumerate(records.keys)}
+    keys = list(dict.fromkeys(request.key for request in requests if request.key in index_of))
     for key in tqdm(keys, desc="real images", unit="image"):
-        box = None if records.boxes is None else records.boxes[places[key]]
-        pixels = load_resized(records.image_paths[places[key]], box, image_size)
+        index = index_of[key]
+        box = None if records.boxes is None else records.boxes[index]
+        pixels = load_resized(records.image_paths[index], box, image_size)
         top, left = (pixels.shape[0] - image_size) // 2, (pixels.shape[1] - image_size) // 2
         _write_png(pixels[top : top + image_size, left : left + image_size], folder / f"{key_stem(key)}.png")

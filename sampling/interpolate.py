@@ -16,26 +16,34 @@ def interpolate(
     """A strip (H, steps·W, 3) uint8 from one caption to another under the same noise: text features mixed linearly.
 
     With the same caption twice: from one noise to another, along the arc between them.
+
+    steps: number of images
+    seed, truncation: of the noise
     """
+    # The two ends.
     text = pipeline.encode([first, second])
     weights = torch.linspace(0, 1, steps, device=pipeline.device)
     noise = pipeline.noise(seed, [0, 1], truncation).to(pipeline.device)
+
+    # What lies between them: noise or text.
     if first == second:
         mixed_noise, text = _along_arc(noise[0], noise[1], weights), text.select([0] * steps)
     else:
         mixed_noise, text = noise[:1].expand(steps, -1), _mix(text, weights)
+
     images = to_uint8(pipeline.synthesize(text, mixed_noise).images[-1])
     return grid([list(images)])
 
 
 def _mix(text: TextFeatures, weights: torch.Tensor) -> TextFeatures:
+    """Two captions' features -> (steps, …) from the first to the second; padding where both are padded."""
     sentence = torch.lerp(text.sentence[:1], text.sentence[1:], weights[:, None])
     words = torch.lerp(text.words[:1], text.words[1:], weights[:, None, None])
     return TextFeatures(sentence, words, (text.mask[0] & text.mask[1]).expand(len(weights), -1))
 
 
 def _along_arc(a: torch.Tensor, b: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Spherical interpolation: a mean of two normal noises would be too short to look like one."""
+    """Spherical interpolation (Shoemake 1985), as a mean of two normal vectors is too short: a, b (D,) -> (steps, D)."""
     if torch.allclose(a, b):
         return a.expand(len(weights), -1)
     angle = torch.acos((a @ b / (a.norm() * b.norm())).clamp(-1, 1))

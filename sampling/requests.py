@@ -1,4 +1,4 @@
-"""Which captions are drawn: of a split, of files, or the user's own. Drawing is pipeline.py's, writing folders.py's."""
+"""Which captions are drawn: of a split, of files, or the user's own. pipeline.py draws them, folders.py writes them."""
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -14,14 +14,20 @@ from miscc.randomness import stream
 
 logger = logging.getLogger(__name__)
 
-
 EXAMPLES = "example_filenames.txt"
 
 
 class Request(NamedTuple):
-    """One image to draw: the caption and where it comes from. index numbers the requests; noise depends on it."""
+    """One image to draw.
 
-    index: int
+    index: of the request; the noise depends on it
+    caption: as written
+    key: of the image that the caption describes
+    caption_number: which of the image's captions
+    sample: counts the images of the same caption
+    """
+
+    index: int  # pyrefly: ignore[bad-override]  # a tuple's own method of this name is not used
     caption: str
     key: str
     caption_number: int
@@ -37,22 +43,26 @@ def split_requests(
 ) -> list[Request]:
     """What to draw for a split: `per_caption` images for each of the first `captions_per_image` captions of every image.
 
-    captions_per_image 0: all of them. With num_images, so many captions instead, drawn from all captions of the split as a
-    function of the seed; when there are fewer, they come again with other noise.
+    captions_per_image: 0 means all of them
+    num_images: so many captions instead, drawn from all captions of the split as a function of the seed; when there are
+        fewer, they come again with other noise
     """
+    # (image, caption) pairs.
     if num_images is None:
         numbers = [range(len(captions))[: captions_per_image or None] for captions in records.captions]
-        pairs = [(index, n) for index in range(len(records)) for n in numbers[index] for _ in range(per_caption)]
+        pairs = [(image, n) for image in range(len(records)) for n in numbers[image] for _ in range(per_caption)]
     else:
-        everything = [(i, c) for i, captions in enumerate(records.captions) for c in range(len(captions))]
+        everything = [(image, n) for image, captions in enumerate(records.captions) for n in range(len(captions))]
         rounds = -(-num_images // len(everything))
         orders = [stream(seed, "sampled captions", number).permutation(len(everything)) for number in range(rounds)]
-        pairs = [everything[place] for place in np.concatenate(orders)[:num_images]]
+        pairs = [everything[index] for index in np.concatenate(orders)[:num_images]]
+
+    # A pair that comes again is another sample of the same caption.
     counts: dict[tuple[int, int], int] = {}
     requests = []
-    for number, (index, caption) in enumerate(pairs):
-        sample = counts[index, caption] = counts.get((index, caption), -1) + 1
-        requests.append(Request(number, records.text(index, caption), records.keys[index], caption, sample))
+    for index, (image, number) in enumerate(pairs):
+        sample = counts[image, number] = counts.get((image, number), -1) + 1
+        requests.append(Request(index, records.text(image, number), records.keys[image], number, sample))
     return requests
 
 
@@ -66,19 +76,25 @@ def caption_requests(captions: Sequence[str], per_caption: int = 1) -> list[Requ
 
 
 def example_requests(data_dir: str | Path) -> list[Request]:
-    """What to draw for AttnGAN's example_filenames.txt in a data folder: every line names a file of captions there, with
-    or without `.txt`, for instance example_captions; each of its lines is drawn once. Raises DataError."""
+    """What to draw for AttnGAN's example_filenames.txt in a data folder. Raises DataError.
+
+    Every line names a file of captions in that folder, with or without `.txt`, for instance example_captions. Each
+    caption is drawn once.
+    """
     root = Path(data_dir)
-    requests = []
     names = _read_lines(root / EXAMPLES)
     if not names:
         raise DataError(f"{root / EXAMPLES}: names no file of captions; write one a line, such as example_captions")
+
+    requests: list[Request] = []
     for name in names:
         key = name.removesuffix(".txt")
         try:
             captions = read_captions(root / f"{key}.txt")
         except DataError as error:
             raise DataError(f"{error}, which {root / EXAMPLES} names") from None
+
+        # A caption's key is its file, its number the line.
         for number, caption in enumerate(captions):
             requests.append(Request(len(requests), caption, key, number, 0))
     return requests
@@ -87,15 +103,18 @@ def example_requests(data_dir: str | Path) -> list[Request]:
 def each_split_requests(
     read: Callable[[str], Records], present: Collection[str], number: int, seed: int
 ) -> Iterator[tuple[Records, list[Request]]]:
-    """For each split: `number` of its captions, drawn without replacement as a function of the seed.
+    """For each split `number` of its captions, drawn without replacement as a function of the seed.
 
-    read: a split's records by its name; present: the names that the data set has. A split that it lacks is named in a
-    warning, and so is one with fewer captions, which are all drawn then.
+    read: returns a split's records
+    present: the names of the splits that the data set has
+
+    A warning names a split that is missing, and one with fewer captions, of which all are drawn.
     """
     for split in SPLITS:
         if split not in present:
             logger.warning("the data set has no split %r: skipped", split)
             continue
+
         records = read(split)
         total = sum(map(len, records.captions))
         if total < number:
@@ -104,7 +123,7 @@ def each_split_requests(
 
 
 def read_captions(path: str | Path) -> list[str]:
-    """A text file with one caption a line; empty lines are passed over. Raises DataError."""
+    """The captions of a text file, one a line; empty lines are skipped. Raises DataError."""
     captions = _read_lines(path)
     if not captions:
         raise DataError(f"{path}: holds no caption; write one a line")

@@ -1,6 +1,6 @@
 """The same captions and noise by several models, in one picture: `python -m sampling.side_by_side A=CKPT B=CKPT --out FILE`.
 
-For looking; numbers are eval/evaluate.py's.
+For people; scores come from eval/evaluate.py.
 """
 
 import argparse
@@ -26,8 +26,10 @@ def side_by_side(
 ) -> np.ndarray:
     """A picture (.., .., 3) uint8: a row for each caption, `per_caption` columns for each model, under its name.
 
-    The i-th image of a caption has the same noise in all models that take as many random numbers; masks: the last
-    stage's beside each image, where a model has any.
+    The i-th image of a caption has the same noise in all models that take as many random numbers.
+
+    seed, truncation: of the noise
+    masks: show the last stage's mask beside each image, where a model predicts masks
     """
     cells: list[list[np.ndarray]] = [[] for _ in captions]
     headings: list[str] = []
@@ -35,6 +37,8 @@ def side_by_side(
         for sample in range(per_caption):
             indices = [row * per_caption + sample for row in range(len(captions))]
             drawn = pipeline.generate(captions, seed, truncation, indices=indices, with_masks=masks)
+
+            # One more column, or two with masks.
             shows_masks = bool(drawn.masks)
             headings += [name if sample == 0 else "", *(["mask"] if shows_masks else [])]
             for row, cell in enumerate(cells):
