@@ -18,7 +18,6 @@ from datasets.records import Records
 from miscc.errors import DataError
 from miscc.images import from_uint8, open_pixels
 from miscc.randomness import stream
-from miscc.vocabulary import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -190,13 +189,13 @@ class TextImageDataset(Dataset):
         captions = self.records.captions[index]
         if not self.augment:
             number = 0 if number is None else number % len(captions)
-            return shorten(captions[number].tolist(), self.max_words, None), number
+            return self.records.vocabulary.shorten(captions[number].tolist(), self.max_words, None), number
 
         # Drawn even where the number is given, so that the choice of words does not depend on it.
         rng = stream(self.seed, "caption", epoch, index)
         drawn = int(rng.integers(len(captions)))
         number = drawn if number is None else number % len(captions)
-        return shorten(captions[number].tolist(), self.max_words, rng), number
+        return self.records.vocabulary.shorten(captions[number].tolist(), self.max_words, rng), number
 
     def _images(self, epoch: int, index: int) -> list[torch.Tensor]:
         """The image at every size."""

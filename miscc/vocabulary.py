@@ -73,6 +73,10 @@ class Vocabulary:
         """Indices -> the words with spaces between them; the padding is left out."""
         return " ".join(self.words[int(index)] for index in indices if index)
 
+    def shorten(self, indices: Sequence[int], max_words: int, rng: np.random.Generator | None) -> list[int]:
+        """At most `max_words` of a caption's indices, see `shorten`."""
+        return shorten(indices, max_words, rng)
+
     @classmethod
     def build(cls, captions: Iterable[str]) -> "Vocabulary":
         """Every word of the captions, in the order in which they first occur, as AttnGAN's code numbers
@@ -84,21 +88,26 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocabulary":
-        """Read vocabulary.json: a list of words. Raises DataError when it is missing or something else."""
-        path = Path(path)
-        try:
-            words = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise DataError(f"{path}: no such vocabulary; write it with `python -m datasets.prepare`") from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read as JSON ({error}); write it again with datasets.prepare") from None
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise DataError(f"{path}: must be a list of words")
-        return cls(words)
+        """Read vocabulary.json. Raises DataError when it is missing or something else."""
+        return cls(read_words(path))
 
     def save(self, path: str | Path) -> None:
         """Write vocabulary.json, whole or not at all."""
         write_json(path, self.words)
+
+
+def read_words(path: str | Path) -> list[str]:
+    """The list of words in a vocabulary.json. Raises DataError when it is missing or something else."""
+    path = Path(path)
+    try:
+        words = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such vocabulary; write it with `python -m datasets.prepare`") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}); write it again with datasets.prepare") from None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise DataError(f"{path}: must be a list of words")
+    return words
 
 
 def shorten(indices: Sequence[int], max_words: int, rng: np.random.Generator | None) -> list[int]:
@@ -130,7 +139,7 @@ def encode_rows(
         indices, missing = vocabulary.encode(caption)
         if not indices:
             raise DataError(_nothing_known(caption, missing))
-        indices = shorten(indices, max_words, rng=None)
+        indices = vocabulary.shorten(indices, max_words, rng=None)
         tokens[row, : len(indices)] = indices
         lengths[row] = len(indices)
         unknown.append(missing)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from datasets.captions import METADATA_NAMES, load_captions_pickle
+from miscc.byte_pairs import vocabulary_of
 from miscc.checkpoint import load_file
 from miscc.errors import CheckpointError, DataError
 from miscc.vocabulary import Vocabulary
@@ -59,7 +60,7 @@ def load_encoders(path: str | Path, device: str | torch.device = "cpu", max_word
         if "text_encoder" not in networks:
             raise CheckpointError(f"{path}: holds no text encoder but {', '.join(content['networks'])}")
         text_encoder, image_encoder = networks["text_encoder"], networks.get("image_encoder")
-        vocabulary, max_words = Vocabulary(content["vocabulary"]), text_encoder.max_words
+        vocabulary, max_words = vocabulary_of(content["vocabulary"]), text_encoder.max_words
 
     # The authors'.
     else:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.captions import EncodedCaptions, encode_batch
+from miscc.byte_pairs import vocabulary_of
 from miscc.checkpoint import load_file
 from miscc.distributed import choose_device
 from miscc.errors import CheckpointError, DataError
@@ -90,7 +91,7 @@ class TextToImage:
             "config": checkpoint.get("config", {}),
             "examples": checkpoint.get("examples", []),
         }
-        vocabulary = Vocabulary(checkpoint["vocabulary"])
+        vocabulary = vocabulary_of(checkpoint["vocabulary"])
         return cls(networks[wanted].to(device), networks["text_encoder"].to(device), vocabulary, origin)
 
     @classmethod

@@ -15,7 +15,7 @@ import safetensors.torch
 from miscc.checkpoint import load_checkpoint
 from miscc.errors import CheckpointError, DataError
 from miscc.files import write_atomically, write_json
-from miscc.vocabulary import Vocabulary
+from miscc.vocabulary import Vocabulary, read_words
 
 WEIGHTS, CONFIG, VOCABULARY, CARD, PICTURE = (
     "model.safetensors", "config.json", "vocabulary.json", "README.md", "samples.png",
@@ -99,7 +99,7 @@ def read_published(folder: str | Path) -> dict[str, Any]:
     config = _read_config(folder / CONFIG)
     try:
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
-        words = Vocabulary.load(folder / VOCABULARY).words
+        words = read_words(folder / VOCABULARY)
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder / WEIGHTS}: cannot be read ({error}); copy it again") from None
     except DataError as error:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from datasets.loading import EpochBatches, training_loader
 from miscc import distributed
 from miscc.batch import Batch
+from miscc.byte_pairs import vocabulary_of
 from miscc.checkpoint import load_checkpoint, save_checkpoint
 from miscc.config import to_plain, to_yaml
 from miscc.distributed import World
@@ -340,7 +341,7 @@ class Trainer:
             }
             if "image_encoder" not in stored and needs_image_encoder(self.cfg):
                 raise CheckpointError("the run was started without an image encoder; keep TRAIN.DAMSM_WEIGHT at 0")
-            return stored, Vocabulary(checkpoint["vocabulary"])
+            return stored, vocabulary_of(checkpoint["vocabulary"])
         encoders, vocabulary = encoders_for(self.cfg)
         networks = build_networks(self.cfg)
         networks |= given_networks(self.cfg, networks)
