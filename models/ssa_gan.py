@@ -10,13 +10,11 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from miscc.distributed import processes_of
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, matching_aware_gradient_penalty
 from models.adversarial import AdversarialSystem, logit_stats
 from models.damsm import matching_losses
-from models.kernels import avg_pool_2x, upsample_2x
+from models.kernels import batch_norm_before_upsample_2x, masked_affine, upsample_2x
 from models.layers import num_upsamples
 from models.modes import full_precision, no_parameter_grad
 from models.types import GeneratorOutput, TextFeatures, Update
@@ -47,93 +45,17 @@ class SSCBN(nn.Module):
 
     def forward(self, x: Tensor, sentence: Tensor, mask: Tensor) -> Tensor:
         # (N, C, H, W) or (N, C, H/2, W/2), (N, D), (N, 1, H, W) -> (N, C, H, W)
-        doubles = x.shape[2:] != mask.shape[2:]
-        # A compiler fuses the plain form, and better.
-        by_hand = self.form == "code" and not torch.compiler.is_compiling()
-        if doubles and not by_hand:
-            x, doubles = upsample_2x(x), False
-        normalised = self._normalised_before_doubling(x) if doubles else self.norm(x)
+        # A compiler fuses the plain forms, and better.
+        upsamples = x.shape[2:] != mask.shape[2:]
+        if upsamples and (self.form == "paper" or torch.compiler.is_compiling()):
+            x, upsamples = upsample_2x(x), False
+        normalised = batch_norm_before_upsample_2x(self.norm, x) if upsamples else self.norm(x)
+
+        # Scale and shift, one per channel, weighted by the mask.
         gamma, beta, mask = (value.to(normalised.dtype) for value in (self.gamma(sentence), self.beta(sentence), mask))
-        if by_hand:
-            return (_DoubledMaskedAffine if doubles else _MaskedAffine).apply(normalised, gamma, beta, mask)
-        shift = torch.addcmul(beta[:, :, None, None], normalised, gamma[:, :, None, None])
-        return mask * shift if self.form == "paper" else torch.addcmul(normalised, mask, shift)
-
-    def _normalised_before_doubling(self, x: Tensor) -> Tensor:
-        """(N, C, h, w): what normalising the doubled features would give, before they are doubled, and the same statistics.
-
-        Repeated pixels change neither mean nor variance, only the n / (n - 1) that the running variance counts with.
-        """
-        if not self.norm.training:
-            return self.norm(x)
-        kept = self.norm.running_var * (1 - self.norm.momentum)
-        normalised = self.norm(x)
-        number = x.numel() // x.shape[1] * processes_of(self.norm)
-        # By .data: autograd watches the statistics, though batch norm's backward in training does not read them.
-        variance = self.norm.running_var.data
-        variance.copy_(kept + (variance - kept) * ((number - 1) / (number - 1 / 4)))
-        return normalised
-
-
-class _MaskedAffine(torch.autograd.Function):
-    """x + m·(γ·x + β) of x (N, C, H, W), γ and β (N, C), m (N, 1, H, W).
-
-    By hand, as autograd would keep γ·x + β for the backward pass and go over the images more often: every sum over
-    pixels or channels is a matrix product here.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(x, gamma, beta, mask)
-        return torch.addcmul(x, mask, torch.addcmul(beta[:, :, None, None], x, gamma[:, :, None, None]))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x, gamma, beta, mask = ctx.saved_tensors
-        column = mask.flatten(1)[:, :, None]  # (N, HW, 1)
-        product = grad * x
-        by_gamma = (product.flatten(2) @ column)[:, :, 0]
-        by_beta = (grad.flatten(2) @ column)[:, :, 0]
-        by_mask = gamma[:, None] @ product.flatten(2) + beta[:, None] @ grad.flatten(2)
-        scale = torch.mul(mask, gamma[:, :, None, None], out=product)
-        return torch.addcmul(grad, grad, scale), by_gamma, by_beta, by_mask.view_as(mask)
-
-
-class _DoubledMaskedAffine(torch.autograd.Function):
-    """_MaskedAffine of doubled features: x (N, C, h, w), γ and β (N, C), m (N, 1, 2h, 2w) -> (N, C, 2h, 2w).
-
-    What depends on the features alone is computed and kept at their size.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(x, gamma, beta, mask)
-        shift = torch.addcmul(beta[:, :, None, None], x, gamma[:, :, None, None])
-        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        out = torch.empty(*x.shape[:2], *mask.shape[2:], dtype=x.dtype, device=x.device, memory_format=layout)
-        torch.addcmul(_twice(x), _rows_paired(mask), _twice(shift), out=_rows_paired(out))
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x, gamma, beta, mask = ctx.saved_tensors
-        gamma, beta = gamma[:, :, None, None], beta[:, :, None, None]
-        masked = avg_pool_2x(grad * mask) * 4  # (N, C, h, w): summed over the pixels that share a feature
-        by_x = torch.addcmul(avg_pool_2x(grad) * 4, masked, gamma)
-        by_mask = (_rows_paired(grad) * _twice(torch.addcmul(beta, x, gamma))).flatten(2).sum(dim=1)
-        return by_x, (masked * x).sum(dim=(2, 3)), masked.sum(dim=(2, 3)), by_mask.view_as(mask)
-
-
-def _twice(x: Tensor) -> Tensor:
-    """(N, C, h, w) -> (N, C, h, 1, 2w): every column twice, ready to be spread over pairs of rows."""
-    return torch.stack((x, x), dim=-1).flatten(3).unsqueeze(3)
-
-
-def _rows_paired(x: Tensor) -> Tensor:
-    """(N, C, 2h, 2w) -> (N, C, h, 2, 2w)."""
-    return x.unflatten(2, (-1, 2))
+        if self.form == "code":
+            return masked_affine(normalised, gamma, beta, mask)
+        return mask * torch.addcmul(beta[:, :, None, None], normalised, gamma[:, :, None, None])
 
 
 class SSABlock(nn.Module):

@@ -6,10 +6,9 @@ from tiny_systems import changed_by_a_step, make_batch, text_features
 from torch import nn
 
 from models.damsm import SmallImageEncoder, TextEncoder
-from models.kernels import upsample_2x
 from models.layers import OneWayDiscriminator
 from models.registry import count_parameters
-from models.ssa_gan import SSAGAN, SSCBN, SSAGenerator, _DoubledMaskedAffine, _MaskedAffine
+from models.ssa_gan import SSAGAN, SSCBN, SSAGenerator
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 256, 512])
@@ -58,30 +57,6 @@ def test_sscbn_by_hand(form, expected):
     x = torch.tensor([[[[3.0, 1.0]]], [[[3.0, 1.0]]]])
     mask = torch.tensor([[[[0.0, 1.0]]], [[[0.0, 0.0]]]])
     torch.testing.assert_close(sscbn(x, torch.randn(2, 4), mask).flatten(1), torch.tensor(expected))
-
-
-def test_the_masked_affine_equals_its_formula_and_its_finite_differences():
-    torch.manual_seed(4)
-    shapes = [(2, 3, 2, 4), (2, 3), (2, 3), (2, 1, 2, 4)]
-    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    x, gamma, beta, mask = inputs
-    plain = x * (1 + mask * gamma[:, :, None, None]) + mask * beta[:, :, None, None]
-    torch.testing.assert_close(_MaskedAffine.apply(*inputs), plain)
-    assert torch.autograd.gradcheck(_MaskedAffine.apply, inputs)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_the_masked_affine_of_doubled_features(layout):
-    torch.manual_seed(3)
-    x, gamma, beta, mask = (
-        torch.randn(*shape, dtype=torch.float64).requires_grad_()
-        for shape in ((2, 3, 2, 4), (2, 3), (2, 3), (2, 1, 4, 8))
-    )
-    inputs = (x.detach().to(memory_format=layout).requires_grad_(), gamma, beta, mask)
-    ours = _DoubledMaskedAffine.apply(*inputs)
-    torch.testing.assert_close(ours, _MaskedAffine.apply(upsample_2x(x), gamma, beta, mask))
-    assert ours.is_contiguous(memory_format=layout)
-    assert torch.autograd.gradcheck(_DoubledMaskedAffine.apply, inputs)
 
 
 def test_batch_norm_before_doubling_leaves_autograd_alone():
