@@ -94,10 +94,11 @@ class Conv2d(nn.Conv2d):
         if autocast or torch.compiler.is_compiling():
             return super().forward(x)
 
-        # Two nodes of the graph for one value: autograd runs only those whose gradient is requested.
-        stride, padding = list(self.stride), list(self.padding)
-        out = _ParameterPath.apply(self.weight, self.bias, (x,), stride, padding)  # (N, C', H', W')
-        return _InputPath.apply(out, x, self.weight, stride, padding)
+        # Two nodes of the graph for one value: autograd runs only those whose gradient is requested. The weight is read
+        # once, as reading it takes a step of spectral normalisation.
+        weight, stride, padding = self.weight, list(self.stride), list(self.padding)
+        out = _ParameterPath.apply(weight, self.bias, (x,), stride, padding)  # (N, C', H', W')
+        return _InputPath.apply(out, x, weight, stride, padding)
 
 
 class _ParameterPath(torch.autograd.Function):
