@@ -1,4 +1,4 @@
-"""The frame of the benchmarks: clocks, turns, the machine's name and peak, tables, files. What is timed is theirs."""
+"""What the benchmarks share: clocks, taking turns, the machine's name and peak, tables, files."""
 
 import argparse
 import ctypes
@@ -20,9 +20,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 class Clock:
-    """Seconds by phase: `clock("D forward")` ends a phase of this name; a name that comes again adds up.
+    """Seconds by phase: `clock("D forward")` ends a phase of this name; phases of the same name add up.
 
-    On a GPU each end of a phase waits for the work that was started, so that it is counted where it belongs.
+    On a GPU the end of a phase waits for the work that the phase started.
     """
 
     def __init__(self, device: torch.device):
@@ -39,7 +39,7 @@ class Clock:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -62,7 +62,9 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Seconds of each call, the ways one after the other in every round, so that a busy machine slows all of them.
 
-    prepare(name) runs before each of them and does not count.
+    ways: what is timed, by name
+    rounds, warm_up: that count, and that do not
+    prepare: prepare(name) runs before each call and does not count
     """
     device = device or torch.device("cpu")
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -70,13 +72,15 @@ def take_turns(
         for name, run in ways.items():
             prepare(name)
             value = seconds_of(run, device)
+
+            # The first rounds warm up caches and compilers.
             if number >= warm_up:
                 seconds[name].append(value)
     return seconds
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median, fastest, and the spread: how far apart the quarters are, as a share of the median."""
+    """Median, fastest, and the spread: the interquartile range as a share of the median."""
     median = statistics.median(values)
     quarters = statistics.quantiles(values, n=4) if len(values) > 2 else [min(values), median, max(values)]
     return {"median": median, "fastest": min(values), "spread": (quarters[2] - quarters[0]) / median}
@@ -92,7 +96,7 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32, rounds: int = 10) -> float:
-    """Operations a second of a large square matrix product, 2 for a multiply-add: what the device can do at best."""
+    """Operations a second of a large square matrix product, 2 for a multiply-add: the device's measured peak."""
     size = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = take_turns({"product": lambda: a @ b}, rounds, warm_up=3, device=device)["product"]
@@ -120,7 +124,8 @@ def count_flops(run: Callable[[], object]) -> int:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that one call needs at its height beyond what was held before; None where the system does not say."""
+    """Peak bytes of one call beyond those held before; None where the system does not say."""
+    # On a GPU torch counts them.
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -128,9 +133,11 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+
+    # On a CPU Linux does: the peak of the resident size, reset before the call.
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed but kept would hide as much of the growth
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the highest resident size starts anew
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that was freed but kept would hide as much of the growth
+        Path("/proc/self/clear_refs").write_text("5")
         before = _status_bytes("VmRSS")
         run()
         return _status_bytes("VmHWM") - before
@@ -146,7 +153,8 @@ def _status_bytes(name: str) -> int:
 
 
 def machine(device: torch.device) -> dict:
-    """What the figures were measured on."""
+    """The machine that the figures were measured on."""
+    # The processor and the versions.
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -156,6 +164,7 @@ def machine(device: torch.device) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {"gpu": properties.name, "gpu_memory_gib": properties.total_memory / 2**30, "cuda": torch.version.cuda}

@@ -31,6 +31,7 @@ PREFETCHED = 2  # batches of each worker, torch's default
 
 def write_photographs(folder: Path, count: int) -> Records:
     """JPEG files with about as much detail as a photograph, with ten captions each."""
+    # Coarse colours enlarged, and noise, which JPEG compresses about as badly as a photograph.
     paths = []
     for number in range(count):
         random = stream(0, "bench photograph", number)
@@ -39,6 +40,7 @@ def write_photographs(folder: Path, count: int) -> Records:
         pixels = (smooth + random.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8)
         paths.append(folder / f"{number:04d}.jpg")
         Image.fromarray(pixels).save(paths[-1], quality=QUALITY)
+
     words = ["<end>", *(f"word{number}" for number in range(99))]
     captions = [[np.arange(1, 16, dtype=np.int64)] * 10 for _ in paths]
     class_ids = np.arange(count, dtype=np.int64)
@@ -55,14 +57,19 @@ class PlainDataset(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> tuple:
+        # Decode and scale.
         image = Image.open(self.records.image_paths[index]).convert("RGB")
         short = int(self.image_size * 76 / 64)
         scale = short / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+
+        # Crop and flip.
         left, top = (np.random.randint(side - self.image_size + 1) for side in image.size)
         image = image.crop((left, top, left + self.image_size, top + self.image_size))
         if np.random.rand() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+        # To floats, with a random caption.
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
         pixels = (pixels - 0.5) / 0.5
         tokens = self.records.captions[index][np.random.randint(10)]
@@ -72,7 +79,7 @@ class PlainDataset(torch.utils.data.Dataset):
 
 
 def paths_of(options, folder: Path) -> tuple[dict[str, Callable[[], Iterator]], int]:
-    """Each way to read as a function that starts it anew and gives its endless batches; and how many of them to time."""
+    """{way to read: function that starts it anew and returns its endless batches}, and the number of batches to time."""
     records = write_photographs(folder, options.images)
     cache = ImageCache.open(records, options.image_size, folder / "cache", progress=False)
 
@@ -93,19 +100,21 @@ def paths_of(options, folder: Path) -> tuple[dict[str, Callable[[], Iterator]], 
         "ours with the cache": lambda: ours(cache, True),
         "ours with the cache, floats by the loader": lambda: ours(cache, False),
     }
-    # Workers deliver in bursts: a stretch of many deliveries from each.
+
+    # Workers deliver in bursts: time many deliveries from each.
     return paths, max(len(records) // options.batch, 10 * options.workers)
 
 
 def measure(options, folder: Path) -> dict:
-    """Seconds for so many batches of each path, in turn."""
+    """{path: images a second, spread, single runs, ratio to the plain path}."""
     paths, steps = paths_of(options, folder)
     reading: dict[str, Iterator] = {}
 
     def start(name: str) -> None:
-        reading.clear()  # or the workers of the one before would read on beside this one's
+        # Without the workers of the path before, and past the batches that were read in advance.
+        reading.clear()
         reading[name] = paths[name]()
-        for _ in range(1 + PREFETCHED * options.workers):  # what workers have read in advance must not count
+        for _ in range(1 + PREFETCHED * options.workers):
             next(reading[name])
 
     def read(name: str) -> None:
@@ -139,15 +148,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=positive, default=24)
     parser.add_argument("--workers", type=int, default=0, help="reading processes beside the main one")
     options = parser.parse_args(arguments)
+
     if options.images < options.batch:
         raise ConfigError(
             f"--images: {options.images} are less than a batch of {options.batch}; more, or a lower --batch"
         )
+
+    # One core a process, as training's workers have.
     torch.set_num_threads(1)
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "name")}
     results = {"machine": common.machine(torch.device("cpu")) | {"cores": os.cpu_count()}, "settings": settings}
     with tempfile.TemporaryDirectory() as folder:
         results["paths"] = measure(options, Path(folder))
+
+    # As a table.
     rows = [
         [name, f"{row['images_per_second']:.0f}", f"{row['fastest_images_per_second']:.0f}",
          f"×{row['ratio']['of_medians']:.2f}", f"×{row['ratio']['of_fastest']:.2f}"]

@@ -1,4 +1,4 @@
-"""The one table of bench/gpu.sh: `python -m bench.gpu_table FOLDER`. What is not there was not measured, and is named."""
+"""The table of what bench/gpu.sh measured: `python -m bench.gpu_table FOLDER`. It names what was not measured."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ OTHERS = ("losses", "data", "data-workers", "sample", "attributes-fp32", "attrib
 
 
 def hours(images_per_second: float) -> float:
-    """Of 600 epochs of CUB's 8,855 training images."""
+    """Hours that 600 epochs of CUB's 8,855 training images take."""
     return EPOCHS * CUB_IMAGES / images_per_second / 3600
 
 
@@ -35,13 +35,16 @@ def step_row(name: str, found: dict) -> list[str]:
 
 
 def other_lines(found: dict[str, dict]) -> list[str]:
-    """A line each for losses, data, sampling and the two ToyBirds trainings."""
+    """A line for each figure of losses, data, sampling and the two ToyBirds trainings."""
+    # Losses and data.
     lines = []
     for name, row in found.get("losses", {}).get("losses", {}).items():
         lines.append(f"{name}: ×{row['ratio']['of_medians']:.2f} of its plain form")
     for name in ("data", "data-workers"):
         for path, row in found.get(name, {}).get("paths", {}).items():
             lines.append(f"{name}, {path}: {row['images_per_second']:.0f} images/s (×{row['ratio']['of_medians']:.2f})")
+
+    # Sampling and training.
     for way, row in found.get("sample", {}).get("ways", {}).items():
         lines.append(f"sampling, {way}: {row['images_per_second']:.0f} images/s")
     for precision in ("fp32", "bf16"):
@@ -51,7 +54,7 @@ def other_lines(found: dict[str, dict]) -> list[str]:
 
 
 def short(scores: Any) -> str:
-    """The plain numbers of a score's record."""
+    """The numbers of a score's record, as JSON, cut off after 400 characters."""
     numbers = {name: value for name, value in scores.items() if isinstance(value, (int, float, list))}
     return json.dumps(numbers)[:400]
 
@@ -60,10 +63,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(arguments).folder
+
+    # Read whatever is there.
     names = [*(f"step-{name}" for name in STEPS), *OTHERS]
     found = {name: json.loads(path.read_text()) for name in names if (path := folder / f"{name}.json").is_file()}
     if not found:
         raise DataError(f"{folder}: holds no figures of bench/gpu.sh")
+
+    # The steps as a table, ours and the plain ones.
     steps = {name: found[f"step-{name}"] for name in STEPS if f"step-{name}" in found}
     if steps:
         first = next(iter(steps.values()))
@@ -78,6 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
                 aside = {"steps": {"ours": run["steps"]["reference"]}, "peak_flops": run["peak_flops"]}
                 rows.append(step_row(f"plain, {name}", aside | {"ratio": {"of_medians": 1.0}}))
         print(common.markdown_table(header, rows))
+
+    # Everything else as a list.
     for line in other_lines(found):
         print(f"- {line}")
     missing = [name for name in names if name not in found]

@@ -31,21 +31,23 @@ CAPTION = "this small red bird has black wings and a short yellow beak"
 
 
 def fresh_pipeline(options, device: torch.device) -> TextToImage:
-    """A generator that has learnt nothing, which takes no less time, and a text encoder likewise."""
+    """A randomly initialised generator and text encoder, which take the same time as trained ones."""
     torch.manual_seed(0)
     generator = SSAGenerator(nf=options.nf, image_size=options.image_size).to(device).eval()
-    # Untrained, it draws smooth colours, which PNG encodes too easily: now they are as noisy as photographs.
+
+    # Make its smooth colours as noisy as photographs, or PNG would encode them too easily.
     with torch.no_grad():
         for name, parameter in generator.named_parameters():
             if name.endswith("gate"):
                 parameter.fill_(1)
         generator.to_rgb[2].weight.mul_(10)
+
     vocabulary = Vocabulary(list(dict.fromkeys(WORDS)))
     return TextToImage(generator, TextEncoder(len(vocabulary)).to(device).eval(), vocabulary)
 
 
 def measure(pipeline: TextToImage, options, device: torch.device) -> dict:
-    """Seconds for so many images: drawn alone, drawn and written by sampling, and one after the other."""
+    """{way: images a second, share of the generator's rate, single runs}: drawn alone, written by `sample`, and plainly."""
     requests = caption_requests([CAPTION], options.images)
 
     def draw() -> list:
@@ -71,6 +73,7 @@ def measure(pipeline: TextToImage, options, device: torch.device) -> dict:
 
         return run
 
+    # All of them in turn.
     ways = {"generator alone": draw} | {
         name: in_new_folder(way)
         for name, way in {"into a folder": write, "plain: draw, then write": one_after_the_other}.items()
@@ -87,7 +90,7 @@ def measure(pipeline: TextToImage, options, device: torch.device) -> dict:
 
 
 def writing_costs(images: np.ndarray, options) -> dict[str, float]:
-    """Seconds that encoding one of the images (N, H, W, 3) takes, and writing it to the folder: medians of the rounds."""
+    """Seconds for encoding one of the images (N, H, W, 3), and for writing it to the folder: medians of the rounds."""
     encoded = [encode_png(pixels) for pixels in images]
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         numbers = itertools.count()
@@ -103,7 +106,7 @@ def writing_costs(images: np.ndarray, options) -> dict[str, float]:
 
 
 def ceiling(ways: dict, costs: dict[str, float], device: torch.device) -> str:
-    """What writing costs, and the share of the generator's rate that is left where both share the cores."""
+    """A sentence on what writing costs, and on a CPU the largest share of the generator's rate that it leaves."""
     writing, threads = costs["encoding"] + costs["writing"], torch.get_num_threads()
     text = (
         f"\nEncoding an image takes {costs['encoding'] * 1e3:.2f} ms of one core, writing its file there "
@@ -111,6 +114,8 @@ def ceiling(ways: dict, costs: dict[str, float], device: torch.device) -> str:
     )
     if device.type != "cpu":
         return text + "\n"
+
+    # Generator and writers share the cores.
     alone = 1 / ways["generator alone"]["images_per_second"]
     share = alone / (alone + writing / threads)
     return text + f" The generator runs on the same {threads}: at best {share:.0%} of its rate is left.\n"
@@ -139,12 +144,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", metavar="DIR", help="where to write, instead of the system's temporary folder")
     options = parser.parse_args(arguments)
     check(options)
+
+    # Measure.
     device = common.start(options)
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "name")}
     results = {"machine": common.machine(device), "settings": settings}
     pipeline = fresh_pipeline(options, device)
     images = pipeline.generate([CAPTION] * options.batch).images
     results |= {"ways": measure(pipeline, options, device), "seconds": writing_costs(images, options)}
+
+    # As a table.
     rows = [
         [name, f"{row['images_per_second']:.1f}", f"{row['of_the_generators']:.0%}"]
         for name, row in results["ways"].items()

@@ -8,12 +8,16 @@ from miscc.images import from_uint8
 
 
 class Batch(NamedTuple):
-    """What passes from here to training and evaluation.
+    """N images, each with a caption.
 
-    images: (N, 3, H, W) float32 in [-1, 1], or a list of them where several image sizes were asked for, in
-    that order; uint8 until `to` where the data set gives bytes; captions: (N, T) int64, padded with 0; lengths:
-    (N,) int64, 1 to T; class_ids: (N,) int64; keys: N names of images; indices: (N,) int64, positions in the
-    records; caption_numbers: (N,) int64, which caption.
+    images: (N, 3, H, W) float32 in [-1, 1], or a list of them, one an image size, where several sizes were requested;
+        uint8 until `to` where the data set gives bytes
+    captions: (N, T) int64 word indices, padded with 0
+    lengths: (N,) int64, 1 to T
+    class_ids: (N,) int64
+    keys: N names of images
+    indices: (N,) int64, of the images in the records
+    caption_numbers: (N,) int64, which of an image's captions
     """
 
     images: torch.Tensor | list[torch.Tensor]
@@ -25,26 +29,23 @@ class Batch(NamedTuple):
     caption_numbers: torch.Tensor
 
     def images_at(self, size: int) -> torch.Tensor:
-        """The images of this size in pixels, which must be one of those asked for: (N, 3, size, size)."""
+        """The images of this size in pixels, one of those requested: (N, 3, size, size)."""
         scales = [self.images] if isinstance(self.images, torch.Tensor) else self.images
         return next(images for images in scales if images.shape[-1] == size)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same with images, captions and class ids on `device`, images of bytes as floats.
+        """The same with images, captions and class ids on `device`, uint8 images as floats.
 
-        Lengths and numbers stay on the CPU, where packing and random streams read them without waiting for a GPU.
+        Lengths and indices stay on the CPU, where packing and random streams read them without waiting for a GPU.
         """
 
-        def move(value):
-            if isinstance(value, torch.Tensor):
-                return value.to(device, non_blocking=non_blocking)
-            return [move(item) for item in value]
+        def move(value: torch.Tensor) -> torch.Tensor:
+            return value.to(device, non_blocking=non_blocking)
 
-        images = move(self.images)
-        scales = [from_uint8(scale) if scale.dtype == torch.uint8 else scale for scale in _as_list(images)]
-        images = scales if isinstance(images, list) else scales[0]
+        # Bytes are converted on the device: a quarter of the transfer.
+        scales = [self.images] if isinstance(self.images, torch.Tensor) else self.images
+        scales = [move(scale) for scale in scales]
+        scales = [from_uint8(scale) if scale.dtype == torch.uint8 else scale for scale in scales]
+
+        images = scales[0] if isinstance(self.images, torch.Tensor) else scales
         return self._replace(images=images, captions=move(self.captions), class_ids=move(self.class_ids))
-
-
-def _as_list(images: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
-    return images if isinstance(images, list) else [images]

@@ -25,6 +25,7 @@ def load_file(path: str | Path, device: str | torch.device = "cpu") -> Any:
 
     Raises CheckpointError when the file is missing, cut off, or pickles whole modules or other objects.
     """
+    # What is obviously no weight file gets a better message than torch's.
     path = Path(path)
     if not path.is_file():
         what = "a folder, not a weight file: name the .pth in it" if path.is_dir() else "no such weight file"
@@ -33,16 +34,21 @@ def load_file(path: str | Path, device: str | torch.device = "cpu") -> Any:
         start = stream.read(2)
     if start != b"PK" and start[:1] != b"\x80":  # torch's zip files, and the pickles that it wrote before 1.6
         raise CheckpointError(f"{path}: is no weight file (an incomplete download, or a text?); copy it again")
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on pickle protocols: what cannot be read ends in an error below
             return torch.load(path, map_location=device, weights_only=True)
+
+    # Refused by torch: it would have to run code.
     except pickle.UnpicklingError as error:
         named = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
         raise CheckpointError(
             f"{path}: holds more than tensors (a whole pickled module or foreign objects) or is damaged, and is not "
             f"loaded, because that could run code from it; save its state_dict() instead. {named.strip()[:160]}"
         ) from None
+
+    # Cut off or damaged, which shows as nearly any error.
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AssertionError, TypeError, struct.error) as error:
         reason = (str(error).splitlines() or ["end of file"])[0][:160]
         raise CheckpointError(f"{path}: cannot be read as a weight file ({reason}); copy it again") from None

@@ -18,7 +18,12 @@ LONGEST_WAIT = timedelta(hours=4)
 
 
 class World(NamedTuple):
-    """The processes that train together: this one's number, how many there are, and its device."""
+    """The processes that train together.
+
+    rank: of this process; rank 0 writes files
+    size: number of processes
+    device: of this process
+    """
 
     rank: int
     size: int
@@ -62,6 +67,8 @@ def start(gpu: int | None = None, cuda: bool = True) -> World:
             torch.cuda.set_device(device)
             _allow_tf32()
         return World(0, 1, device)
+
+    # One of several: the GPU of its rank on this machine, or the CPU.
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = cuda and gpu != -1 and torch.cuda.is_available()
     device = choose_device(local_rank) if on_gpu else torch.device("cpu")
@@ -82,17 +89,21 @@ def stop() -> None:
 def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
     """Replace every gradient by its mean over the processes. Parameters without a gradient are left alone.
 
-    Done by hand after backward, in one message a kind of number: DistributedDataParallel hooks into backward itself
-    and cannot follow a gradient penalty's double backward, nor the generator's graph that outlives D's step.
+    Called after backward, as DistributedDataParallel hooks into backward itself: it cannot follow a gradient penalty's
+    double backward, nor the generator's graph that outlives D's step.
     """
     if world.size == 1:
         return
+
+    # One message for all gradients of a dtype.
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     for dtype in {gradient.dtype for gradient in gradients}:
         same = [gradient for gradient in gradients if gradient.dtype == dtype]
         flat = torch.cat([gradient.flatten() for gradient in same])
         dist.all_reduce(flat)
         flat /= world.size
+
+        # Back to where they came from.
         for gradient, mean in zip(same, flat.split([gradient.numel() for gradient in same]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
@@ -117,16 +128,16 @@ def any_process(flag: bool, world: World) -> bool:
 
 
 def gather(value: Any, world: World) -> list[Any]:
-    """The value of every process, in the order of their numbers, at the main process; the others get []."""
+    """At the main process the values of all processes, in the order of their ranks; at the others []."""
     if world.size == 1:
         return [value]
-    values = [None] * world.size if world.is_main else None
+    values: list[Any] | None = [None] * world.size if world.is_main else None
     dist.gather_object(value, values, dst=0)
     return values or []
 
 
 def wait_for_all(world: World) -> None:
-    """Go on when every process has come here."""
+    """Return when every process has called this."""
     if world.size > 1:
         dist.barrier()
 
@@ -135,19 +146,22 @@ def synchronise(module: nn.Module, world: World) -> nn.Module:
     """Give all processes rank 0's weights, and batch norm over the images of all of them."""
     if world.size == 1:
         return module
+
+    # Batch norm: torch's own on GPUs, ours on CPUs, with the same parameters and buffers.
     if world.device.type == "cuda":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     else:
         for part in module.modules():
             if isinstance(part, nn.modules.batchnorm._BatchNorm):
-                part.__class__ = JointBatchNorm  # it has the same parameters and buffers
+                part.__class__ = JointBatchNorm
+
     for tensor in [*module.parameters(), *module.buffers()]:
         dist.broadcast(tensor.data, src=0)
     return module
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """The sum of every process's tensor; each of them then has a share in every process's loss."""
+    """Sum of a tensor over the processes, with gradient: each process's tensor contributes to every process's loss."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -156,7 +170,7 @@ class _SumOverProcesses(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx, grad: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]  # torch declares *grad_outputs
         return _SumOverProcesses.apply(grad)
 
 
@@ -172,29 +186,35 @@ class JointBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training or self.running_mean is None):
             return super().forward(x)
+
+        # Mean and variance over everything but the channels, of all processes.
         others = [d for d in range(x.dim()) if d != 1]
         shape = [-1 if d == 1 else 1 for d in range(x.dim())]
         number = x.numel() // x.shape[1] * dist.get_world_size()
         mean = _SumOverProcesses.apply(x.sum(dim=others)) / number
         centred = x - mean.view(shape)
         variance = _SumOverProcesses.apply(centred.square().sum(dim=others)) / number
+
+        # Normalise, follow the running statistics, scale and shift: as torch does.
         normalised = centred * (variance + self.eps).rsqrt().view(shape)
         if self.training and self.track_running_stats:
-            self._note(mean.detach(), variance.detach() * number / max(1, number - 1))
+            self._update_running(mean.detach(), variance.detach() * number / max(1, number - 1))
         if self.weight is None:
             return normalised
         return normalised * self.weight.view(shape) + self.bias.view(shape)
 
     @torch.no_grad()
-    def _note(self, mean: Tensor, variance: Tensor) -> None:
-        self.num_batches_tracked += 1
+    def _update_running(self, mean: Tensor, variance: Tensor) -> None:
+        """Momentum None: a plain mean of all batches."""
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
         share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, share)
         self.running_var.lerp_(variance, share)
 
 
 def processes_of(norm: nn.Module) -> int:
-    """Over how many processes a batch norm takes its statistics: 1, unless `synchronise` has seen it."""
+    """Number of processes whose images a batch norm averages over: 1 before `synchronise`."""
     return dist.get_world_size() if isinstance(norm, (nn.SyncBatchNorm, JointBatchNorm)) else 1
 
 
@@ -203,7 +223,7 @@ _MATCHING: ContextVar[World | None] = ContextVar("matching", default=None)
 
 @contextmanager
 def global_damsm(world: World) -> Iterator[None]:
-    """Inside, `all_rows` gives the rows of all processes: losses that compare samples with each other see them all."""
+    """Inside, `all_gather_with_grad` returns the rows of all processes, for losses that compare samples with each other."""
     token = _MATCHING.set(world)
     try:
         yield
@@ -212,10 +232,10 @@ def global_damsm(world: World) -> Iterator[None]:
 
 
 def all_gather_with_grad(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The rows (N, ...) of every process below each other, with gradient, inside `matching_jointly`; else as they are.
+    """Inside `global_damsm` the rows (N, ...) of all processes, concatenated, with gradient; else the tensors as they are.
 
-    The processes must have as many rows. The gradient that comes back is the sum over the processes, so that a loss
-    over all rows, averaged over the processes as all gradients are, counts once.
+    All processes must have the same number of rows. The gradient is the sum over the processes, so that a loss over all
+    rows counts once after gradients have been averaged.
     """
     world = _MATCHING.get()
     if world is None or world.size == 1:
@@ -226,6 +246,8 @@ def all_gather_with_grad(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 class _GatherRows(torch.autograd.Function):
+    """all_gather along the first dimension, with gradient."""
+
     @staticmethod
     def forward(ctx, x: Tensor, rank: int, size: int) -> Tensor:
         ctx.rows = slice(rank * len(x), (rank + 1) * len(x))
@@ -234,7 +256,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore[bad-override]  # as above
         total = grad.clone(memory_format=torch.contiguous_format)  # autograd may hand the same gradient to others
         dist.all_reduce(total)
         return total[ctx.rows], None, None

@@ -15,8 +15,9 @@ from miscc.errors import UserError
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], flush: bool = True) -> None:
     """Call `write(stream)` on a temporary file beside `path`, flush it to the disk, then put it in place.
 
-    A reader sees the old file or the new one, never half of one, whenever the process is killed. flush False: whole
-    after a kill, but perhaps not after a power cut; for thousands of small files that can be made again.
+    A reader sees the old file or the new one, never half of one, whenever the process is killed.
+
+    flush: False: whole after a kill, but perhaps not after a power cut; for thousands of small files that can be made again
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -24,6 +25,7 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], flu
         stream = _create(temporary)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
+
     try:
         with stream:
             write(stream)
@@ -31,6 +33,8 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], flu
                 stream.flush()
                 os.fsync(stream.fileno())
         os.replace(temporary, path)
+
+    # Also on Ctrl-C: leave no temporary file. A full disk is the user's to mend.
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -39,7 +43,7 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], flu
 
 
 def _create(path: Path) -> IO[bytes]:
-    """A new file. Its folder is made only when missing: asking for it each time costs more than writing a small image."""
+    """A new file, and its folder where missing (checking for it each time costs more than writing a small image)."""
     try:
         return path.open("xb")
     except FileNotFoundError:

@@ -21,9 +21,10 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 
 def open_rgb(path: str | Path, upright: bool = True) -> Image.Image:
-    """Read any image file as RGB: grey, palette and CMYK are converted, transparency is laid over white.
+    """Read any image file as RGB: grey, palette and CMYK are converted, transparent parts become white.
 
-    upright: turn photos as their EXIF data say, as every viewer does; False for images whose boxes were drawn without.
+    upright: turn photos as their EXIF data say, as every viewer does; False for images whose boxes refer to stored pixels
+
     Raises DataError, naming the file, when it is missing, truncated or no image.
     """
     try:
@@ -39,27 +40,33 @@ def open_rgb(path: str | Path, upright: bool = True) -> Image.Image:
 
 
 def open_pixels(path: str | Path, upright: bool = True) -> torch.Tensor:
-    """`open_rgb` as (H, W, 3) uint8. Plain JPEG files go straight through torchvision's decoder where it is there: the same
-    pixels, without PIL's copies on the way."""
+    """`open_rgb` as (H, W, 3) uint8.
+
+    Plain JPEG files are decoded by torchvision where it can: the same pixels without PIL's copies.
+    """
     pixels = _decode_jpeg(path, upright)
     return torch.from_numpy(np.array(open_rgb(path, upright))) if pixels is None else pixels
 
 
 def _decode_jpeg(path: str | Path, upright: bool) -> torch.Tensor | None:
-    """A sound, upright RGB JPEG as (H, W, 3) uint8; None for everything else, of which PIL then says what it is."""
+    """An upright RGB JPEG without errors as (H, W, 3) uint8; None for everything else, which is left to PIL."""
     if decode_jpeg is None or not isinstance(path, (str, Path)):
         return None
+
     try:
+        # Only the header is read here: is it one of those?
         data = np.fromfile(path, dtype=np.uint8)
         if data[:2].tobytes() != b"\xff\xd8":
             return None
-        with Image.open(io.BytesIO(data)) as image:  # reads the header alone
+        with Image.open(io.BytesIO(data.data)) as image:
             turned = upright and "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) != 1
             if image.format != "JPEG" or image.mode != "RGB" or turned:
                 return None
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchvision 0.29 announces that its decoders will move elsewhere
-            return decode_jpeg(torch.from_numpy(data), mode=ImageReadMode.RGB).permute(1, 2, 0)
+            decoded = decode_jpeg(torch.from_numpy(data), mode=ImageReadMode.RGB)
+        return decoded.permute(1, 2, 0) if isinstance(decoded, torch.Tensor) else None
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError):
         return None
 
@@ -68,11 +75,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB; transparent parts become white. What is RGB already is not copied."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
+
+    # Transparency, over white.
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(background, image).convert("RGB")
-    if image.mode in ("I", "I;16", "I;16B", "I;16L"):  # 16-bit grey: PIL's own conversion would clip at 255
+
+    # 16-bit grey: PIL's own conversion would clip at 255.
+    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
         levels = np.asarray(image, dtype=np.float64)
         scale = 65535.0 if levels.max(initial=0) > 255 else 255.0
         return Image.fromarray((levels / scale * 255).round().clip(0, 255).astype(np.uint8)).convert("RGB")

@@ -42,7 +42,7 @@ def hinge_discriminator_loss(real: Tensor, fake: Tensor, mismatched: Tensor) -> 
 
 @in_float32
 def hinge_generator_loss(fake: Tensor) -> Tensor:
-    """What G adds to the hinge (Tao et al. 2022, eq. 1): fake images with their captions up. Logits of any shape -> scalar."""
+    """G's part of the hinge (Tao et al. 2022, eq. 1): fake images with their captions up. Logits of any shape -> scalar."""
     return -fake.mean()
 
 
@@ -56,11 +56,14 @@ def binary_discriminator_loss(
 ) -> Tensor:
     """Binary cross-entropy of AttnGAN's discriminators (Xu et al. 2018, eq. 6), weighed as in the authors' code.
 
-    With R = real, F = fake, M = mismatched pairs: (R + R_alone)/2 + (F + F_alone + M)/3 where images are also judged
-    without a caption (`*_alone`), R + (F + M)/2 where they are not. Logits, before the sigmoid, of any shape -> scalar.
+    With R = real, F = fake, M = mismatched pairs: (R + R_alone)/2 + (F + F_alone + M)/3 where there are also logits
+    without a caption (`*_alone`), else R + (F + M)/2. Logits, before the sigmoid, of any shape -> scalar.
     """
+    # With captions alone.
     if real_alone is None or fake_alone is None:
         return _binary(real, 1.0) + (_binary(fake, 0.0) + _binary(mismatched, 0.0)) / 2
+
+    # With and without captions.
     up = _binary(real, 1.0) + _binary(real_alone, 1.0)
     down = _binary(fake, 0.0) + _binary(fake_alone, 0.0) + _binary(mismatched, 0.0)
     return up / 2 + down / 3
@@ -68,7 +71,7 @@ def binary_discriminator_loss(
 
 @in_float32
 def binary_generator_loss(*logits: Tensor) -> Tensor:
-    """−log sigmoid, averaged over each of the logits' tensors and summed over them: G wants all judged real."""
+    """−log sigmoid of the fake logits, averaged over each tensor and summed over the tensors."""
     return torch.stack([_binary(values, 1.0) for values in logits]).sum()
 
 
@@ -90,9 +93,10 @@ def matching_aware_gradient_penalty(
     taken over both gradients together. Returns a scalar that can be differentiated once more.
     """
     gradients = torch.autograd.grad(logits.sum(), (images, sentence), create_graph=True)
-    squared_norm = sum(gradient.flatten(1).square().sum(dim=1) for gradient in gradients)
+    by_images, by_sentence = (gradient.flatten(1).square().sum(dim=1) for gradient in gradients)  # (N,) each
+
     # The power of the squared norm, not of its root: the root has no derivative where the gradient vanishes.
-    return weight * squared_norm.pow(power / 2).mean()
+    return weight * (by_images + by_sentence).pow(power / 2).mean()
 
 
 def word_attention(regions: Tensor, words: Tensor, lengths: Tensor, gamma1: float = 5.0) -> Tensor:
@@ -217,7 +221,7 @@ class _SquaredContextNorms(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:  # pyrefly: ignore[bad-override]  # torch's *grads
         attention, weighted = ctx.saved_tensors
         by_products = None
         if ctx.needs_input_grad[1]:

@@ -22,17 +22,19 @@ def unit_to_uint8(values: np.ndarray) -> np.ndarray:
 
 
 def resize_pixels(pixels: np.ndarray, size: int) -> np.ndarray:
-    """(H, W) or (H, W, 3) uint8 -> the same at size x size; enlarged by whole pixels, shrunk with a filter."""
+    """(H, W) or (H, W, 3) uint8 -> the same at size x size, enlarged by nearest pixels or reduced by box averages."""
     method = Image.Resampling.NEAREST if size >= pixels.shape[0] else Image.Resampling.BOX
     return np.asarray(Image.fromarray(pixels).resize((size, size), method))
 
 
 def grid(rows: Sequence[Sequence[np.ndarray]], gap: int = 2) -> np.ndarray:
     """Rows of equally sized (H, W, 3) uint8 images -> one (.., .., 3) uint8 picture on white, `gap` pixels apart."""
+    # A white canvas for all of them.
     height, width = rows[0][0].shape[:2]
     columns = max(len(row) for row in rows)
     shape = (len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3)
     canvas = np.full(shape, 255, dtype=np.uint8)
+
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             top, left = gap + y * (height + gap), gap + x * (width + gap)
@@ -47,52 +49,68 @@ def caption_grid(
     cell_size: int = 96,
     headings: Sequence[str] = (),
 ) -> np.ndarray:
-    """A picture for people: each caption written beside its images (and masks).
+    """A picture for people: each caption written beside its images (and masks). Returns (.., .., 3) uint8.
 
-    captions: n texts; cells: for each caption its (H, W, 3) or (H, W) uint8 pictures; headings: a title for each
-    position in a cell row. Returns (.., .., 3) uint8.
+    captions: n texts
+    cells: for each caption its (H, W, 3) or (H, W) uint8 pictures
+    columns: captions side by side
+    cell_size: of a picture, in pixels
+    headings: a title over each picture of a caption
     """
+    # Sizes, in pixels.
     font = ImageFont.load_default(size=13)
     per_caption = max(len(row) for row in cells)
     text_width, gap, line = 200, 6, 16
     block_width = text_width + per_caption * (cell_size + gap) + 2 * gap
     block_height, top = cell_size + gap, line + gap if headings else gap
     rows = math.ceil(len(captions) / columns)
+
+    # Headings over every column of captions.
     canvas = Image.new("RGB", (columns * block_width, top + rows * block_height + gap), "white")
     draw = ImageDraw.Draw(canvas)
     for column in range(min(columns, len(captions))):
-        for position, heading in enumerate(headings):
-            x = column * block_width + text_width + gap + position * (cell_size + gap)
+        for index, heading in enumerate(headings):
+            x = column * block_width + text_width + gap + index * (cell_size + gap)
             draw.text((x, gap // 2), heading, fill="black", font=font)
-    for number, (caption, pictures) in enumerate(zip(captions, cells, strict=True)):
-        left = (number // rows) * block_width
-        y = top + (number % rows) * block_height
+
+    # A caption, wrapped, and its pictures to the right of it.
+    for row, (caption, pictures) in enumerate(zip(captions, cells, strict=True)):
+        left = (row // rows) * block_width
+        y = top + (row % rows) * block_height
         wrapped = textwrap.wrap(caption, width=28)[: max(1, cell_size // line)]
         draw.multiline_text((left + gap, y), "\n".join(wrapped), fill="black", font=font, spacing=2)
-        for position, picture in enumerate(pictures):
+        for index, picture in enumerate(pictures):
             tile = Image.fromarray(resize_pixels(picture, cell_size)).convert("RGB")
-            canvas.paste(tile, (left + text_width + gap + position * (cell_size + gap), y))
+            canvas.paste(tile, (left + text_width + gap + index * (cell_size + gap), y))
     return np.asarray(canvas)
 
 
 def attention_picture(
     images: Sequence[np.ndarray], words: Sequence[Sequence[str]], attention: Sequence[np.ndarray], cell_size: int = 96
 ) -> np.ndarray:
-    """Word by word, where a caption looks: a row for each image, first the image, then a heat map over it for each word.
+    """Word attention: a row for each image, first the image, then for each word a heat map over it.
 
-    images: (H, W, 3) uint8; words: of each caption; attention: of each caption (at least as many as words, h, w), >= 0,
-    shown relative to the largest value of its caption. Returns (.., .., 3) uint8.
+    images: (H, W, 3) uint8
+    words: of each caption
+    attention: of each caption (at least as many as words, h, w), >= 0; shown relative to the largest of its caption
+    cell_size: of a picture, in pixels
+
+    Returns (.., .., 3) uint8.
     """
+    # A white canvas for all of them.
     font, gap, line = ImageFont.load_default(size=13), 4, 18
     columns = 1 + max(len(row) for row in words)
     canvas = Image.new(
         "RGB", (columns * (cell_size + gap) + gap, len(images) * (cell_size + line + gap) + gap), "white"
     )
     draw = ImageDraw.Draw(canvas)
+
     for row, (image, caption) in enumerate(zip(images, words, strict=True)):
         top = gap + row * (cell_size + line + gap)
         picture = Image.fromarray(image).resize((cell_size, cell_size), Image.Resampling.BICUBIC)
         canvas.paste(picture, (gap, top + line))
+
+        # Its words, each over its heat map.
         largest = max(float(attention[row][: len(caption)].max()), 1e-12)
         for column, word in enumerate(caption, start=1):
             left = gap + column * (cell_size + gap)
@@ -103,8 +121,8 @@ def attention_picture(
 
 def _heat(picture: Image.Image, attention: np.ndarray) -> Image.Image:
     """The picture, dark where attention (h, w) in [0, 1] is low and reddish where it is high."""
-    weights = Image.fromarray(attention.astype(np.float32))
-    weights = np.asarray(weights.resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
+    coarse = Image.fromarray(attention.astype(np.float32))
+    weights = np.asarray(coarse.resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
     pixels = np.asarray(picture, dtype=np.float32)
     shown = pixels * (0.25 + 0.75 * weights) * (1 - 0.35 * weights) + 0.35 * weights * np.array([255.0, 40.0, 0.0])
     return Image.fromarray(shown.round().clip(0, 255).astype(np.uint8))

@@ -17,9 +17,8 @@ _WORD = re.compile(r"\w+")  # what the originals ask of nltk's RegexpTokenizer; 
 def tokenize(caption: str) -> list[str]:
     """A caption's words as AttnGAN makes them.
 
-    Pairs of U+FFFD (a lost character) become a space, the rest is lower-cased and cut into runs of letters,
-    digits and underscores; characters outside ASCII are dropped from each, and words of which nothing is left
-    with them.
+    Pairs of U+FFFD (a lost character) become a space; the rest is lower-cased and split into runs of letters, digits and
+    underscores. Characters outside ASCII are removed from each word, and words that are then empty.
     """
     words = _WORD.findall(caption.replace("\ufffd\ufffd", " ").lower())
     if caption.isascii():
@@ -32,11 +31,12 @@ class Vocabulary:
     """The words that an encoder knows, each at its index; index 0 is `<end>`, the padding."""
 
     def __init__(self, words: Iterable[str]):
-        """words: all of them in the order of their indices, `<end>` first. Raises DataError if it is not, or
-        one is there twice."""
+        """words: in the order of their indices, `<end>` first. Raises DataError if it is not, or a word occurs twice."""
         self.words = list(words)
         if not self.words or self.words[0] != END:
             raise DataError(f"vocabulary: the first entry must be {END}, not {self.words[:1]}")
+
+        # Lookup by word.
         self._indices = {word: index for index, word in enumerate(self.words)}
         if len(self._indices) != len(self.words):
             twice = next(word for index, word in enumerate(self.words) if self._indices[word] != index)
@@ -58,9 +58,9 @@ class Vocabulary:
         return self.encode_words(tokenize(caption))
 
     def encode_words(self, words: Iterable[str]) -> tuple[list[int], list[str]]:
-        """As `encode`, for words that are cut already. `<end>` is a word like any other here, and so
-        unknown."""
-        indices, unknown = [], []
+        """As `encode`, for a caption that is already split. `<end>` counts as an unknown word."""
+        indices: list[int] = []
+        unknown: list[str] = []
         for word in words:
             index = self._indices.get(word, 0)
             if index:
@@ -79,9 +79,8 @@ class Vocabulary:
 
     @classmethod
     def build(cls, captions: Iterable[str]) -> "Vocabulary":
-        """Every word of the captions, in the order in which they first occur, as AttnGAN's code numbers
-        them."""
-        words = {END: None}
+        """Every word of the captions, in the order of their first occurrence, as in AttnGAN's code."""
+        words: dict[str, None] = {END: None}
         for caption in captions:
             words.update(dict.fromkeys(tokenize(caption)))
         return cls(words)
@@ -113,15 +112,14 @@ def read_words(path: str | Path) -> list[str]:
 def shorten(indices: Sequence[int], max_words: int, rng: np.random.Generator | None) -> list[int]:
     """At most `max_words` of a caption's words, in their order.
 
-    With rng a random choice of them, as in AttnGAN and SSA-GAN; rng None: the first `max_words`, always the
-    same.
+    rng: draws which, as in AttnGAN and SSA-GAN; None: the first `max_words`
     """
     if len(indices) <= max_words:
         return list(indices)
     if rng is None:
         return list(indices[:max_words])
     kept = np.sort(rng.permutation(len(indices))[:max_words])
-    return [indices[position] for position in kept]
+    return [indices[word] for word in kept]
 
 
 def encode_rows(
@@ -129,8 +127,8 @@ def encode_rows(
 ) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
     """Captions that somebody typed -> tokens (N, max_words) int64 padded with 0, lengths (N,) int64, unknown words (N lists).
 
-    Unknown words are left out and handed back, so that the caller can name them; longer captions keep their
-    first `max_words` known words. Raises DataError for a caption that is empty or of which no word is known.
+    Unknown words are left out and returned, so that the caller can name them; longer captions keep their first
+    `max_words` known words. Raises DataError for a caption that is empty or of which no word is known.
     """
     tokens = np.zeros((len(captions), max_words), dtype=np.int64)
     lengths = np.zeros(len(captions), dtype=np.int64)
@@ -139,6 +137,8 @@ def encode_rows(
         indices, missing = vocabulary.encode(caption)
         if not indices:
             raise DataError(_nothing_known(caption, missing))
+
+        # One row, padded.
         indices = vocabulary.shorten(indices, max_words, rng=None)
         tokens[row, : len(indices)] = indices
         lengths[row] = len(indices)
