@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     from training.trainer import train
 
     world = distributed.start(cfg.GPU_ID, cfg.CUDA)
-    return train(cfg, world, resume=cfg.RESTORE, go_on=options.go_on)
+    return train(cfg, world, resume=cfg.RESTORE, resume_if_exists=options.resume_if_exists)
 
 
 def draw(cfg: Mapping, options: argparse.Namespace) -> int:

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         logger.warning("%s: %s has no effect for the encoders", options.cfg, key)
     device = start(cfg.GPU_ID, cfg.CUDA).device
     folder = Path(options.out or Path("DAMSMencoders") / cfg.DATASET_NAME)
-    resume = cfg.RESTORE or (options.go_on and (folder / "last.pth").is_file())
+    resume = cfg.RESTORE or (options.resume_if_exists and (folder / "last.pth").is_file())
     return pretrain(cfg, device, folder, resume=resume, overwrite=options.overwrite)
 
 

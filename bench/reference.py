@@ -7,13 +7,13 @@ as models/, so that weights pass from one to the other and a test can show that 
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from miscc.batch import Batch
 from miscc.errors import ConfigError
 from models.damsm import InceptionEncoder
 from models.kernels import Conv2d
@@ -157,7 +157,7 @@ def plain_matching_loss(similarity: Tensor, class_ids: Tensor) -> tuple[Tensor, 
 class PlainSSAGAN(SSAGAN):
     """The objective on plain networks: the same updates, without the shortcuts."""
 
-    def updates(self, batch: Any, noise: Tensor) -> Iterator[Update]:
+    def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
         generator, discriminator = self.networks["generator"], self.networks["discriminator"]
         images = batch.images
         text = self.networks["text_encoder"](batch.captions, batch.lengths).detach()
@@ -172,11 +172,11 @@ class PlainSSAGAN(SSAGAN):
         hinge = hinge + (F.relu(1 + fake_logits).mean() + F.relu(1 + mismatched_logits).mean()) / 2
         yield Update("discriminator", {"hinge": hinge})
 
-        yield Update("discriminator", {"penalty": self._plain_penalty(images, sentence)})
+        yield Update("discriminator", {"penalty": self._plain_penalty(images, sentence)}, is_penalty=True)
 
         losses = {"adversarial": -discriminator.logits(discriminator.features(fake), sentence).mean()}
         if self.damsm_weight > 0:
-            losses |= {name: self.damsm_weight * loss for name, loss in self._damsm(fake, text, batch).items()}
+            losses |= {name: self.damsm_weight * loss for name, loss in self.damsm_losses(fake, text, batch).items()}
         yield Update("generator", losses)
 
     def _plain_penalty(self, images: Tensor, sentence: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class PlainSSAGAN(SSAGAN):
         norm = flat.square().sum(dim=1).sqrt()
         return self.penalty["weight"] * norm.pow(self.penalty["power"]).mean()
 
-    def _damsm(self, images: Tensor, text: TextFeatures, batch: Any) -> dict[str, Tensor]:
+    def damsm_losses(self, images: Tensor, text: TextFeatures, batch: Batch) -> dict[str, Tensor]:
         regions, code = self.networks["image_encoder"](images)
         words = plain_word_loss(regions, text.words, batch.lengths, batch.class_ids, **self.gammas)
         sentence = plain_sentence_loss(code, text.sentence, batch.class_ids, self.gammas["gamma3"])

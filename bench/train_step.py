@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +22,27 @@ from miscc.config import load_config
 from miscc.distributed import World
 from miscc.errors import ConfigError, run_command
 from models import IMAGE_ENCODERS, SYSTEMS, TEXT_ENCODERS
+from models.adversarial import AdversarialSystem
+from models.types import System, Update
 from training.build import build_networks, build_system, system_keys
+from training.compute import checkpoint_activations, compile_networks, use_channels_last
 from training.ema import EMA
-from training.step import Stepper, adam, checkpoint_activations, compile_networks, use_channels_last
+from training.step import Stepper, make_optimizers
 
 NUM_WORDS, NUM_CLASSES = 5450, 200  # CUB's
+AFTERWARDS = "optimizers, average"  # the phase after all passes
 OURS_ALONE = ("TRAIN.PRECISION", "TRAIN.COMPILE", "TRAIN.CHANNELS_LAST", "TRAIN.ACTIVATION_CHECKPOINTING")
 
 
 class Step:
-    """One training step of a system as the trainer does it: every update with its optimizer, then the average."""
+    """The trainer's own step (training/step.py) on one batch, then the average.
+
+    compiled: whether networks are, so that it cannot be cut into phases.
+    """
 
     def __init__(
         self,
-        system,
+        system: System,
         device: torch.device,
         batch: Batch,
         noise: Tensor,
@@ -42,37 +50,27 @@ class Step:
         stock_adam: bool = False,
     ):
         self.system, self.device, self.batch, self.noise = system, device, batch, noise
-        self.stepper = Stepper(system, World(0, 1, device), precision)
-        groups = system.optimizers()
-        self.parameters = {name: parameters for name, (parameters, _, _) in groups.items()}
-        self.optimizers = {
-            name: torch.optim.Adam(parameters, lr=lr, betas=betas) if stock_adam else adam(parameters, lr, betas)
-            for name, (parameters, lr, betas) in groups.items()
-        }
+        optimizers = make_optimizers(system.optimizers())
+        if stock_adam:
+            optimizers = {
+                name: torch.optim.Adam(parameters, lr=lr, betas=betas)
+                for name, (parameters, lr, betas) in system.optimizers().items()
+            }
+        self.stepper = Stepper(system.updates, optimizers, World(0, 1, device), precision)
         self.average = EMA(system.networks["generator"], 0.999)
         self.compiled = False
 
-    def __call__(self, clock: Callable[[str], None] = lambda phase: None) -> None:
+    def __call__(self, clock: Callable[[str], None] | None = None) -> None:
         """Run it; `clock(phase)` is called at the end of each phase."""
-        updates = iter(self.system.updates(self.batch, self.noise))
-        while True:
-            with self.stepper.computing():
-                update = next(updates, None)
-            if update is None:
-                break
-            part = phase_of(update)
-            clock(f"{part} forward")
-            optimizer, parameters = self.optimizers[update.optimizer], self.parameters[update.optimizer]
-            optimizer.zero_grad(set_to_none=True)
-            torch.stack(list(update.losses.values())).sum().backward()
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            clock("G backward" if update.optimizer == "generator" else f"{part} backward")
-            optimizer.step()
-            clock("optimizers, average")
+
+        def on_phase(update: Update, phase: str) -> None:
+            clock(phase_name(update, phase))
+
+        for _ in self.stepper.steps(self.batch, self.noise, on_phase if clock else None):
+            pass
         self.average.update(self.system.networks["generator"])
-        clock("optimizers, average")
+        if clock:
+            clock(AFTERWARDS)
 
     def phases(self) -> dict[str, float]:
         """Seconds of each phase of one step; none of a compiled one, where hooks would cut up what is compiled."""
@@ -84,15 +82,18 @@ class Step:
         return clock.phases
 
 
-def phase_of(update) -> str:
-    """What an update's part of the step is called."""
-    if list(update.losses) == ["penalty"]:
-        return "penalty"
-    return {"discriminator": "D", "generator": "D for G"}.get(update.optimizer, update.optimizer)
+def phase_name(update: Update, phase: str) -> str:
+    """What the table calls a phase of the stepper."""
+    if phase == "step":
+        return AFTERWARDS
+    if (update.kind, phase) == ("generator", "backward"):
+        return "G backward"  # what comes before it has a name of its own, see `watched`
+    part = {"discriminator": "D", "generator": "D for G"}.get(update.kind, update.kind)
+    return f"{part} {phase}"
 
 
 @contextmanager
-def watched(system, clock: Clock) -> Iterator[None]:
+def watched(system: System, clock: Clock) -> Iterator[None]:
     """The clock also tells the networks' own forward passes and G's backward pass apart, and DAMSM where it is one."""
     names = {"text_encoder": "text encoder", "generator": "G forward", "image_encoder": "DAMSM forward"}
     handles, drawn = [], []
@@ -116,21 +117,19 @@ def watched(system, clock: Clock) -> Iterator[None]:
         if name in names:
             handles.append(network.register_forward_pre_hook(begins))
             handles.append(network.register_forward_hook(ends(name)))
-    damsm = getattr(system, "_damsm", None)
-    if damsm is not None:
 
-        def timed(*arguments):
-            clock("D for G forward" if drawn else "other")
-            value = damsm(*arguments)
-            clock("DAMSM forward")
-            return value
+    def timed(*arguments: Any) -> dict[str, Tensor]:
+        clock("D for G forward" if drawn else "other")
+        losses = type(system).damsm_losses(system, *arguments)
+        clock("DAMSM forward")
+        return losses
 
-        system._damsm = timed
+    if isinstance(system, AdversarialSystem):
+        system.damsm_losses = timed
     try:
         yield
     finally:
-        if damsm is not None:
-            del system._damsm
+        vars(system).pop("damsm_losses", None)
         for handle in handles:
             handle.remove()
 
@@ -163,10 +162,9 @@ def step_of(cfg: Mapping, encoder: str, batch_size: int, device: torch.device) -
     generator = networks["generator"]
     arguments = {"text_dim": text_dim} | ({"image_size": generator.image_size} if encoder == "small" else {})
     networks["image_encoder"] = IMAGE_ENCODERS[encoder](**arguments)
-    for part in ("generator", "discriminator"):
-        for name, parameter in networks[part].named_parameters():
-            if name.endswith("gate"):  # it starts at zero, where denormal gradients would make a CPU slow
-                nn.init.constant_(parameter, 0.1)
+    for network in networks.values():
+        for gate in network.gates():  # zero at the start, where denormal gradients would make a CPU slow
+            nn.init.constant_(gate, 0.1)
     system = build_system(cfg, {name: network.to(device) for name, network in networks.items()})
     system.train()
     batch = random_batch(batch_size, system.image_sizes, cfg.TEXT.WORDS_NUM, device)

@@ -115,7 +115,12 @@ def parser_with_settings(description: str, default_cfg: str) -> argparse.Argumen
     add("--cfg", default=default_cfg, metavar="FILE", help="settings of the experiment")
     add("--set", nargs="+", action="append", default=[], metavar="KEY VALUE", help="change settings, may be repeated")
     add("--resume", action="store_true", help="go on where the newest training of these settings stopped")
-    add("--continue", dest="go_on", action="store_true", help="the same if there is one to go on with, else start")
+    add(
+        "--continue",
+        dest="resume_if_exists",
+        action="store_true",
+        help="the same if there is one to go on with, else start",
+    )
     add_device_option(parser)
     add_data_dir_option(parser, "the same as --set DATA_DIR DIR", "--data_dir")
     add("--manualSeed", type=int, metavar="N", help="the same as --set SEED N")

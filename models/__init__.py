@@ -1,6 +1,6 @@
 """The registries: plain dicts from name to class. A new system is one file here and one line in each dict it serves."""
 
-from torch import nn
+from collections.abc import Mapping
 
 from models.attn_discriminator import AttnDCDiscriminator, AttnDiscriminator, StageDiscriminator
 from models.attn_gan import AttnDCGAN, AttnDCGenerator, AttnGAN, AttnGenerator
@@ -13,15 +13,16 @@ from models.mixed_text import MixedTextEncoder
 from models.sema import SEMA, SEMAGenerator
 from models.sema_modules import FeatureExtractor, Redescriber
 from models.ssa_gan import SSAGAN, SSAGenerator
+from models.types import Discriminator, Generator, Network, System
 
-SYSTEMS: dict[str, type] = {
+SYSTEMS: dict[str, type[System]] = {
     "ssa_gan": SSAGAN,
     "df_gan": DFGAN,
     "sema": SEMA,
     "attn_gan": AttnGAN,
     "attn_dcgan": AttnDCGAN,
 }
-GENERATORS: dict[str, type[nn.Module]] = {
+GENERATORS: dict[str, type[Generator]] = {
     "ssa_gan": SSAGenerator,
     "df_gan": DFGenerator,
     "sema": SEMAGenerator,
@@ -29,7 +30,7 @@ GENERATORS: dict[str, type[nn.Module]] = {
     "attn_gan": AttnGenerator,
     "attn_dcgan": AttnDCGenerator,
 }
-DISCRIMINATORS: dict[str, type[nn.Module]] = {
+DISCRIMINATORS: dict[str, type[Discriminator]] = {
     "ssa_gan": OneWayDiscriminator,
     "df_gan": DFDiscriminator,
     "sema": OneWayDiscriminator,
@@ -38,15 +39,15 @@ DISCRIMINATORS: dict[str, type[nn.Module]] = {
     "attn_dcgan": AttnDCDiscriminator,
     "attn_stage": StageDiscriminator,  # one of AttnGAN's, as its authors' files have it
 }
-TEXT_ENCODERS: dict[str, type[nn.Module]] = {"rnn": TextEncoder, "mixed": MixedTextEncoder, "clip": ClipTextEncoder}
-IMAGE_ENCODERS: dict[str, type[nn.Module]] = {
+TEXT_ENCODERS: dict[str, type[Network]] = {"rnn": TextEncoder, "mixed": MixedTextEncoder, "clip": ClipTextEncoder}
+IMAGE_ENCODERS: dict[str, type[Network]] = {
     "inception": InceptionEncoder,
     "small": SmallImageEncoder,
     "clip": ClipImageEncoder,
 }
 
 # The registry that a network's place in a checkpoint is looked up in.
-NETWORKS = {
+NETWORKS: dict[str, Mapping[str, type[Network]]] = {
     "generator": GENERATORS,
     "generator_ema": GENERATORS,
     "discriminator": DISCRIMINATORS,

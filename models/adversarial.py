@@ -1,17 +1,23 @@
-"""What the systems' objectives share: an Adam for G and one for D, encoders at rest, what the log says of logits."""
+"""What the systems' objectives share: an Adam for G and one for D, frozen encoders, DAMSM's loss, logits in the log."""
 
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from miscc.batch import Batch
+from models.damsm import matching_losses
+from models.types import OptimizerSpec, System, TextFeatures
+
 ENCODERS = ("text_encoder", "image_encoder")
 
 
-class AdversarialSystem:
+class AdversarialSystem(System):
     """A generator against a discriminator, each with an Adam of its own.
 
     networks: by part, see models.types.System; encoders among them stay as they are.
     """
+
+    gammas: Mapping[str, float]  # DAMSM's γ1, γ2, γ3, of systems with that loss
 
     def __init__(
         self,
@@ -24,12 +30,12 @@ class AdversarialSystem:
         self.image_sizes = [networks["generator"].image_size]
         self.generator_lr, self.discriminator_lr, self.betas = generator_lr, discriminator_lr, tuple(betas)
 
-    def optimizers(self) -> dict[str, tuple[list[nn.Parameter], float, tuple[float, float]]]:
-        """{name: (parameters, learning rate, betas)} of D and G."""
+    def optimizers(self) -> dict[str, OptimizerSpec]:
+        """Those of D and G."""
         generator, discriminator = self.networks["generator"], self.networks["discriminator"]
         return {
-            "discriminator": (list(discriminator.parameters()), self.discriminator_lr, self.betas),
-            "generator": (list(generator.parameters()), self.generator_lr, self.betas),
+            "discriminator": OptimizerSpec(list(discriminator.parameters()), self.discriminator_lr, self.betas),
+            "generator": OptimizerSpec(list(generator.parameters()), self.generator_lr, self.betas),
         }
 
     def train(self) -> None:
@@ -42,9 +48,13 @@ class AdversarialSystem:
         """Those that are there."""
         return [self.networks[part] for part in ENCODERS if part in self.networks]
 
+    def damsm_losses(self, images: Tensor, text: TextFeatures, batch: Batch) -> dict[str, Tensor]:
+        """How well images (N, 3, H, W) in [-1, 1] fit their captions: {"words", "sentence"}, without their weight."""
+        return matching_losses(self.networks["image_encoder"], images, text, batch, **self.gammas)
+
 
 def logit_stats(logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """{kind of pair: D's logits (N,)} -> their means, and the means of their signs, for the log."""
+    """{kind of pair: D's logits (N,)} -> their means, and the means of their signs, by their names in the log."""
     values = {name: value.detach().float() for name, value in logits.items()}
-    stats = {f"{name}_logits": value.mean() for name, value in values.items()}
-    return stats | {f"{name}_sign": value.sign().mean() for name, value in values.items()}
+    stats = {f"logits/{name}": value.mean() for name, value in values.items()}
+    return stats | {f"sign/{name}": value.sign().mean() for name, value in values.items()}

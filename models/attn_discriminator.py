@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from models.layers import num_upsamples
+from models.types import Discriminator
 
 ENCODER_STEPS = 4  # halvings in which the channels grow to 8·df_dim; larger images take further ones
 
 
-class StageDiscriminator(nn.Module):
+class StageDiscriminator(Discriminator):
     """Judges images of one size: alone (`unconditional`) and with a sentence (`logits`). Logits, not probabilities.
 
     df_dim: base number of channels; image_size: a power of two from 8 on; sentence_dim: length of sentence features;
@@ -20,7 +21,8 @@ class StageDiscriminator(nn.Module):
     convolutions, beside the batch norm (not of the paper).
     """
 
-    slow_start: ClassVar[bool] = True  # orthogonal weights
+    slow_start = True  # orthogonal weights
+    compiled_methods = ("features", "logits", "unconditional")
 
     def __init__(
         self,
@@ -70,13 +72,15 @@ class StageDiscriminator(nn.Module):
         return self.logits(self.features(images), sentence)
 
 
-class AttnDiscriminator(nn.Module):
+class AttnDiscriminator(Discriminator):
     """The discriminators of all stages as one network: what one optimizer trains and one checkpoint entry holds.
 
     base_size: pixels of the first stage; num_stages: each doubles the size; others as StageDiscriminator.
     """
 
-    slow_start: ClassVar[bool] = True
+    slow_start = True
+    compiled_methods = ()  # the stages'
+    has_stages = True
     judges_alone: ClassVar[bool] = True
     every_stage: ClassVar[bool] = True
 
@@ -103,7 +107,7 @@ class AttnDiscriminator(nn.Module):
         """images coarse to fine, (N, 3, H, W) each, and their captions (N, D) -> logits (N,) of every stage."""
         return [stage(scale, sentence) for stage, scale in zip(self.stages, images, strict=True)]
 
-    def with_stages(self, stages: Sequence[nn.Module]) -> "AttnDiscriminator":
+    def with_stages(self, stages: Sequence[Discriminator]) -> "AttnDiscriminator":
         """A network like this one around given stages, of which it takes those of its image sizes.
 
         Raises ValueError where a size is missing or a stage is of another kind.

@@ -5,19 +5,19 @@ the paper and from what is known of the released code's behaviour. The discrimin
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from miscc.batch import Batch
 from miscc.losses import binary_discriminator_loss, binary_generator_loss, kl_to_standard_normal
 from models.adversarial import AdversarialSystem
 from models.attn_discriminator import StageDiscriminator, initialise
-from models.damsm import matching_losses
 from models.kernels import Upsample2x, conv_after_upsample_2x
 from models.layers import num_upsamples
 from models.modes import no_parameter_grad
-from models.types import GeneratorOutput, TextFeatures, Update
+from models.types import Generator, GeneratorOutput, TextFeatures, Update
 
 WIDEST = 16  # channels at 4×4 are at most this times gf_dim, as at the published 64 px
 
@@ -120,7 +120,7 @@ class Refinement(nn.Module):
         return self.up(self.residual(torch.cat([x, context], dim=1))), attention
 
 
-class AttnGenerator(nn.Module):
+class AttnGenerator(Generator):
     """noise and words -> an image at every stage, with the word attention of all but the first.
 
     gf_dim: base number of channels; z_dim, condition_dim: lengths of noise and augmented condition; sentence_dim: length
@@ -178,6 +178,9 @@ class AttnGenerator(nn.Module):
             images.append(self.to_rgb[0](x))
         return GeneratorOutput(images=images, attention=attention, mu=mu, logvar=logvar)
 
+    def activation_blocks(self) -> list[nn.Module]:
+        return [*self.refinements, *self.to_rgb]
+
     @property
     def condition_dim(self) -> int:
         return self.noise_dim - self.z_dim
@@ -231,7 +234,7 @@ class AttnGAN(AdversarialSystem):
         self.damsm_weight = damsm_weight * damsm_factor
         self.gammas = {"gamma1": gamma1, "gamma2": gamma2, "gamma3": gamma3}
 
-    def updates(self, batch: Any, noise: Tensor) -> Iterator[Update]:
+    def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
         """Discriminators of all stages, then the generator."""
         discriminator = self.networks["discriminator"]
         text = self.networks["text_encoder"](batch.captions, batch.lengths).detach()
@@ -252,7 +255,7 @@ class AttnGAN(AdversarialSystem):
             stats = self._by_size("adversarial", losses) | {"sigma_mean": (fake.logvar.detach() / 2).exp().mean()}
             total = {"adversarial": torch.stack(losses).sum(), "kl": kl_to_standard_normal(fake.mu, fake.logvar)}
             if self.damsm_weight > 0:
-                damsm = matching_losses(self.networks["image_encoder"], fake.images[-1], text, batch, **self.gammas)
+                damsm = self.damsm_losses(fake.images[-1], text, batch)
                 total |= {name: self.damsm_weight * loss for name, loss in damsm.items()}
             yield Update("generator", total, stats)
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miscc.errors import CheckpointError
-from models.types import TextFeatures
+from models.types import Network, TextFeatures
 
 HEAD_DIM = 64  # channels of an attention head in every CLIP
 LAYERS = (1, 4, 8)  # blocks after which GALIP's discriminator reads the ViT-B/32, counted from 0
@@ -73,7 +73,7 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(TransformerBlock(width, activation) for _ in range(num_blocks))
 
 
-class ClipImageEncoder(nn.Module):
+class ClipImageEncoder(Network):
     """CLIP's ViT. Frozen by whoever trains with it: it has no mode of its own and no dropout.
 
     image_size: pixels that it reads; patch_size: pixels of a token; width, num_blocks: of the Transformer; text_dim: length
@@ -145,7 +145,7 @@ class ClipImageEncoder(nn.Module):
         return maps, x
 
 
-class ClipTextEncoder(nn.Module):
+class ClipTextEncoder(Network):
     """CLIP's text tower. A caption's features are those of its last token, `<|endoftext|>`, the largest index there is.
 
     vocabulary_size: byte-pair tokens; max_words: tokens of a caption at most; width, num_blocks: of the Transformer;

@@ -1,23 +1,24 @@
 """DAMSM's encoders (Xu et al., CVPR 2018, arXiv 1711.10485): captions and images into one space."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import inception_v3
 
+from miscc.batch import Batch
 from miscc.distributed import all_gather_with_grad
 from miscc.losses import sentence_loss, word_loss
-from models.types import TextFeatures
+from models.types import ImageEncoder, Network, TextFeatures
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Network):
     """Embedding, dropout, one bidirectional recurrent layer. 0 is the padding index.
 
     vocabulary_size: entries with `<end>`; text_dim: length of a word feature, half of it for each direction; rnn_type:
-    "LSTM" or "GRU"; max_words: longest caption it was trained with (kept for whoever feeds it).
+    "LSTM" or "GRU"; max_words: longest caption it was trained with (kept for its callers).
     """
+
+    compiled_methods = ()  # the compiler cannot follow packed sequences
 
     def __init__(
         self,
@@ -57,14 +58,13 @@ class TextEncoder(nn.Module):
         return TextFeatures(sentence=torch.cat([hidden[0], hidden[1]], dim=1), words=words.transpose(1, 2), mask=mask)
 
 
-class InceptionEncoder(nn.Module):
+class InceptionEncoder(ImageEncoder):
     """Inception-v3, frozen, with two trained heads: Mixed_6e -> 17×17 regions, pooled Mixed_7c -> the global code.
 
     Images are resized to 299 px (bilinear) and not normalised beyond [-1, 1], as the released weights expect.
     """
 
     image_size = 299
-    batch_statistics = False  # True: the trunk's batch norm follows the mode, as in the authors' fine-tuning
 
     def __init__(self, text_dim: int = 256):
         super().__init__()
@@ -102,7 +102,7 @@ class InceptionEncoder(nn.Module):
         return regions, self.code_head(x.mean(dim=(2, 3)))
 
 
-class SmallImageEncoder(nn.Module):
+class SmallImageEncoder(ImageEncoder):
     """A light convolutional encoder, trained from scratch: for small images and CPUs. Not of any paper; ours.
 
     image_size: a power of two from 16 on; other images are resized to it. Regions are an 8×8 grid.
@@ -145,7 +145,7 @@ def matching_losses(
     image_encoder: nn.Module,
     images: Tensor,
     text: TextFeatures,
-    batch: Any,
+    batch: Batch,
     gamma1: float,
     gamma2: float,
     gamma3: float,

@@ -5,21 +5,22 @@ followed: γ and β see the noise beside the sentence, and the mismatched pairs 
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from miscc.batch import Batch
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, matching_aware_gradient_penalty
 from models.adversarial import AdversarialSystem, logit_stats
 from models.layers import FusionBlock, OneWayDiscriminator, num_upsamples
 from models.modes import full_precision, no_parameter_grad
-from models.types import GeneratorOutput, TextFeatures, Update
+from models.types import Generator, GeneratorOutput, TextFeatures, Update
 
 CHANNELS = (8, 8, 8, 8, 4, 2, 1)  # of nf: of the 4×4 features, then after each block at 256 px
 
 
-class DFGenerator(nn.Module):
+class DFGenerator(Generator):
     """noise and sentence -> image. Each block doubles the size, then fuses [noise, sentence] in by affine layers.
 
     nf: base number of channels; image_size: a power of two from 8 on.
@@ -44,6 +45,9 @@ class DFGenerator(nn.Module):
         for block in self.blocks:
             x = block(x, condition, doubles=True)
         return GeneratorOutput(images=[self.to_rgb(x)])
+
+    def activation_blocks(self) -> list[nn.Module]:
+        return list(self.blocks)
 
 
 class DFDiscriminator(OneWayDiscriminator):
@@ -95,7 +99,7 @@ class DFGAN(AdversarialSystem):
         super().__init__(networks, generator_lr, discriminator_lr, betas)
         self.penalty = {"weight": penalty_weight, "power": penalty_power}
 
-    def updates(self, batch: Any, noise: Tensor) -> Iterator[Update]:
+    def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
         """Discriminator, then generator."""
         generator, discriminator = self.networks["generator"], self.networks["discriminator"]
         text = self.networks["text_encoder"](batch.captions, batch.lengths).detach()

@@ -7,12 +7,13 @@ D reads, and the fake images' features are computed once for both steps.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miscc.batch import Batch
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, matching_aware_gradient_penalty
 from models.adversarial import AdversarialSystem, logit_stats
 from models.clip_features import ClipImageEncoder, Transformer, to_map
@@ -20,7 +21,7 @@ from models.df_gan import CHANNELS
 from models.kernels import Conv2d, LeakyReLU
 from models.layers import AffineFusion, FusionBlock
 from models.modes import full_precision, no_parameter_grad
-from models.types import GeneratorOutput, TextFeatures, Update
+from models.types import Discriminator, Generator, GeneratorOutput, TextFeatures, Update
 
 GRID = 7  # patches of a row: what G starts from and D's head ends with
 CODE_CHANNELS, MIDDLE_CHANNELS, NUM_MAPPING_BLOCKS = 64, 32, 4
@@ -91,7 +92,7 @@ class PromptedViT(nn.Module):
         return to_map(x[:, 1:], GRID)
 
 
-class GALIPGenerator(nn.Module):
+class GALIPGenerator(Generator):
     """noise and sentence -> image: bridge features that a frozen, prompted ViT carries on, then fusion blocks of growing size.
 
     nf: base number of channels; image_size: what CLIP reads, above 8; width, num_blocks: of CLIP's ViT, which must cut images
@@ -136,6 +137,9 @@ class GALIPGenerator(nn.Module):
         )
         self.to_rgb = nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(channels[-1], 3, 3, padding=1))
 
+    def activation_blocks(self) -> list[nn.Module]:
+        return [*self.mapping_blocks, *self.blocks]
+
     def bridge_features(self, noise: Tensor, condition: Tensor) -> Tensor:  # (N, z_dim), (N, D) -> (N, width, 7, 7)
         x = self.fc(noise).view(len(noise), CODE_CHANNELS, GRID, GRID)
         for block in self.mapping_blocks:
@@ -175,11 +179,13 @@ class PatchBlock(nn.Module):
         return out if extra is None else out + self.extra_gate * extra
 
 
-class GALIPDiscriminator(nn.Module):
+class GALIPDiscriminator(Discriminator):
     """CLIP's patch features of an image after several blocks, and the sentence, give one logit. CLIP itself is not in here.
 
     width: channels of the maps; num_maps: how many there are; channels: of the joined features; sentence_dim: of the sentence.
     """
+
+    compiled_methods = ("features", "logits")
 
     def __init__(
         self,
@@ -201,6 +207,10 @@ class GALIPDiscriminator(nn.Module):
             LeakyReLU(),
             Conv2d(head_channels, 1, GRID - 3, bias=False),
         )
+
+    def gates(self) -> list[nn.Parameter]:
+        extra_gates = [block.extra_gate for block in self.blocks]
+        return [*(block.gate for block in self.blocks), *extra_gates, self.last.gate]
 
     def features(self, maps: Sequence[Tensor]) -> Tensor:  # num_maps times (N, width, 7, 7) -> (N, channels, 7, 7)
         x = maps[0]
@@ -248,7 +258,7 @@ class GALIP(AdversarialSystem):
         self.penalty = {"weight": penalty_weight, "power": penalty_power}
         self.similarity_weight = similarity_weight
 
-    def updates(self, batch: Any, noise: Tensor) -> Iterator[Update]:
+    def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
         """Discriminator, then generator."""
         generator, discriminator = self.networks["generator"], self.networks["discriminator"]
         image_encoder = self.networks["image_encoder"]

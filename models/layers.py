@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from models.kernels import Conv2d, LeakyReLU, avg_pool_2x, conv_after_upsample_2x, upsample_2x
+from models.types import Discriminator
 
 
 class DownBlock(nn.Module):
@@ -34,12 +35,14 @@ class DownBlock(nn.Module):
         return shortcut + self.gate * self.residual(x)
 
 
-class OneWayDiscriminator(nn.Module):
+class OneWayDiscriminator(Discriminator):
     """The one-way discriminator of SSA-GAN and DF-GAN: image features, joined with the sentence, give one logit.
 
     nf: base number of channels; image_size: a power of two from 8 on; multipliers: of nf after each down block, the
     last one repeated for larger images; sentence_dim: length of the sentence features.
     """
+
+    compiled_methods = ("features", "logits")
 
     def __init__(
         self,
@@ -68,6 +71,9 @@ class OneWayDiscriminator(nn.Module):
             for module in list(self.modules()):
                 if isinstance(module, nn.Conv2d):
                     spectral_norm(module)
+
+    def gates(self) -> list[nn.Parameter]:
+        return [block.gate for block in self.blocks]
 
     def features(self, images: Tensor) -> Tensor:  # (N, 3, H, W) in [-1, 1] -> (N, C, 4, 4)
         x = self.from_rgb(images)

@@ -15,20 +15,22 @@ from torch import Tensor, nn
 
 from miscc.errors import CheckpointError
 from models.damsm import TextEncoder
-from models.types import TextFeatures
+from models.types import Network, TextFeatures
 
 # Entries of a Transformer's description that say where its code comes from, or how to run it.
 NOT_TAKEN = ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation",
              "_attn_implementation_internal", "_attn_implementation_autoset")  # fmt: skip
 
 
-class MixedTextEncoder(nn.Module):
+class MixedTextEncoder(Network):
     """Words of the recurrent encoder; sentence = half its own, half the Transformer's. The Transformer is never trained.
 
     transformer: its Hugging Face configuration; pieces: the word pieces of each word of the vocabulary; first, last: the
     pieces before and after a caption ([CLS], [SEP]); recurrent: the arguments of models.damsm.TextEncoder; module: the
     Transformer itself, instead of an untrained one of that configuration.
     """
+
+    compiled_methods = ()
 
     def __init__(
         self,
@@ -121,7 +123,7 @@ def mixed_text_encoder(text_encoder: nn.Module, words: Sequence[str], folder: st
             f"TEXT.TRANSFORMER: the tokenizer in {folder} does not cut captions word by word between [CLS] and [SEP]; "
             f"take a BERT"
         )
-    recurrent = getattr(text_encoder, "recurrent", text_encoder)
+    recurrent = text_encoder.recurrent if isinstance(text_encoder, MixedTextEncoder) else text_encoder
     config = json.loads(module.config.to_json_string())
     mixed = MixedTextEncoder(
         transformer=config, pieces=pieces, first=first, last=last, module=module, **recurrent.arguments

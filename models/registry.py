@@ -8,15 +8,16 @@ from torch import nn
 
 from miscc.errors import CheckpointError
 from models import NETWORKS
+from models.types import Network
 
 
-def to_state(name: str, module: nn.Module) -> dict[str, Any]:
+def to_state(name: str, module: Network) -> dict[str, Any]:
     """A network as plain data: its registry name, constructor arguments and tensors."""
     return {"name": name, "arguments": dict(module.arguments), "state": module.state_dict()}
 
 
-def from_state(entry: Mapping[str, Any], registry: Mapping[str, type[nn.Module]]) -> nn.Module:
-    """The network of a `record`, with its weights. Raises CheckpointError for a network that this version does not know."""
+def from_state(entry: Mapping[str, Any], registry: Mapping[str, type[Network]]) -> Network:
+    """The network of a `to_state`, with its weights. Raises CheckpointError for a network that this version does not know."""
     if entry["name"] not in registry:
         raise CheckpointError(
             f"the checkpoint holds a network {entry['name']!r}, which this version does not know (it knows: "
@@ -27,13 +28,12 @@ def from_state(entry: Mapping[str, Any], registry: Mapping[str, type[nn.Module]]
     return module
 
 
-def skip_init(kind: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
+def skip_init(kind: type[Network], arguments: Mapping[str, Any]) -> Network:
     """A network on the CPU whose tensors a state dict will fill.
 
-    A class that says `slow_start = True` draws initial weights for seconds, and all its tensors are in its state dict: it
-    is built without values.
+    Classes with `slow_start` are built without values.
     """
-    if not getattr(kind, "slow_start", False):
+    if not kind.slow_start:
         return kind(**arguments)
     with torch.device("meta"):
         module = kind(**arguments)

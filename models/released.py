@@ -19,6 +19,7 @@ from miscc.errors import CheckpointError
 from models import DISCRIMINATORS, GENERATORS, IMAGE_ENCODERS, TEXT_ENCODERS
 from models.registry import skip_init
 from models.released_formats import FORMATS, Format, State
+from models.types import Discriminator, Network
 
 
 @contextmanager
@@ -41,7 +42,7 @@ def load_discriminator(state_dict: Mapping[str, Any]) -> nn.Module:
     return _load(state_dict, "discriminator", DISCRIMINATORS)
 
 
-def load_discriminator_files(path: str | Path, like: nn.Module) -> nn.Module:
+def load_discriminator_files(path: str | Path, like: Discriminator) -> nn.Module:
     """The authors' discriminator in a file, as a network like `like`.
 
     Where that one has stages, AttnGAN's, the path names the first of netD0.pth, netD1.pth, ..., and those beside it are
@@ -50,7 +51,7 @@ def load_discriminator_files(path: str | Path, like: nn.Module) -> nn.Module:
     path = Path(path)
     with naming(path):
         first = load_discriminator(load_file(path))
-    if not hasattr(like, "with_stages"):
+    if not like.has_stages:
         return first
     stages = [first]
     while (beside := path.with_name(re.sub(r"D0(?=\D)", f"D{len(stages)}", path.name))).is_file() and beside != path:
@@ -123,7 +124,7 @@ def holds(value: Any, part: str) -> bool:
     return form is not None and form.part == part
 
 
-def _load(state_dict: Mapping[str, Any], part: str, registry: Mapping[str, type[nn.Module]]) -> nn.Module:
+def _load(state_dict: Mapping[str, Any], part: str, registry: Mapping[str, type[Network]]) -> Network:
     state = unwrap(state_dict, part)
     form = recognise(state)
     if form is None or form.part != part:

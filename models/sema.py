@@ -19,14 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miscc.batch import Batch
 from miscc.losses import hinge_generator_loss, semantic_distance
 from models.df_gan import CHANNELS, DFGAN
 from models.layers import FusionBlock, num_upsamples
 from models.modes import no_parameter_grad
-from models.types import GeneratorOutput, TextFeatures, Update
+from models.types import Generator, GeneratorOutput, OptimizerSpec, TextFeatures, Update
 
 
-class SEMAGenerator(nn.Module):
+class SEMAGenerator(Generator):
     """noise and sentence -> image: DF-GAN's early form, whose first block works at 4×4 and the others on doubled features.
 
     nf: base number of channels; image_size: a power of two from 8 on; hidden: width of the layers that predict γ and β.
@@ -55,6 +56,9 @@ class SEMAGenerator(nn.Module):
         for number, block in enumerate(self.blocks):
             x = block(x, condition, doubles=number > 0)
         return GeneratorOutput(images=[self.to_rgb(x)])
+
+    def activation_blocks(self) -> list[nn.Module]:
+        return list(self.blocks)
 
 
 class SEMA(DFGAN):
@@ -94,13 +98,13 @@ class SEMA(DFGAN):
         super().__init__(networks, **settings)
         self.redescription_weight, self.feature_weight, self.margin = redescription_weight, feature_weight, margin
 
-    def optimizers(self) -> dict[str, tuple[list[nn.Parameter], float, tuple[float, float]]]:
+    def optimizers(self) -> dict[str, OptimizerSpec]:
         groups = super().optimizers()
         for part in self.EXTRA_NETWORKS:
-            groups[part] = (list(self.networks[part].parameters()), self.discriminator_lr, self.betas)
+            groups[part] = OptimizerSpec(list(self.networks[part].parameters()), self.discriminator_lr, self.betas)
         return groups
 
-    def updates(self, batch: Any, noise: Tensor) -> Iterator[Update]:
+    def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
         """Discriminator, R, F, generator."""
         networks, real_images = self.networks, batch.images
         text = networks["text_encoder"](batch.captions, batch.lengths).detach()

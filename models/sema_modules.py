@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import num_upsamples
+from models.types import Network
 
 GRID = 8  # the trunk's features are GRID × GRID
 MULTIPLIERS = (2, 4, 8)  # of nf after each halving, the last one repeated
@@ -30,7 +31,7 @@ class ImageTrunk(nn.Sequential):
         self.channels = channels
 
 
-class Redescriber(nn.Module):
+class Redescriber(Network):
     """R: writes an image back into a sentence state.
 
     Convolutional features are keys and values; an LSTM looks at them by scaled dot-product attention, once a step, and a
@@ -64,11 +65,13 @@ class Redescriber(nn.Module):
         return self.sentence(hidden)
 
 
-class FeatureExtractor(nn.Module):
+class FeatureExtractor(Network):
     """F: features of an image, learned by telling real images from fake ones.
 
     nf: base number of channels; image_size: a power of two from 8 on; feature_dim: length of the features.
     """
+
+    compiled_methods = ("logits", "forward")
 
     def __init__(self, nf: int = 32, image_size: int = 256, feature_dim: int = 256):
         super().__init__()

@@ -5,19 +5,19 @@ code is the default, and the paper's form a setting.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miscc.batch import Batch
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, matching_aware_gradient_penalty
 from models.adversarial import AdversarialSystem, logit_stats
-from models.damsm import matching_losses
 from models.kernels import batch_norm_before_upsample_2x, masked_affine, upsample_2x
 from models.layers import num_upsamples
 from models.modes import full_precision, no_parameter_grad
-from models.types import GeneratorOutput, TextFeatures, Update
+from models.types import Generator, GeneratorOutput, OptimizerSpec, TextFeatures, Update
 
 CHANNELS = (8, 8, 8, 8, 4, 2, 1)  # of nf, block by block at 256 px
 
@@ -87,12 +87,14 @@ def mask_predictor(channels: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(channels, 100, 3, padding=1), nn.BatchNorm2d(100), nn.ReLU(), nn.Conv2d(100, 1, 1))
 
 
-class SSAGenerator(nn.Module):
+class SSAGenerator(Generator):
     """noise and sentence -> image, with the mask of every block.
 
     nf: base number of channels; image_size: a power of two from 8 on; sscbn: "code" or "paper"; upsample: "nearest"
     (code) or "bilinear" (paper); mask: "predicted", or "ones" to switch the spatial part off (an ablation).
     """
+
+    predicts_masks = True
 
     def __init__(
         self,
@@ -140,6 +142,12 @@ class SSAGenerator(nn.Module):
             x = block(x, sentence, masks[-1])
             mask_logits = block.mask_predictor(x) if block.mask_predictor is not None else mask_logits
         return GeneratorOutput(images=[self.to_rgb(x)], masks=masks)
+
+    def activation_blocks(self) -> list[nn.Module]:
+        return list(self.blocks)
+
+    def gates(self) -> list[nn.Parameter]:
+        return [block.gate for block in self.blocks]
 
     def _sized_for_block(self, x: Tensor) -> Tensor:
         """What a block is given: features at the size of its mask, or as they are, where it doubles them itself."""
@@ -202,32 +210,33 @@ class SSAGAN(AdversarialSystem):
         self.finetune_encoders, self.finetune_lr = finetune_encoders, finetune_lr
         self.finetune_mode = finetune_mode
 
-    def optimizers(self) -> dict[str, tuple[list[nn.Parameter], float, tuple[float, float]]]:
+    def optimizers(self) -> dict[str, OptimizerSpec]:
         groups = super().optimizers()
         if self.finetune_encoders:
             text_encoder, image_encoder = self.networks["text_encoder"], self.networks["image_encoder"]
             trained = [*text_encoder.parameters(), *image_encoder.head_parameters()]
-            groups["encoders"] = (trained, self.finetune_lr, self.betas)
+            groups["encoders"] = OptimizerSpec(trained, self.finetune_lr, self.betas)
         return groups
 
     def train(self) -> None:
         super().train()
         batch_statistics = self.finetune_encoders and self.finetune_mode == "train"
+        if "image_encoder" in self.networks:
+            self.networks["image_encoder"].batch_statistics = batch_statistics
         for encoder in self.encoders():
-            encoder.batch_statistics = batch_statistics
             encoder.train(batch_statistics)
         if self.finetune_encoders:
             self.networks["text_encoder"].requires_grad_(True)
             for parameter in self.networks["image_encoder"].head_parameters():
                 parameter.requires_grad_(True)
 
-    def updates(self, batch: Any, noise: Tensor) -> Iterator[Update]:
+    def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
         """Discriminator, penalty, (encoders,) generator, in the originals' order."""
         generator, discriminator = self.networks["generator"], self.networks["discriminator"]
         real_images = batch.images
         encoded = self.networks["text_encoder"](batch.captions, batch.lengths)
         if self.finetune_encoders:
-            yield Update("encoders", self._damsm(real_images, encoded, batch))
+            yield Update("encoders", self.damsm_losses(real_images, encoded, batch))
         text = encoded.detach()
         fake = generator(noise, text)
 
@@ -237,12 +246,12 @@ class SSAGAN(AdversarialSystem):
             yield Update("discriminator", losses, stats)
         else:
             yield Update("discriminator", losses, stats)
-            yield Update("discriminator", {"penalty": self._penalty(real_images, text.sentence)})
+            yield Update("discriminator", {"penalty": self._penalty(real_images, text.sentence)}, is_penalty=True)
 
         with no_parameter_grad(discriminator, *self.encoders()):
             losses = {"adversarial": hinge_generator_loss(discriminator(fake.images[-1], text.sentence))}
             if self.damsm_weight > 0:
-                damsm = self._damsm(fake.images[-1], text, batch)
+                damsm = self.damsm_losses(fake.images[-1], text, batch)
                 losses |= {name: self.damsm_weight * loss for name, loss in damsm.items()}
             yield Update("generator", losses, {"mask_mean": fake.masks[-1].detach().mean()})
 
@@ -265,6 +274,3 @@ class SSAGAN(AdversarialSystem):
         with full_precision(real_images.device):
             logits = self.networks["discriminator"](real_images, sentence)
             return matching_aware_gradient_penalty(logits, real_images, sentence, **self.penalty)
-
-    def _damsm(self, images: Tensor, text: TextFeatures, batch: Any) -> dict[str, Tensor]:
-        return matching_losses(self.networks["image_encoder"], images, text, batch, **self.gammas)

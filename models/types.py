@@ -1,14 +1,23 @@
-"""What passes between networks and trainer: text features, a generator's output, the protocol of a system."""
+"""Contracts: what passes between networks, systems and trainer, and what each of them must declare. No maths here."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from miscc.batch import Batch
+
+# -- what passes ---------------------------------------------------------------------------------------------------
+
 
 class TextFeatures(NamedTuple):
-    """What a text encoder says of N captions: sentence (N, D), words (N, D, T), mask (N, T) with True = padding."""
+    """What a text encoder gives for N captions.
+
+    sentence: (N, D).
+    words: (N, D, T).
+    mask: (N, T), True = padding.
+    """
 
     sentence: Tensor
     words: Tensor
@@ -24,8 +33,13 @@ class TextFeatures(NamedTuple):
 
 @dataclass
 class GeneratorOutput:
-    """images: (N, 3, H, W) in [-1, 1], coarse to fine; masks: (N, 1, h, w) in [0, 1]; attention: (N, T, h, w), coarse
-    to fine, where the system has any; mu, logvar (N, C): of AttnGAN's conditioning augmentation."""
+    """What a generator gives for N captions.
+
+    images: (N, 3, H, W) in [-1, 1], coarse to fine.
+    masks: (N, 1, h, w) in [0, 1], where the generator predicts masks.
+    attention: (N, T, h, w), coarse to fine, where the generator attends to words.
+    mu, logvar: (N, C), of AttnGAN's conditioning augmentation.
+    """
 
     images: list[Tensor]
     masks: list[Tensor] = field(default_factory=list)
@@ -37,50 +51,148 @@ class GeneratorOutput:
 class Update(NamedTuple):
     """One optimizer step: minimise the sum of `losses` with the optimizer of this name.
 
-    losses: {name: scalar}; stats: {name: tensor or number} that only go to the log.
+    losses: {name: scalar}, logged as loss/name.
+    stats: {name in the log: scalar}, for the log alone.
+    is_penalty: True for a step of its own that minimises a gradient penalty; the log and the benchmark keep it apart
+        from the other steps of the same optimizer.
     """
 
     optimizer: str
     losses: Mapping[str, Tensor]
-    stats: Mapping[str, Any] = {}
+    stats: Mapping[str, Tensor | float] = {}
+    is_penalty: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What log and benchmark call this step: the optimizer's name, or "penalty"."""
+        return "penalty" if self.is_penalty else self.optimizer
 
 
-class Generator(Protocol):
-    """What every generator says of itself, beside being a module with `arguments` to its constructor."""
+class OptimizerSpec(NamedTuple):
+    """What Adam needs to know: parameters, learning rate, betas."""
 
-    image_size: int  # of the largest image it makes, pixels
-    z_dim: int  # length of the noise z
-    noise_dim: int  # random numbers that one image takes: z_dim, or more where the system draws others, too
-
-    def __call__(self, noise: Tensor, text: TextFeatures) -> GeneratorOutput:
-        """noise (N, noise_dim), standard normal -> images of every stage."""
-        ...
+    parameters: list[nn.Parameter]
+    lr: float
+    betas: tuple[float, float]
 
 
-class System(Protocol):
-    """One paper: its networks and its objective. The trainer knows a system by this and nothing else.
+# -- networks ------------------------------------------------------------------------------------------------------
 
-    The class names the settings of its parts as {argument: key}; so a key that no part names has no effect. A class may
-    also have EXTRA_NETWORKS = {part: {argument: key}}, networks beyond G and D that are built, trained and saved alike
-    (their registries are in models.NETWORKS), and TEXT_SETTINGS, what is made of the text encoder for this system.
+
+class Network(nn.Module):
+    """What every network declares.
+
+    arguments: of its constructor; with the state dict they are all that a checkpoint keeps of a network.
+    slow_start: True where drawing initial weights takes seconds; a network that is loaded is then built without values
+        (all its tensors must be in its state dict).
+    compiled_methods: what TRAIN.COMPILE compiles: the methods that training calls. A network made of other Networks
+        leaves that to them.
     """
 
-    GENERATOR_SETTINGS: ClassVar[Mapping[str, str]]
-    DISCRIMINATOR_SETTINGS: ClassVar[Mapping[str, str]]
-    OBJECTIVE_SETTINGS: ClassVar[Mapping[str, str]]
-    SHOWN: ClassVar[tuple[str, ...]]  # logged values that also stand behind the progress bar
+    arguments: dict[str, Any]
+    slow_start: ClassVar[bool] = False
+    compiled_methods: ClassVar[tuple[str, ...]] = ("forward",)
 
-    networks: dict[str, nn.Module]  # "generator", "discriminator", "text_encoder", "image_encoder": what is saved
-    image_sizes: list[int]  # of the real images a step needs, coarse to fine
+    def gates(self) -> Sequence[nn.Parameter]:
+        """Learned factors of residual branches that start at zero: until they move, the branch has no effect."""
+        return []
 
-    def optimizers(self) -> Mapping[str, tuple[list[nn.Parameter], float, tuple[float, float]]]:
-        """{name: (parameters, learning rate, betas)}."""
-        ...
+
+class Generator(Network):
+    """What every generator declares.
+
+    image_size: of the largest image it makes, pixels.
+    z_dim: length of the noise z.
+    noise_dim: random numbers that one image takes: z_dim, or more where the system draws others, too.
+    num_attending: number of word attention maps in its output.
+    predicts_masks: whether its output has masks.
+    """
+
+    image_size: int
+    z_dim: int
+    noise_dim: int
+    num_attending: int = 0
+    predicts_masks: bool = False
+
+    def forward(self, noise: Tensor, text: TextFeatures) -> GeneratorOutput:
+        """noise (N, noise_dim), standard normal -> images of every stage."""
+        raise NotImplementedError
+
+    def activation_blocks(self) -> Sequence[nn.Module]:
+        """The parts that TRAIN.ACTIVATION_CHECKPOINTING computes again in the backward pass; none: not supported."""
+        return []
+
+
+class Discriminator(Network):
+    """What every discriminator declares. Which methods there are beside, its objective knows.
+
+    has_stages: whether it is made of one discriminator for each image size, which the authors keep in a file each.
+    """
+
+    has_stages: ClassVar[bool] = False
+
+    def with_stages(self, stages: Sequence["Discriminator"]) -> "Discriminator":
+        """A network like this one around given stages. Raises ValueError where they do not fit."""
+        raise ValueError("this discriminator has no stages")
+
+
+class ImageEncoder(Network):
+    """What every image encoder declares.
+
+    image_size: pixels; other images are resized to it.
+    batch_statistics: True: a pretrained trunk's batch norm follows the mode, as in SSA-GAN's fine-tuning; False: it keeps
+        its statistics. Without effect where nothing is pretrained.
+    """
+
+    image_size: int
+    batch_statistics: bool = False
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """What training changes."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images (N, 3, H, W) in [-1, 1] -> regions (N, D, h, w), code (N, D)."""
+        raise NotImplementedError
+
+
+# -- systems -------------------------------------------------------------------------------------------------------
+
+
+class System:
+    """One paper: its networks and its objective. The trainer knows a system by this and nothing else.
+
+    The settings of its parts are {argument: key}; a key that no part names has no effect.
+
+    EXTRA_NETWORKS: {part: {argument: key}}, networks beyond G and D that are built, trained and saved alike (their
+        registries are in models.NETWORKS).
+    TEXT_SETTINGS: what is made of the text encoder for this system.
+    SHOWN: logged values that also stand behind the progress bar.
+    networks: "generator", "discriminator", "text_encoder", "image_encoder", and others: what is saved.
+    image_sizes: of the real images that a step needs, pixels, coarse to fine.
+    """
+
+    GENERATOR_SETTINGS: ClassVar[Mapping[str, str]] = {}
+    DISCRIMINATOR_SETTINGS: ClassVar[Mapping[str, str]] = {}
+    EXTRA_NETWORKS: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    TEXT_SETTINGS: ClassVar[Mapping[str, str]] = {}
+    OBJECTIVE_SETTINGS: ClassVar[Mapping[str, str]] = {}
+    SHOWN: ClassVar[tuple[str, ...]] = ()
+
+    networks: dict[str, nn.Module]
+    image_sizes: list[int]
+
+    def optimizers(self) -> Mapping[str, OptimizerSpec]:
+        """The optimizers that `updates` names."""
+        raise NotImplementedError
 
     def train(self) -> None:
-        """Put every network in the mode it trains in."""
-        ...
+        """Put every network in the mode that it trains in."""
+        raise NotImplementedError
 
-    def updates(self, batch: Any, noise: Tensor) -> Iterator[Update]:
-        """The optimizer steps of one training step, in order. The trainer steps before it asks for the next."""
-        ...
+    def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
+        """The optimizer steps of one training step, in order; noise (N, noise_dim).
+
+        The caller must step the optimizer before requesting the next update.
+        """
+        raise NotImplementedError

@@ -128,10 +128,8 @@ def _discriminator(generator: nn.Module, content: Any, path: str | Path | None) 
         return load_discriminator(content) if holds(content, "discriminator") else None
     with torch.device("meta"):  # only its sizes are asked for
         kind = DISCRIMINATORS[network_name(generator)]
-        shared = {
-            name: generator.arguments[name] for name in ("base_size", "num_stages") if name in generator.arguments
-        }
-        like = kind(**shared)
+        shared = ("base_size", "num_stages") if kind.has_stages else ()
+        like = kind(**{name: generator.arguments[name] for name in shared})
     return load_discriminator_files(path, like)
 
 

@@ -146,13 +146,13 @@ class TextToImage:
 
     @property
     def attends(self) -> bool:
-        """Whether the generator's output has word attention; generators with any say so."""
-        return bool(getattr(self.generator, "num_attending", 0))
+        """Whether the generator's output has word attention."""
+        return self.generator.num_attending > 0
 
     @property
     def predicts_masks(self) -> bool:
-        """Whether the generator's output has masks; generators with any say where they come from."""
-        return "mask" in self.generator.arguments
+        """Whether the generator's output has masks."""
+        return self.generator.predicts_masks
 
     def tokens(self, captions: Sequence[str]) -> EncodedCaptions:
         """Captions as indices; unknown words and cut captions are named in a warning, once each.

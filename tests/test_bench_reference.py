@@ -5,10 +5,12 @@ import torch
 
 from bench.reference import PlainSSAGAN, plain_copy, plain_system
 from miscc.batch import Batch
+from miscc.distributed import World
 from miscc.errors import ConfigError
 from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder
 from models.layers import OneWayDiscriminator
 from models.ssa_gan import SSAGAN, SSAGenerator
+from training.step import Stepper, parameters_of
 
 
 def make_system(sscbn="code", **settings):
@@ -34,19 +36,26 @@ def make_batch():
     return Batch(images, captions, lengths, torch.tensor([0, 1, 0, 2]), list("abcd"), torch.arange(4), torch.arange(4))
 
 
+class ClippedDescent(torch.optim.Optimizer):
+    """Each gradient is clipped to [-1, 1]: random gates make large ones."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self):
+        for parameter in parameters_of(self):
+            parameter -= 0.01 * parameter.grad.clamp(-1, 1)
+
+
 def history(system, batch, noise):
-    """Losses and gradients of every update, with a step of plain descent after each."""
+    """Losses and gradients of every update, with a step of clipped descent after each."""
+    optimizers = {name: ClippedDescent(spec.parameters) for name, spec in system.optimizers().items()}
     found = []
-    for update in system.updates(batch, noise):
-        parameters = system.optimizers()[update.optimizer][0]
-        for parameter in parameters:
-            parameter.grad = None
-        torch.stack(list(update.losses.values())).sum().backward()
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.data -= 0.01 * gradient.clamp(-1, 1)
+    for update in Stepper(system.updates, optimizers, World(0, 1, torch.device("cpu"))).steps(batch, noise):
         losses = {name: loss.item() for name, loss in update.losses.items()}
-        found.append((update.optimizer, losses, [gradient.clone() for gradient in gradients]))
+        gradients = [parameter.grad.clone() for parameter in parameters_of(optimizers[update.optimizer])]
+        found.append((update.optimizer, losses, gradients))
     return found
 
 

@@ -129,19 +129,19 @@ def test_training_step_losses_and_gradients(galip):
     batch = Batch(galip.real, numbers, numbers, numbers, ["", ""], numbers, numbers)
 
     updates = system.updates(batch, galip.noise)
-    losses, stats = next(updates)[1:]
+    losses, stats = next(updates)[1:3]
     total, real, fake, mismatch, penalty = expected["d_loss"].tolist()
     assert losses["penalty"].item() == pytest.approx(penalty, rel=OUTPUT)
     assert losses["hinge"].item() == pytest.approx(real + (fake + mismatch) / 2, rel=OUTPUT)
     assert (losses["hinge"] + losses["penalty"]).item() == pytest.approx(total, rel=OUTPUT)
     for kind, name in (("real", "real"), ("fake", "fake"), ("mismatched", "mismatch")):
-        assert stats[f"{kind}_logits"].item() == pytest.approx(expected[f"{name}_logits"].mean().item(), rel=OUTPUT)
+        assert stats[f"logits/{kind}"].item() == pytest.approx(expected[f"{name}_logits"].mean().item(), rel=OUTPUT)
     sum(losses.values()).backward()
     norms = gradient_norms(galip.discriminator, galip.forms[1], about["netD_params"])
     assert relative_error(norms, expected["d_grad_norms"]) < GRADIENT
 
     # D stays as it is, as in the fixture: nothing steps its optimizer here.
-    losses, stats = next(updates)[1:]
+    losses, stats = next(updates)[1:3]
     total, adversarial, similarity = expected["g_loss"].tolist()
     assert losses["adversarial"].item() == pytest.approx(adversarial, rel=OUTPUT)
     assert stats["similarity"].item() == pytest.approx(similarity, rel=OUTPUT)

@@ -29,13 +29,11 @@ class Halves(SSAGAN):
 
 
 def run(system, world, batch, noise):
-    groups = {name: parameters for name, (parameters, _, _) in system.optimizers().items()}
+    groups = {name: spec.parameters for name, spec in system.optimizers().items()}
     optimizers = {name: torch.optim.SGD(parameters, lr=0.01) for name, parameters in groups.items()}
     found = []
-    for update in Stepper(system, world, joint_matching=True).updates(batch, noise, optimizers):
-        distributed.average_gradients(groups[update.optimizer], world)
+    for update in Stepper(system.updates, optimizers, world, global_damsm=True).steps(batch, noise):
         found.append([None if p.grad is None else p.grad.clone() for p in groups[update.optimizer]])
-        optimizers[update.optimizer].step()
     return found
 
 

@@ -22,7 +22,7 @@ from miscc.randomness import noise_for, seed_everything
 from models.damsm import SmallImageEncoder, TextEncoder
 from training.build import build_networks, build_system
 from training.damsm import EncoderTrainer
-from training.step import Stepper, adam
+from training.step import Stepper, make_optimizers
 from training.trainer import train
 
 PINS = Path(__file__).parent / "fixtures" / "pinned_steps.json"
@@ -125,20 +125,14 @@ def double_precision_run(cfg):
     networks = {part: network.double() for part, network in networks.items()}
     system = build_system(cfg, networks)
     system.train()
-    stepper = Stepper(system, CPU, accumulate=cfg.TRAIN.ACCUMULATE)
-    groups = system.optimizers()
-    optimizers = {name: adam(parameters, lr, betas) for name, (parameters, lr, betas) in groups.items()}
+    stepper = Stepper(system.updates, make_optimizers(system.optimizers()), CPU, accumulate=cfg.TRAIN.ACCUMULATE)
     losses = []
     for step in range(STEPS):
         batch = random_batch(step, system.image_sizes)
         noise = noise_for(3, step, range(8), networks["generator"].noise_dim).double()
         seed_everything(3, step)
         found = {}
-        for update in stepper.updates(batch, noise, optimizers):
-            for parameter in groups[update.optimizer][0]:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            optimizers[update.optimizer].step()
+        for update in stepper.steps(batch, noise):
             found |= {name: loss.item() for name, loss in update.losses.items()}
         losses.append(found)
     return losses, {part: checksums(network.state_dict()) for part, network in networks.items()}

@@ -10,35 +10,25 @@ from miscc.distributed import World
 from miscc.errors import ConfigError
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss
 from models.modes import full_precision
-from training.step import (
-    Stepper,
-    adam,
-    check_accumulation,
-    checkpoint_activations,
-    compile_networks,
-    restore_adam,
-    split_batch,
-    use_channels_last,
-)
+from training.compute import checkpoint_activations, compile_networks, use_channels_last
+from training.step import Stepper, adam, check_accumulation, restore_adam, split_batch
 from training.trainer import train
 
 CPU = World(0, 1, torch.device("cpu"))
 NOISE = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
-def optimizers_of(system):
-    return {name: torch.optim.SGD(parameters, lr=0.01) for name, (parameters, _, _) in system.optimizers().items()}
+def optimizers_of(system, lr):
+    return {name: torch.optim.SGD(parameters, lr=lr) for name, (parameters, _, _) in system.optimizers().items()}
 
 
 def run(system, batch=None, noise=NOISE, steps=True, **settings):
     """(losses, gradients) of every update, with steps of plain descent between them."""
-    optimizers, found = optimizers_of(system), []
-    for update in Stepper(system, CPU, **settings).updates(batch or make_batch(), noise, optimizers):
-        parameters = system.optimizers()[update.optimizer][0]
+    optimizers, found = optimizers_of(system, 0.01 if steps else 0.0), []
+    for update in Stepper(system.updates, optimizers, CPU, **settings).steps(batch or make_batch(), noise):
+        parameters = system.optimizers()[update.optimizer].parameters
         gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
         found.append(({name: value.item() for name, value in update.losses.items()}, gradients))
-        if steps:
-            optimizers[update.optimizer].step()
     return found
 
 
@@ -185,6 +175,7 @@ def test_compiled_networks_take_the_same_step(monkeypatch):
 def test_every_judge_is_compiled_where_steps_call_it(monkeypatch):
     """AttnGAN's in its stages; SEMA's F in its forward, too, which is not made of compiled methods."""
     from models.attn_discriminator import AttnDiscriminator
+    from models.damsm import TextEncoder
     from models.sema_modules import FeatureExtractor
 
     compiled = []
@@ -192,7 +183,7 @@ def test_every_judge_is_compiled_where_steps_call_it(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append((self, "forward")))
     discriminator = AttnDiscriminator(df_dim=1, base_size=8, num_stages=2, sentence_dim=4)
     extractor = FeatureExtractor(nf=1, image_size=8)
-    compile_networks({"discriminator": discriminator, "feature_extractor": extractor, "text_encoder": extractor})
+    compile_networks({"discriminator": discriminator, "feature_extractor": extractor, "text_encoder": TextEncoder(20)})
     by_stage = [(stage, name) for stage in discriminator.stages for name in ("features", "logits", "unconditional")]
     assert compiled == [*by_stage, (extractor, "logits"), (extractor, "forward")]
     generator = make_system().networks["generator"]

@@ -10,14 +10,14 @@ from torch import nn
 import models
 from miscc.checkpoint import load_checkpoint
 from miscc.distributed import World
-from models.types import GeneratorOutput, Update
+from models.types import Discriminator, Generator, GeneratorOutput, OptimizerSpec, System, Update
 from sampling.pipeline import TextToImage
 from training.trainer import train
 
 CPU = World(0, 1, torch.device("cpu"))
 
 
-class Dot(nn.Module):
+class Dot(Generator):
     """One learned colour a noise dimension: the least that a generator can be."""
 
     def __init__(self, image_size, z_dim):
@@ -31,7 +31,7 @@ class Dot(nn.Module):
         return GeneratorOutput(images=[self.colour(noise)[:, :, None, None].expand(-1, -1, *size).tanh()])
 
 
-class Judge(nn.Module):
+class Judge(Discriminator):
     arguments = {}
 
     def __init__(self):
@@ -42,15 +42,16 @@ class Judge(nn.Module):
         return self.weigh(images.mean(dim=(2, 3)))
 
 
-class DummyGAN:
+class DummyGAN(System):
     GENERATOR_SETTINGS = {"image_size": "TREE.BASE_SIZE", "z_dim": "GAN.Z_DIM"}
-    DISCRIMINATOR_SETTINGS, OBJECTIVE_SETTINGS, SHOWN = {}, {}, ("loss/generator",)
+    SHOWN = ("loss/generator",)
 
     def __init__(self, networks):
         self.networks, self.image_sizes = networks, [networks["generator"].image_size]
 
     def optimizers(self):
-        return {p: (list(self.networks[p].parameters()), 1e-2, (0.0, 0.9)) for p in ("generator", "discriminator")}
+        spec = {p: list(self.networks[p].parameters()) for p in ("generator", "discriminator")}
+        return {part: OptimizerSpec(parameters, 1e-2, (0.0, 0.9)) for part, parameters in spec.items()}
 
     def train(self):
         self.networks["text_encoder"].requires_grad_(False)

@@ -15,6 +15,7 @@ from models import NETWORKS, SYSTEMS
 from models.mixed_text import mixed_text_encoder
 from models.registry import from_state, network_name
 from models.released import holds, load_discriminator, load_discriminator_files, load_generator, naming
+from models.types import System
 from sampling.encoders import Encoders, load_encoders, released_vocabulary
 from training.data import read_records
 
@@ -30,12 +31,12 @@ def network_settings(name: str) -> dict[str, Mapping[str, str]]:
     """{part: {argument: key}} of the networks that a system trains."""
     system = SYSTEMS[name]
     always = {"generator": system.GENERATOR_SETTINGS, "discriminator": system.DISCRIMINATOR_SETTINGS}
-    return always | getattr(system, "EXTRA_NETWORKS", {})
+    return always | dict(system.EXTRA_NETWORKS)
 
 
 def network_keys(name: str) -> set[str]:
     """The settings that shape a system's networks, the text encoder's included."""
-    parts = [*network_settings(name).values(), getattr(SYSTEMS[name], "TEXT_SETTINGS", {})]
+    parts = [*network_settings(name).values(), SYSTEMS[name].TEXT_SETTINGS]
     return {key for settings in parts for key in settings.values()}
 
 
@@ -46,7 +47,7 @@ def system_keys(name: str) -> set[str]:
 
 def text_settings(cfg: Mapping) -> dict[str, Any]:
     """What the system makes of the text encoder, as arguments of `encoders_for` and `TextToImage.from_released`."""
-    return pick(cfg, getattr(SYSTEMS[cfg.GAN.NAME], "TEXT_SETTINGS", {}))
+    return pick(cfg, SYSTEMS[cfg.GAN.NAME].TEXT_SETTINGS)
 
 
 def build_networks(cfg: Mapping) -> dict[str, nn.Module]:
@@ -93,7 +94,7 @@ def given_networks(cfg: Mapping, fresh: Mapping[str, nn.Module]) -> dict[str, nn
     return networks
 
 
-def build_system(cfg: Mapping, networks: dict[str, nn.Module]) -> Any:
+def build_system(cfg: Mapping, networks: dict[str, nn.Module]) -> System:
     """The objective around its networks."""
     return SYSTEMS[cfg.GAN.NAME](networks, **pick(cfg, SYSTEMS[cfg.GAN.NAME].OBJECTIVE_SETTINGS))
 

@@ -1,7 +1,7 @@
 """The encoders' loop: DAMSM pretraining, with validation loss and retrieval on held-out pairs after each epoch."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from datasets.records import Records
 from miscc.batch import Batch
 from miscc.checkpoint import load_checkpoint, load_file, save_checkpoint
 from miscc.config import to_plain, to_yaml
+from miscc.distributed import World
 from miscc.errors import CheckpointError, ConfigError, TrainingError
 from miscc.files import remove_unfinished, write_text
 from miscc.images import to_uint8
@@ -25,7 +26,7 @@ from miscc.vocabulary import Vocabulary
 from models import IMAGE_ENCODERS, NETWORKS, TEXT_ENCODERS
 from models.modes import eval_mode
 from models.registry import from_state, network_name, to_state
-from models.types import TextFeatures
+from models.types import TextFeatures, Update
 from sampling.encoders import load_encoders, released_vocabulary
 from training.build import check_batch_size
 from training.data import make_dataset, read_records, usable_workers
@@ -33,7 +34,7 @@ from training.progress import Progress, StopSignal
 from training.resume import check_fixed_settings, check_same_data, fingerprint
 from training.retrieval import retrieval_at
 from training.run_dir import EncoderDir
-from training.step import adam, restore_adam
+from training.step import Clipping, Stepper, adam, restore_adam
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,8 @@ class EncoderTrainer:
         for parameter in parameters:
             parameter.requires_grad_(True)
         self.optimizer = adam(parameters, cfg.TRAIN.ENCODER_LR, cfg.TRAIN.BETAS)
+        clipping = Clipping(list(self.text_encoder.parameters()), cfg.TRAIN.RNN_GRAD_CLIP)
+        self.stepper = Stepper(self.updates, {"encoders": self.optimizer}, World(0, 1, device), clipping=clipping)
         self.dataset = make_dataset(cfg, self.records, [cfg.TREE.BASE_SIZE], augment=True)
         self.steps_per_epoch = max(1, len(self.dataset) // cfg.TRAIN.BATCH_SIZE)
         self.step, self.best_loss, self.best_epoch = 0, float("inf"), 0
@@ -134,19 +137,21 @@ class EncoderTrainer:
         self.image_encoder.train()
         for group in self.optimizer.param_groups:
             group["lr"] = train.ENCODER_LR * max(0.1, train.ENCODER_LR_DECAY**epoch)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses = self.losses(batch, *self.encode(batch))
-        torch.stack(list(losses.values())).sum().backward()
-        nn.utils.clip_grad_norm_(self.text_encoder.parameters(), train.RNN_GRAD_CLIP)
-        self.optimizer.step()
+
+        (update,) = self.stepper.steps(batch, torch.empty(len(batch.keys), 0))  # the encoders take no noise
         self.step += 1
-        for name, loss in losses.items():
+
+        for name, loss in update.losses.items():
             if not torch.isfinite(loss):
                 raise TrainingError(
                     f"the loss `{name}` is not finite at step {self.step} (epoch {epoch + 1}); the last good encoders are "
                     f"kept. Lower TRAIN.ENCODER_LR, then go on with --resume"
                 )
-        return losses
+        return dict(update.losses)
+
+    def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
+        """The only update of a step: both encoders by the losses of both levels."""
+        yield Update("encoders", self.losses(batch, *self.encode(batch)))
 
     def encode(self, batch: Batch) -> tuple[TextFeatures, tuple[Tensor, Tensor]]:
         """The captions' features, and the images' regions and codes."""

@@ -1,7 +1,6 @@
 """--dry-run: what a training would be, without starting it: settings, sizes, steps, memory, and what is missing."""
 
 from collections.abc import Mapping
-from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -9,12 +8,13 @@ from torch import Tensor, nn
 
 from miscc.batch import Batch
 from miscc.config import to_yaml
+from miscc.distributed import World
 from miscc.errors import UserError
 from models.registry import count_parameters
-from models.types import TextFeatures
+from models.types import ImageEncoder, Network, System, TextFeatures, Update
 from training.build import build_networks, build_system, check_batch_size, problems
 from training.evaluation import split_records
-from training.step import check_accumulation
+from training.step import Stepper, check_accumulation
 
 META = torch.device("meta")  # tensors with a size and no values: nothing is computed
 NUM_WORDS, NUM_REGIONS = 18, 8  # of the stand-ins for the encoders
@@ -75,7 +75,7 @@ def memory_estimate(cfg: Mapping, networks: Mapping[str, nn.Module]) -> tuple[fl
     return state, _most_kept(system, batch, noise) / 2
 
 
-def _most_kept(system: Any, batch: Batch, noise: Tensor) -> float:
+def _most_kept(system: System, batch: Batch, noise: Tensor) -> float:
     """Bytes of the distinct memory that autograd holds at most before one of a step's backward passes, weights not counted."""
     kept: WeakValueDictionary[int, _Kept] = WeakValueDictionary()
 
@@ -87,12 +87,19 @@ def _most_kept(system: Any, batch: Batch, noise: Tensor) -> float:
         kept[memory] = holder
         return tensor, holder
 
-    most = 0
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda pair: pair[0]):
-        for update in system.updates(batch, noise):
+    most = 0.0
+
+    def count(update: Update, phase: str) -> None:
+        nonlocal most
+        if phase == "forward":  # the backward pass frees what only this update needed
             most = max(most, sum(holder.num_bytes for holder in kept.values()))
-            torch.stack(list(update.losses.values())).sum().backward()  # frees what only this update needed
-    return float(most)
+
+    optimizers = {name: torch.optim.SGD(spec.parameters, lr=0.0) for name, spec in system.optimizers().items()}
+    stepper = Stepper(system.updates, optimizers, World(0, 1, META))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda pair: pair[0]):
+        for _ in stepper.steps(batch, noise, count):
+            pass
+    return most
 
 
 class _Kept:
@@ -102,7 +109,7 @@ class _Kept:
         self.num_bytes = tensor.untyped_storage().nbytes()
 
 
-class _TextEncoder(nn.Module):
+class _TextEncoder(Network):
     """Text features without values, in place of the encoder that the data may still lack."""
 
     def __init__(self, text_dim: int):
@@ -116,7 +123,7 @@ class _TextEncoder(nn.Module):
         )
 
 
-class _ImageEncoder(nn.Module):
+class _ImageEncoder(ImageEncoder):
     """Regions and code of images, without values."""
 
     def __init__(self, text_dim: int):

@@ -1,135 +1,163 @@
-"""How a step is computed, whatever the system: precision, compiling, layout, micro-batches, checkpointed activations.
+"""One optimizer step: the only place that clears gradients, runs backward passes, and steps an optimizer.
 
-What a step consists of is the system's business, when it runs the trainer's.
+The trainers, the benchmarks and the tests take their steps here. Which losses there are is the system's part
+(models/types.py); when to log, draw, save or stop is the trainer's.
 """
 
-import copy
-import functools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from miscc import distributed
 from miscc.batch import Batch
 from miscc.distributed import World, global_damsm
-from miscc.errors import ConfigError
-from models.types import System, Update
+from miscc.errors import ConfigError, TrainingError
+from models.types import OptimizerSpec, Update
 
-COMPILED_METHODS = ("features", "logits", "unconditional")  # of judges, which steps call part by part
+Objective = Callable[[Batch, Tensor], Iterator[Update]]  # a system's `updates`
+PhaseHook = Callable[[Update, str], None]
+
+
+class Clipping(NamedTuple):
+    """Scale the gradients of these parameters down to a joint norm of at most `max_norm`."""
+
+    parameters: Sequence[nn.Parameter]
+    max_norm: float
 
 
 class Stepper:
-    """Runs the updates of a system: their forward passes in the wanted precision, and their backward passes.
+    """Takes the optimizer steps that an objective asks for.
 
-    precision: "fp32", "tf32" (float32 whose products on a GPU round to 19 bits) or "bf16" (autocast; penalties and losses
-    stay in float32); accumulate: micro-batches of an update, each with its own mismatched pairs and batch statistics (G's
-    graphs live until G's update, so what falls is D's and the penalty's memory; checkpointed activations lower G's);
-    joint_matching: DAMSM's losses over the images and captions of all processes.
+    objective: yields the updates of one training step.
+    optimizers: by the names that the updates give.
+    precision: "fp32"; "tf32" (float32 whose products on a GPU round to 19 bits); "bf16" (autocast; penalties and losses
+        stay in float32).
+    accumulate: micro-batches of each update. Each has its own mismatched pairs and batch statistics. G's graphs live
+        until G's update, so what falls is the memory of D and the penalty (checkpointed activations lower G's).
+    global_damsm: whether DAMSM's losses compare the images and captions of all processes.
+    clipping: of gradients, before the optimizer steps.
     """
 
     def __init__(
         self,
-        system: System,
+        objective: Objective,
+        optimizers: Mapping[str, torch.optim.Optimizer],
         world: World,
         precision: str = "tf32",
         accumulate: int = 1,
-        joint_matching: bool = False,
+        global_damsm: bool = False,
+        clipping: Clipping | None = None,
     ):
-        self.system, self.world = system, world
-        self.precision, self.accumulate, self.joint_matching = precision, accumulate, joint_matching
+        self.objective, self.optimizers, self.world = objective, optimizers, world
+        self.precision, self.accumulate, self.global_damsm = precision, accumulate, global_damsm
+        self.clipping = clipping
         if world.device.type == "cuda":
             if precision == "bf16" and not torch.cuda.is_bf16_supported():
                 raise ConfigError("TRAIN.PRECISION: this GPU does not compute in bf16; take tf32 or fp32")
             torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
             torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        """What forward passes run in."""
-        with ExitStack() as contexts:
-            if self.precision == "bf16":
-                contexts.enter_context(torch.autocast(self.world.device.type, dtype=torch.bfloat16))
-            if self.joint_matching:
-                contexts.enter_context(global_damsm(self.world))
-            yield
+    def steps(self, batch: Batch, noise: Tensor, on_phase: PhaseHook | None = None) -> Iterator[Update]:
+        """Take one training step, update by update; noise (N, noise_dim). The iterator must be read to its end.
 
-    def updates(self, batch: Batch, noise: Tensor, optimizers: Mapping[str, torch.optim.Optimizer]) -> Iterator[Update]:
-        """The system's updates, each with its gradients in place: whoever asks steps the optimizer, then asks on.
-
-        With micro-batches, their losses and statistics are the means over them, and so are the gradients.
+        Yields each update after its optimizer step, the gradients still in place. With micro-batches its losses and
+        stats are the means over them, and so are the gradients.
+        on_phase: called as (update, "forward" | "backward" | "step") at the end of each phase.
         """
-        parts = zip(split_batch(batch, self.accumulate), noise.chunk(self.accumulate), strict=True)
-        runs = [iter(self.system.updates(*part)) for part in parts]
+        micro_batches = zip(split_batch(batch, self.accumulate), noise.chunk(self.accumulate), strict=True)
+        runs = [iter(self.objective(*micro_batch)) for micro_batch in micro_batches]
         while True:
-            done = []
-            for number, run in enumerate(runs):
-                with self.computing():
+            # Forward and backward, one micro-batch after the other; their gradients add up to the mean.
+            done: list[Update] = []
+            for run in runs:
+                with self.forward_context():
                     update = next(run, None)
                 if update is None:
-                    continue
-                if number == 0:
-                    optimizers[update.optimizer].zero_grad(set_to_none=True)
+                    continue  # every run is read to its end, where the objective cleans up
+                if on_phase:
+                    on_phase(update, "forward")
+                optimizer = self.optimizers[update.optimizer]
+                if not done:
+                    optimizer.zero_grad(set_to_none=True)
                 loss = torch.stack(list(update.losses.values())).sum()
                 (loss if len(runs) == 1 else loss / len(runs)).backward()
                 losses = {name: value.detach() for name, value in update.losses.items()}
-                done.append(Update(update.optimizer, losses, update.stats))
+                done.append(update._replace(losses=losses))
                 del update, loss  # or their graph would live through the next micro-batch
             if not done:
                 return
-            yield done[0] if len(done) == 1 else mean_update(done)
+
+            # Gradients: one for every parameter, the mean over the processes.
+            update = done[0] if len(done) == 1 else mean_update(done)
+            parameters = parameters_of(optimizer)
+            fill_absent_gradients(parameters)
+            distributed.average_gradients(parameters, self.world)
+            if self.clipping is not None:
+                nn.utils.clip_grad_norm_(self.clipping.parameters, self.clipping.max_norm)
+            if on_phase:
+                on_phase(update, "backward")
+
+            # Step.
+            optimizer.step()
+            if on_phase:
+                on_phase(update, "step")
+            yield update
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """The precision of forward passes, and which samples DAMSM's losses see."""
+        with ExitStack() as contexts:
+            if self.precision == "bf16":
+                contexts.enter_context(torch.autocast(self.world.device.type, dtype=torch.bfloat16))
+            if self.global_damsm:
+                contexts.enter_context(global_damsm(self.world))
+            yield
 
 
-def adam(parameters: Sequence[nn.Parameter], lr: float, betas: Sequence[float]) -> torch.optim.Adam:
-    """Adam in its fused form, which goes over the memory once: four times faster than the stock loop also on CPUs."""
-    return torch.optim.Adam(parameters, lr=lr, betas=(float(betas[0]), float(betas[1])), fused=True)
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """All parameters that an optimizer moves, in order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def restore_adam(optimizer: torch.optim.Adam, saved: Mapping[str, Any]) -> None:
-    """Load an optimizer's saved state; rates and betas stay the settings', should they have changed.
-
-    Older checkpoints were not fused. The fused form takes parameters and averages for the same layout, which a run with
-    TRAIN.CHANNELS_LAST changed since has not: they are laid out anew.
-    """
-    groups = [
-        old | {key: new[key] for key in ("lr", "betas", "fused")}
-        for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True)
-    ]
-    optimizer.load_state_dict({**saved, "param_groups": groups})
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if value.shape == parameter.shape and value.stride() != parameter.stride():
-                state[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+def fill_absent_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Give zeros to parameters without a gradient: Adam also moves by past gradients where the present one is zero."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
-def mean_update(updates: Sequence[Update]) -> Update:
-    """One update that says of several micro-batches what one says of itself."""
-
-    def mean(group: str) -> dict[str, Tensor]:
-        members = [getattr(update, group) for update in updates]
-        return {
-            name: torch.stack([torch.as_tensor(member[name]).detach() for member in members]).mean()
-            for name in members[0]
-        }
-
-    return Update(updates[0].optimizer, mean("losses"), mean("stats"))
+# -- micro-batches -------------------------------------------------------------------------------------------------
 
 
-def split_batch(batch: Batch, number: int) -> list[Batch]:
-    """A batch in `number` equal parts, in order."""
-    if number == 1:
+def split_batch(batch: Batch, count: int) -> list[Batch]:
+    """A batch in `count` equal parts, in order."""
+    if count == 1:
         return [batch]
-    size = len(batch.keys) // number
+    size = len(batch.keys) // count
 
     def rows(value: Any, part: slice) -> Any:
         if isinstance(value, list) and value and isinstance(value[0], Tensor):  # images of several sizes
             return [scale[part] for scale in value]
         return value[part]
 
-    slices = [slice(n * size, (n + 1) * size) for n in range(number)]
+    slices = [slice(n * size, (n + 1) * size) for n in range(count)]
     return [type(batch)(*(rows(value, part) for value in batch)) for part in slices]
+
+
+def mean_update(updates: Sequence[Update]) -> Update:
+    """The updates of several micro-batches as one: losses and stats are their means."""
+
+    def mean(members: Sequence[Mapping[str, Tensor | float]]) -> dict[str, Tensor]:
+        return {
+            name: torch.stack([torch.as_tensor(member[name]).detach() for member in members]).mean()
+            for name in members[0]
+        }
+
+    losses, stats = mean([update.losses for update in updates]), mean([update.stats for update in updates])
+    return updates[0]._replace(losses=losses, stats=stats)
 
 
 def check_accumulation(batch_size: int, num_processes: int, accumulate: int) -> None:
@@ -142,72 +170,68 @@ def check_accumulation(batch_size: int, num_processes: int, accumulate: int) -> 
         )
 
 
-def use_channels_last(networks: Mapping[str, nn.Module]) -> None:
-    """Store images' channels together, as GPUs in bf16 want them. Call it before copies and optimizers are made."""
-    for network in networks.values():
-        network.to(memory_format=torch.channels_last)
+# -- what a step tells ---------------------------------------------------------------------------------------------
 
 
-def compile_networks(networks: Mapping[str, nn.Module]) -> None:
-    """Let torch.compile fuse what it can: all networks but text encoders, whose packed sequences it cannot follow,
-    and a generator with checkpointed activations, whose kept batch statistics it cannot.
+def log_values(update: Update, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """{name in the log: scalar} of an update that has been taken: losses, stats, norm of the gradient."""
+    values = {f"loss/{name}": loss.detach() for name, loss in update.losses.items()}
+    stats = {name: torch.as_tensor(value).detach() for name, value in update.stats.items()}
+    norms = torch._foreach_norm([parameter.grad for parameter in parameters_of(optimizer)])
+    return values | stats | {f"gradient_norm/{update.kind}": torch.stack(norms).norm()}
 
-    A gradient penalty runs uncompiled (models.modes.full_precision), as compilers cannot differentiate twice.
+
+class FiniteCheck:
+    """Records at which step each loss was first not finite.
+
+    On the device: reading the losses at every step would make a GPU wait.
     """
-    for part, network in networks.items():
-        recomputed = any(isinstance(vars(module).get("forward"), _Recomputed) for module in network.modules())
-        if part == "text_encoder" or recomputed:
-            continue
-        found = set()
-        for module in network.modules():  # AttnGAN's are in the stages
-            for name in COMPILED_METHODS:
-                if callable(getattr(module, name, None)):
-                    found.add(name)
-                    setattr(module, name, torch.compile(getattr(module, name)))
-        if "features" not in found:  # else forward is nothing beside these
-            network.compile()
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.first_bad: dict[str, Tensor] = {}  # -1: none yet
+
+    def record(self, losses: Mapping[str, Tensor], step: int) -> None:
+        """Take in the losses (scalars) of this step."""
+        for name, loss in losses.items():
+            known = self.first_bad.setdefault(name, torch.full((), -1, device=self.device))
+            self.first_bad[name] = torch.where((known < 0) & ~torch.isfinite(loss.detach()), step, known)
+
+    def check(self) -> None:
+        """Raise TrainingError, naming loss and step, if a loss was not finite."""
+        bad = {name: int(step) for name, step in self.first_bad.items() if step >= 0}
+        if bad:
+            name = min(bad, key=lambda loss: bad[loss])
+            raise TrainingError(
+                f"the loss `{name}` was not finite at step {bad[name]}; the last good checkpoint is kept. Lower the "
+                f"learning rates or raise TRAIN.BATCH_SIZE, then go on with --resume"
+            )
 
 
-def checkpoint_activations(generator: nn.Module) -> int:
-    """Keep only what goes into each of G's blocks and compute the rest again in the backward pass: less memory, a third
-    more time for G, the same gradients. Returns how many blocks that is.
-
-    Blocks are what a ModuleList of the generator holds. Raises ConfigError where it has none.
-    """
-    blocks = [
-        block for part in generator.children() if isinstance(part, nn.ModuleList) for block in part
-    ]  # fmt: skip
-    if not blocks:
-        raise ConfigError("TRAIN.ACTIVATION_CHECKPOINTING: this generator has no blocks to compute again; leave it off")
-    for block in blocks:
-        block.forward = _Recomputed(block)
-    return len(blocks)
+# -- optimizers ----------------------------------------------------------------------------------------------------
 
 
-class _Recomputed:
-    """A block's forward whose insides are not kept."""
+def make_optimizers(specs: Mapping[str, OptimizerSpec]) -> dict[str, torch.optim.Optimizer]:
+    """An Adam for each of a system's `optimizers()`."""
+    return {name: adam(parameters, lr, betas) for name, (parameters, lr, betas) in specs.items()}
 
-    def __init__(self, block: nn.Module):
-        self.block = block
 
-    def __call__(self, *inputs: Any, **options: Any) -> Any:
-        forward = functools.partial(type(self.block).forward, self.block, **options)
-        if not torch.is_grad_enabled():
-            return forward(*inputs)
-        return checkpoint(forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), self._again()))
+def adam(parameters: Sequence[nn.Parameter], lr: float, betas: Sequence[float]) -> torch.optim.Adam:
+    """Adam in its fused form, which goes over the memory once: four times faster than the stock loop also on CPUs."""
+    return torch.optim.Adam(parameters, lr=lr, betas=(float(betas[0]), float(betas[1])), fused=True)
 
-    def __deepcopy__(self, memo: dict) -> "_Recomputed":
-        return _Recomputed(copy.deepcopy(self.block, memo))
 
-    @contextmanager
-    def _again(self) -> Iterator[None]:
-        """Batch norm must not count a batch twice: it writes into copies of its statistics while a block runs again."""
-        norms = [part for part in self.block.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-        kept = [(part, dict(part._buffers)) for part in norms]
-        for part, buffers in kept:
-            part._buffers.update({name: None if value is None else value.clone() for name, value in buffers.items()})
-        try:
-            yield
-        finally:
-            for part, buffers in kept:
-                part._buffers.update(buffers)
+def restore_adam(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Load an optimizer's saved state. Learning rate and betas stay those of the settings, which may have changed."""
+    # Older checkpoints were not fused.
+    groups = [
+        old | {key: new[key] for key in ("lr", "betas", "fused")}
+        for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**saved, "param_groups": groups})
+
+    # The fused form needs averages in their parameter's layout, which TRAIN.CHANNELS_LAST may have changed.
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -1,4 +1,7 @@
-"""The GAN loop, top to bottom. One trainer for every system: what a step consists of is the system's own business."""
+"""The GAN loop: build a run's parts, take its steps; log, draw, evaluate and save when due. One trainer for every system.
+
+Which losses there are is the system's part (models/), how an optimizer step is taken step.py's.
+"""
 
 import resource
 import time
@@ -34,43 +37,41 @@ from training.build import (
     given_networks,
     needs_image_encoder,
 )
+from training.compute import checkpoint_activations, compile_networks, use_channels_last
 from training.data import fixed_captions, make_dataset, usable_workers
 from training.ema import EMA
 from training.evaluation import Evaluation, split_records
 from training.progress import Progress, StopSignal
 from training.resume import changed_settings, check_resumable, check_same_data, fingerprint
 from training.run_dir import RunDir
-from training.step import (
-    Stepper,
-    adam,
-    check_accumulation,
-    checkpoint_activations,
-    compile_networks,
-    restore_adam,
-    use_channels_last,
-)
+from training.step import FiniteCheck, Stepper, check_accumulation, log_values, make_optimizers, restore_adam
 
-STOP_ASKED_EVERY = 10  # steps, where several processes train
+CHECK_STOP_EVERY = 10  # steps, where several processes train
 DRAWING = ("generator", "generator_ema", "text_encoder")  # what a checkpoint for drawing holds
 NUM_PICTURED = 12  # fixed test captions in the picture of a run's state
 
 
-def train(cfg: Mapping, world: World, resume: bool = False, go_on: bool = False) -> int:
+def train(cfg: Mapping, world: World, resume: bool = False, resume_if_exists: bool = False) -> int:
     """Train the system that cfg.GAN.NAME names until MAX_EPOCH, or MAX_STEPS, or a signal.
 
-    resume: go on with the newest run of this configuration, where it stopped; go_on: the same if there is one. Returns
-    the exit code: 0, or 128 + the signal's number. Raises UserError where something is missing or a loss is no longer
-    finite.
+    resume: continue the newest run of this configuration where it stopped.
+    resume_if_exists: the same if there is one, else start.
+    Returns the exit code: 0, or 128 + the signal's number. Raises UserError where something is missing or a loss is no
+    longer finite.
     """
+    # The run to continue, and everything that it consists of.
     name = f"{cfg.CONFIG_NAME}-{cfg.GAN.NAME}"
-    run = RunDir.newest(cfg.OUTPUT_DIR, name, must_exist=resume) if resume or go_on else None
+    run = RunDir.newest(cfg.OUTPUT_DIR, name, must_exist=resume) if resume or resume_if_exists else None
     trainer = Trainer(cfg, world, load_checkpoint(run.last) if run else None)
+
+    # A directory, only after all checks have passed. The main process alone shows and writes anything.
     if run is None and world.is_main:
         run = RunDir.create(cfg.OUTPUT_DIR, name, to_yaml(cfg))
         print(to_yaml(cfg))
-    run = run if world.is_main else None  # the other processes show and write nothing
+    run = run if world.is_main else None
     if run is not None:
         remove_unfinished(run.last.parent)
+
     progress = Progress(run, trainer.step)
     try:
         return trainer.run_to_the_end(run, progress)
@@ -80,68 +81,189 @@ def train(cfg: Mapping, world: World, resume: bool = False, go_on: bool = False)
 
 
 class Trainer:
-    """All that a run consists of: data, system, optimizers, average, and the step it has reached."""
+    """All that a run consists of: networks, system, optimizers, average, data, evaluation, and the step it has reached."""
 
     def __init__(self, cfg: Mapping, world: World, checkpoint: dict | None = None):
         self.cfg, self.world, self.device = cfg, world, world.device
-        train = cfg.TRAIN
-        check_batch_size(train.BATCH_SIZE, world.size)
-        check_accumulation(train.BATCH_SIZE, world.size, train.ACCUMULATE)
+        check_batch_size(cfg.TRAIN.BATCH_SIZE, world.size)
+        check_accumulation(cfg.TRAIN.BATCH_SIZE, world.size, cfg.TRAIN.ACCUMULATE)
         if checkpoint is not None:
             check_resumable(checkpoint, cfg)
-        seed_everything(cfg.SEED)  # the initial weights
-        networks, self.vocabulary = self._networks(checkpoint)
-        self.networks = {part: distributed.synchronise(net.to(self.device), world) for part, net in networks.items()}
-        if train.CHANNELS_LAST:
-            use_channels_last(self.networks)
-        self.average = EMA(self.networks["generator"], cfg.TRAIN.EMA_DECAY) if cfg.TRAIN.EMA_DECAY > 0 else None
-        self.system = build_system(cfg, self.networks)
-        self.system.train()
-        self.stepper = Stepper(self.system, world, train.PRECISION, train.ACCUMULATE, train.GLOBAL_DAMSM)
-        if train.ACTIVATION_CHECKPOINTING:
-            checkpoint_activations(self.networks["generator"])
-        if train.COMPILE:
-            compile_networks(self.networks)
-        groups = self.system.optimizers()
-        self.parameters = {group: parameters for group, (parameters, _, _) in groups.items()}
-        self.optimizers = {group: adam(parameters, lr, betas) for group, (parameters, lr, betas) in groups.items()}
-        self.records, held_out = split_records(cfg, self.vocabulary)
-        self.dataset = make_dataset(cfg, self.records, self.system.image_sizes, augment=True)
-        # Built once here for its checks: of the batch against the data and the processes.
-        self.steps_per_epoch = EpochBatches(
-            len(self.dataset), cfg.TRAIN.BATCH_SIZE, cfg.SEED, world_size=world.size
-        ).batches_per_epoch
+        self._build_networks(checkpoint)
+        self._build_data()
+
+        # Where the run stands, and where it ends.
         self.step, self.changes = 0, []
-        self.evaluation = None
-        if held_out is not None and world.is_main:
-            size = self.networks["generator"].image_size
-            options = (train.EVAL_MEASURE, train.EVAL_IMAGES, cfg.SEED, cfg.SKIP_BROKEN)
-            self.evaluation = Evaluation(held_out, size, self.device, *options)
         if checkpoint is not None:
             self._restore(checkpoint)
         self.last_step = cfg.TRAIN.MAX_EPOCH * self.steps_per_epoch
         if cfg.TRAIN.MAX_STEPS:
             self.last_step = min(self.last_step, cfg.TRAIN.MAX_STEPS)
-        self.first_bad: dict[str, Tensor] = {}
+
+    # -- build ---------------------------------------------------------------------------------------------------
+
+    def _build_networks(self, checkpoint: dict | None) -> None:
+        """Networks, average, system, optimizers. The order matters: layout before copies, compiling last."""
+        train = self.cfg.TRAIN
+        seed_everything(self.cfg.SEED)  # the initial weights
+        networks, self.vocabulary = self._networks(checkpoint)
+        self.networks = {
+            part: distributed.synchronise(network.to(self.device), self.world) for part, network in networks.items()
+        }
+        if train.CHANNELS_LAST:
+            use_channels_last(self.networks)
+        self.average = EMA(self.networks["generator"], train.EMA_DECAY) if train.EMA_DECAY > 0 else None
+
+        # The objective around them.
+        self.system = build_system(self.cfg, self.networks)
+        self.system.train()
+        if train.ACTIVATION_CHECKPOINTING:
+            checkpoint_activations(self.networks["generator"])
+        if train.COMPILE:
+            compile_networks(self.networks)
+
+        # What takes its steps.
+        self.optimizers = make_optimizers(self.system.optimizers())
+        self.stepper = Stepper(
+            self.system.updates, self.optimizers, self.world, train.PRECISION, train.ACCUMULATE, train.GLOBAL_DAMSM
+        )
+        self.finite = FiniteCheck(self.device)
+
+    def _networks(self, checkpoint: dict | None) -> tuple[dict[str, nn.Module], Vocabulary]:
+        """The networks to train: of the checkpoint, of NET_G, or fresh ones; with the encoders that the settings name."""
+        if checkpoint is not None:
+            stored = {
+                part: from_state(entry, NETWORKS[part])
+                for part, entry in checkpoint["networks"].items()
+                if part != "generator_ema"
+            }
+            if "image_encoder" not in stored and needs_image_encoder(self.cfg):
+                raise CheckpointError("the run was started without an image encoder; keep TRAIN.DAMSM_WEIGHT at 0")
+            return stored, vocabulary_of(checkpoint["vocabulary"])
+
+        encoders, vocabulary = encoders_for(self.cfg)
+        networks = build_networks(self.cfg)
+        networks |= given_networks(self.cfg, networks)
+        networks["text_encoder"] = encoders.text_encoder
+        if encoders.image_encoder is not None:
+            networks["image_encoder"] = encoders.image_encoder
+        return networks, vocabulary
+
+    def _build_data(self) -> None:
+        """Images to train on, captions to draw, and what is held out for evaluations."""
+        cfg, world = self.cfg, self.world
+        self.records, held_out = split_records(cfg, self.vocabulary)
+        self.dataset = make_dataset(cfg, self.records, self.system.image_sizes, augment=True)
         self.pictured_captions = fixed_captions(cfg, self.vocabulary, self.records, NUM_PICTURED)
+
+        # Built once here for its checks: of the batch against the data and the processes.
+        self.steps_per_epoch = EpochBatches(
+            len(self.dataset), cfg.TRAIN.BATCH_SIZE, cfg.SEED, world_size=world.size
+        ).batches_per_epoch
+
+        self.evaluation = None
+        if held_out is not None and world.is_main:
+            size = self.networks["generator"].image_size
+            options = (cfg.TRAIN.EVAL_MEASURE, cfg.TRAIN.EVAL_IMAGES, cfg.SEED, cfg.SKIP_BROKEN)
+            self.evaluation = Evaluation(held_out, size, self.device, *options)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def run_to_the_end(self, run: RunDir | None, progress: Progress) -> int:
-        cfg, world = self.cfg, self.world
-        loader = training_loader(
+        """Train until the last step or a signal; returns the exit code. run: None in all but the main process."""
+        cfg = self.cfg
+        self._introduce(run, progress)
+        batches, epoch = iter(self._loader()), None
+        seconds, timed_from = 0.0, self.step
+        with StopSignal() as stop:
+            while self.step < self.last_step:
+                # Epoch: a bar of its own.
+                if self.step // self.steps_per_epoch != epoch:
+                    epoch = self.step // self.steps_per_epoch
+                    title = f"epoch {epoch + 1}/{cfg.TRAIN.MAX_EPOCH}"
+                    progress.start_epoch(title, self.step % self.steps_per_epoch, self.steps_per_epoch)
+
+                # Step: every update of the system, then the averaged generator.
+                wants_log = (self.step + 1) % cfg.TRAIN.LOG_EVERY == 0
+                began = time.perf_counter()
+                values = self.train_step(next(batches).to(self.device, non_blocking=True), epoch, wants_log)
+                seconds += time.perf_counter() - began
+                progress.advance()
+                if wants_log or self.device.type == "cpu":
+                    self.finite.check()
+
+                # Log, draw, evaluate, save: each at its own intervals.
+                if wants_log:
+                    values["images_per_second"] = cfg.TRAIN.BATCH_SIZE * (self.step - timed_from) / seconds
+                    seconds, timed_from = 0.0, self.step
+                    shown = (*self.system.SHOWN, "images_per_second")
+                    progress.log(self.step, self.step / self.steps_per_epoch, values, shown)
+                if run is not None and cfg.TRAIN.SAMPLE_EVERY and self.step % cfg.TRAIN.SAMPLE_EVERY == 0:
+                    self.draw(run, progress)
+                self.evaluate_when_due(run, progress)
+                stopped = self.check_stop(stop)
+                self.save_when_due(run, stopped)
+
+                # Stop: after the checkpoint is written.
+                if stopped:
+                    progress.end_epoch()
+                    progress.say(f"stopped after step {self.step}, saved {run.last if run else ''}")
+                    progress.say("go on with: the same command and --resume")
+                    return 128 + (stop.received or 15)
+
+        progress.end_epoch()
+        if run is not None and not run.picture(self.step).is_file():
+            self.draw(run, progress)
+        progress.say(f"finished at step {self.step}: {run.last if run else ''}")
+        return 0
+
+    def train_step(self, batch: Batch, epoch: int, wants_log: bool = False) -> dict[str, float]:
+        """One training step: every update of the system, then the average. Returns the values to log, if wanted."""
+        # Randomness depends on seed, epoch and image alone: a resumed run draws the same.
+        seed_everything(self.cfg.SEED, self.step, self.world.rank)  # dropout, where encoders are fine-tuned with it
+        noise_dim = self.networks["generator"].noise_dim
+        noise = noise_for(self.cfg.SEED, epoch, batch.indices.tolist(), noise_dim).to(self.device, non_blocking=True)
+
+        # Updates: discriminator(s) and generator, in the system's order.
+        values: dict[str, Tensor] = {}
+        for update in self.stepper.steps(batch, noise):
+            self.finite.record(update.losses, self.step + 1)
+            if wants_log:
+                values |= log_values(update, self.optimizers[update.optimizer])
+        if self.average is not None:
+            self.average.update(self.networks["generator"])
+        self.step += 1
+
+        if not wants_log:
+            return {}
+        averaged = {name: value.item() for name, value in distributed.average(values, self.world).items()}
+        return averaged | {"memory_mib": _memory_mib(self.device)}
+
+    def check_stop(self, stop: StopSignal) -> bool:
+        """Whether to stop now, because some process received a signal: all processes stop together."""
+        # Asking the others makes a GPU wait, so they are not asked at every step.
+        if self.world.size > 1 and self.step % CHECK_STOP_EVERY:
+            return False
+        return distributed.any_process(bool(stop.received), self.world)
+
+    def _loader(self) -> Any:
+        """The batches that are left, from the present step on."""
+        return training_loader(
             self.dataset,
-            cfg.TRAIN.BATCH_SIZE,
-            cfg.SEED,
+            self.cfg.TRAIN.BATCH_SIZE,
+            self.cfg.SEED,
             start_step=self.step,
-            workers=usable_workers(cfg.WORKERS, self.device),
-            rank=world.rank,
-            world_size=world.size,
+            workers=usable_workers(self.cfg.WORKERS, self.device),
+            rank=self.world.rank,
+            world_size=self.world.size,
             pin_memory=self.device.type == "cuda",
         )
+
+    def _introduce(self, run: RunDir | None, progress: Progress) -> None:
+        """Say what is trained, from which step on, and what differs from the run's start."""
         progress.say(f"run: {run.path if run else '-'}")
         progress.say(
-            f"{cfg.GAN.NAME} on {self.device}, {world.size} process(es): {len(self.records)} images, "
+            f"{self.cfg.GAN.NAME} on {self.device}, {self.world.size} process(es): {len(self.records)} images, "
             f"{self.steps_per_epoch} steps an epoch, step {self.step} of {max(self.step, self.last_step)}"
         )
         for change in self.changes:
@@ -149,50 +271,14 @@ class Trainer:
         if self.evaluation is not None:
             for line in self.evaluation.introduction():
                 progress.say(line)
-        batches, epoch = iter(loader), None
-        seconds, timed_from = 0.0, self.step
-        with StopSignal() as stop:
-            while self.step < self.last_step:
-                if self.step // self.steps_per_epoch != epoch:
-                    epoch = self.step // self.steps_per_epoch
-                    title = f"epoch {epoch + 1}/{cfg.TRAIN.MAX_EPOCH}"
-                    progress.start_epoch(title, self.step % self.steps_per_epoch, self.steps_per_epoch)
-                wants_log = (self.step + 1) % cfg.TRAIN.LOG_EVERY == 0
-                began = time.perf_counter()
-                values = self.train_step(next(batches).to(self.device, non_blocking=True), epoch, wants_log)
-                seconds += time.perf_counter() - began
-                progress.advance()
-                if wants_log or self.device.type == "cpu":
-                    self.check_finite()
-                if wants_log:
-                    values["images_per_second"] = cfg.TRAIN.BATCH_SIZE * (self.step - timed_from) / seconds
-                    seconds, timed_from = 0.0, self.step
-                    progress.log(
-                        self.step, self.step / self.steps_per_epoch, values, (*self.system.SHOWN, "images_per_second")
-                    )
-                if run is not None and cfg.TRAIN.SAMPLE_EVERY and self.step % cfg.TRAIN.SAMPLE_EVERY == 0:
-                    self.draw(run, progress)
-                self.evaluate_when_due(run, progress)
-                # Processes stop together; asking each other makes a GPU wait, so not at every step.
-                asks = world.size == 1 or self.step % STOP_ASKED_EVERY == 0
-                stopped = asks and distributed.any_process(bool(stop.received), world)
-                self.save_when_due(run, stopped)
-                if stopped:
-                    progress.end_epoch()
-                    progress.say(f"stopped after step {self.step}, saved {run.last if run else ''}")
-                    progress.say("go on with: the same command and --resume")
-                    return 128 + (stop.received or 15)
-        progress.end_epoch()
-        if run is not None and not run.picture(self.step).is_file():
-            self.draw(run, progress)
-        progress.say(f"finished at step {self.step}: {run.last if run else ''}")
-        return 0
+
+    # -- pictures and evaluations --------------------------------------------------------------------------------
 
     def draw(self, run: RunDir, progress: Progress) -> None:
         """Write the picture of the run's state: fixed test captions and noise, images and last masks."""
         if not self.pictured_captions:
             return
-        with self._drawing() as pipeline:
+        with self._pipeline() as pipeline:
             drawn = pipeline.generate(self.pictured_captions, seed=self.cfg.SEED)
         picture = generated_picture(self.pictured_captions, drawn)
         save_image(picture, run.picture(self.step))
@@ -200,7 +286,7 @@ class Trainer:
         progress.say(f"picture of step {self.step}: {run.picture(self.step)}")
 
     @contextmanager
-    def _drawing(self) -> Iterator[TextToImage]:
+    def _pipeline(self) -> Iterator[TextToImage]:
         """The averaged generator, or G itself where there is none, ready to draw."""
         generator = self.average.module if self.average is not None else self.networks["generator"]
         text_encoder = self.networks["text_encoder"]
@@ -212,9 +298,9 @@ class Trainer:
         epoch, step = divmod(self.step, self.steps_per_epoch)
         if not self.cfg.TRAIN.EVAL_EVERY or step or epoch % self.cfg.TRAIN.EVAL_EVERY:
             return
-        self.check_finite()
+        self.finite.check()
         if self.evaluation is not None and run is not None:
-            with self._drawing() as pipeline:
+            with self._pipeline() as pipeline:
                 value = self.evaluation.measure(pipeline)
             progress.log(self.step, epoch, {self.evaluation.name: value})
             better = self.evaluation.note(value, self.step)
@@ -222,56 +308,6 @@ class Trainer:
                 save_checkpoint(run.best, self.checkpoint("networks"))
             progress.say(self.evaluation.line(value, epoch, run.best if better else None))
         distributed.wait_for_all(self.world)
-
-    def train_step(self, batch: Batch, epoch: int, wants_log: bool = False) -> dict[str, float]:
-        """One training step: every update of the system, then the average. Returns the values to log."""
-        values: dict[str, Tensor] = {}
-        seed_everything(self.cfg.SEED, self.step, self.world.rank)  # dropout, where encoders are fine-tuned with it
-        noise_dim = self.networks["generator"].noise_dim
-        noise = noise_for(self.cfg.SEED, epoch, batch.indices.tolist(), noise_dim).to(self.device, non_blocking=True)
-        for update in self.stepper.updates(batch, noise, self.optimizers):
-            optimizer, parameters = self.optimizers[update.optimizer], self.parameters[update.optimizer]
-            for parameter in parameters:  # Adam moves on past gradients, too, where the present one is zero
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            distributed.average_gradients(parameters, self.world)
-            optimizer.step()
-            self._note_bad(update.losses)
-            if wants_log:
-                values |= self._describe(update, parameters)
-        self.step += 1
-        if self.average is not None:
-            self.average.update(self.networks["generator"])
-        if not wants_log:
-            return {}
-        averaged = {name: value.item() for name, value in distributed.average(values, self.world).items()}
-        return averaged | {"memory_mib": _memory_mib(self.device)}
-
-    @staticmethod
-    def _describe(update: Any, parameters: list[nn.Parameter]) -> dict[str, Tensor]:
-        values = {f"loss/{name}": loss.detach() for name, loss in update.losses.items()}
-        for name, value in update.stats.items():
-            group, _, rest = name.partition("_")
-            values[f"{rest}/{group}" if rest in ("logits", "sign") else name] = torch.as_tensor(value).detach()
-        what = "penalty" if list(update.losses) == ["penalty"] else update.optimizer
-        norms = torch._foreach_norm([parameter.grad for parameter in parameters])
-        return values | {f"gradient_norm/{what}": torch.stack(norms).norm()}
-
-    def _note_bad(self, losses: Mapping[str, Tensor]) -> None:
-        """Remember on the device at which step a loss was first not finite: reading it each time would wait for a GPU."""
-        for name, loss in losses.items():
-            known = self.first_bad.setdefault(name, torch.full((), -1, device=self.device))
-            self.first_bad[name] = torch.where((known < 0) & ~torch.isfinite(loss.detach()), self.step + 1, known)
-
-    def check_finite(self) -> None:
-        """Raise TrainingError, naming loss and step, if a loss was not finite. Saved checkpoints stay as they are."""
-        bad = {name: int(step) for name, step in self.first_bad.items() if step >= 0}
-        if bad:
-            name = min(bad, key=bad.get)
-            raise TrainingError(
-                f"the loss `{name}` was not finite at step {bad[name]}; the last good checkpoint is kept. Lower the "
-                f"learning rates or raise TRAIN.BATCH_SIZE, then go on with --resume"
-            )
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -282,11 +318,15 @@ class Trainer:
         within = train.SAVE_EVERY > 0 and self.step % train.SAVE_EVERY == 0
         if not (within or epoch_ended or finished or stopped):
             return
-        self.check_finite()
+
+        # Only what can be trained further: what is there stays as it is otherwise.
+        self.finite.check()
         self._check_weights()
         distributed.wait_for_all(self.world)
         if run is None:
             return
+
+        # Numbered: the most complete kind that is due.
         epoch = self.step // self.steps_per_epoch
         if epoch_ended and epoch >= max(1, train.WARMUP_EPOCHS):
             intervals = {
@@ -309,7 +349,7 @@ class Trainer:
         content = {
             "config": to_plain(self.cfg),
             "vocabulary": self.vocabulary.words,
-            "networks": {part: to_state(network_name(net), net) for part, net in networks.items()},
+            "networks": {part: to_state(network_name(network), network) for part, network in networks.items()},
             "step": self.step,
             "epoch": self.step // self.steps_per_epoch,
             "data": fingerprint(self.records),
@@ -322,6 +362,7 @@ class Trainer:
         return content
 
     def _check_weights(self) -> None:
+        """Raise TrainingError, naming the network, if a weight is not finite."""
         for part, network in self.networks.items():
             # One sum a tensor: it is finite only if all its values are.
             sums = torch.stack([parameter.detach().float().sum() for parameter in network.parameters()])
@@ -331,26 +372,8 @@ class Trainer:
                     f"Lower the learning rates, then go on with --resume"
                 )
 
-    def _networks(self, checkpoint: dict | None) -> tuple[dict[str, nn.Module], Vocabulary]:
-        """The networks to train: of the checkpoint, of NET_G, or fresh ones; with the encoders that the settings name."""
-        if checkpoint is not None:
-            stored = {
-                part: from_state(entry, NETWORKS[part])
-                for part, entry in checkpoint["networks"].items()
-                if part != "generator_ema"
-            }
-            if "image_encoder" not in stored and needs_image_encoder(self.cfg):
-                raise CheckpointError("the run was started without an image encoder; keep TRAIN.DAMSM_WEIGHT at 0")
-            return stored, vocabulary_of(checkpoint["vocabulary"])
-        encoders, vocabulary = encoders_for(self.cfg)
-        networks = build_networks(self.cfg)
-        networks |= given_networks(self.cfg, networks)
-        networks["text_encoder"] = encoders.text_encoder
-        if encoders.image_encoder is not None:
-            networks["image_encoder"] = encoders.image_encoder
-        return networks, vocabulary
-
     def _restore(self, checkpoint: dict) -> None:
+        """Go on where the checkpoint was written. The networks have their weights already, see `_networks`."""
         check_same_data(checkpoint, self.records, self.cfg.DATA_DIR)
         for name, optimizer in self.optimizers.items():
             if name in checkpoint["optimizers"]:

@@ -15,13 +15,14 @@ from eval.features.networks import RESIZE, TRUNK, FeatureNetwork
 from miscc.checkpoint import hash_tensors, load_file
 from miscc.errors import CheckpointError
 from models.registry import from_state
+from models.types import Network
 
 SCORED_AS = {"birds": "cub"}  # data sets that the papers call otherwise
 NORMALISATION = (127.5, 127.5)  # (x - mean) / scale: [-1, 1]
 MADE_BY = "python eval/train_classifier.py --cfg cfg/bird.yml"
 
 
-class InceptionClassifier(nn.Module):
+class InceptionClassifier(Network):
     """torchvision's Inception-v3 with a new last layer: (N, 3, 299, 299) in [-1, 1] -> logits (N, num_classes)."""
 
     resize = "bilinear"
@@ -49,7 +50,7 @@ class InceptionClassifier(nn.Module):
         return self.head(self.trunk(images.contiguous(memory_format=torch.channels_last)))
 
 
-class SmallClassifier(nn.Module):
+class SmallClassifier(Network):
     """A light network from scratch, for small images and CPUs; ours: (N, 3, S, S) in [-1, 1] -> logits (N, num_classes).
 
     image_size: S, from 16 on; every layer halves it down to 4 pixels or fewer.
