@@ -31,7 +31,7 @@ from sampling.encoders import load_encoders, released_vocabulary
 from training.build import check_batch_size
 from training.data import make_dataset, read_records, usable_workers
 from training.progress import Progress, StopSignal
-from training.resume import check_fixed_settings, check_same_data, fingerprint
+from training.resume import check_encoders_resumable, check_same_data, fingerprint
 from training.retrieval import retrieval_at
 from training.run_dir import EncoderDir
 from training.step import Clipping, Stepper, adam, restore_adam
@@ -244,9 +244,7 @@ class EncoderTrainer:
         }
 
     def _restore(self, checkpoint: dict) -> None:
-        fixed = ("SEED", "RNN_TYPE", "DAMSM.IMAGE_ENCODER", "TREE.BASE_SIZE", "TEXT.EMBEDDING_DIM", "TEXT.WORDS_NUM",
-                 "TRAIN.HELD_OUT", "TRAIN.BATCH_SIZE")  # fmt: skip
-        check_fixed_settings(checkpoint["config"], self.cfg, fixed, "--overwrite")
+        check_encoders_resumable(checkpoint, self.cfg)
         check_same_data(checkpoint, self.records, self.cfg.DATA_DIR)
         restore_adam(self.optimizer, checkpoint["optimizers"]["encoders"])
         self.step = checkpoint["step"]

@@ -73,18 +73,6 @@ def hold_out(records: Records, share: float, seed: int) -> tuple[Records, Record
     return records.select(kept), records.select(sorted(chosen))
 
 
-def check_same_held_out(stored: Mapping, cfg: Mapping) -> None:
-    """Raises ConfigError where a resumed run would train on other classes than it has until now."""
-    before, now = held_out_share(stored), held_out_share(cfg)
-    if before == now:
-        return
-    key = "TRAIN.EVAL_CLASSES" if before and now else "TRAIN.EVAL_EVERY"
-    raise ConfigError(
-        f"{key}: the run was started with {before:g} of the classes held out for evaluation, not {now:g}, and has trained "
-        f"on the others; set it back, or start anew (without --resume)"
-    )
-
-
 class Evaluation:
     """The distance of generated to held-out real images, and the best that a run has reached.
 

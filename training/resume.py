@@ -1,4 +1,7 @@
-"""What a resumed run must not change, and what it may: settings, data, held-out classes. Loading is trainer.py's."""
+"""What a resumed run must not change: kind of checkpoint, settings that shape it, data, held-out classes; and what it may.
+
+Loading a checkpoint is trainer.py's and damsm.py's.
+"""
 
 from collections.abc import Iterable, Mapping
 
@@ -6,34 +9,13 @@ from datasets.records import Records
 from miscc.config import flatten, lookup
 from miscc.errors import CheckpointError, ConfigError, DataError
 from training.build import network_keys
-from training.evaluation import check_same_held_out
+from training.evaluation import held_out_share
 
-
-def check_fixed_settings(stored: Mapping, cfg: Mapping, keys: Iterable[str], instead: str) -> None:
-    """Raises ConfigError where a key that a run cannot change on the way differs from the run's stored settings."""
-    for key in keys:
-        before, now = lookup(stored, key), lookup(cfg, key)
-        if before != now:
-            raise ConfigError(
-                f"{key}: the run was started with {before}, not {now}; set it back, or start anew ({instead})"
-            )
-
-
-def fingerprint(records: Records) -> dict[str, int]:
-    """What a checkpoint keeps of its training set, see `Records.fingerprint`."""
-    return records.fingerprint()
-
-
-def check_same_data(checkpoint: Mapping, records: Records, data_dir: str) -> None:
-    """Raises DataError when a run was started with other images: its steps would no longer mean the same."""
-    before, now = checkpoint.get("data", {}), fingerprint(records)
-    if before != now:
-        same_number = before.get("num_images") == now["num_images"]
-        raise DataError(
-            f"the run was started with {before.get('num_images')} training images, {data_dir} now has {now['num_images']}"
-            f"{' others, or other captions' if same_number else ''}; restore the data, or start a new run from these weights "
-            f"(TRAIN.NET_G, TRAIN.NET_E)"
-        )
+# What any run may have its own way, without a word about it.
+FREE = {"RESTORE", "GPU_ID", "WORKERS", "DATA_CACHE", "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS"}
+# What shapes the encoders, their data or the order of it.
+ENCODER_KEYS = ("SEED", "RNN_TYPE", "DAMSM.IMAGE_ENCODER", "TREE.BASE_SIZE", "TEXT.EMBEDDING_DIM", "TEXT.WORDS_NUM",
+                "TRAIN.HELD_OUT", "TRAIN.BATCH_SIZE")  # fmt: skip
 
 
 def check_resumable(checkpoint: Mapping, cfg: Mapping) -> None:
@@ -46,9 +28,53 @@ def check_resumable(checkpoint: Mapping, cfg: Mapping) -> None:
     check_fixed_settings(checkpoint["config"], cfg, sorted(shaping), "without --resume or RESTORE: True")
 
 
+def check_encoders_resumable(checkpoint: Mapping, cfg: Mapping) -> None:
+    """The same for a training of the encoders."""
+    check_fixed_settings(checkpoint["config"], cfg, ENCODER_KEYS, "--overwrite")
+
+
+def check_fixed_settings(stored: Mapping, cfg: Mapping, keys: Iterable[str], instead: str) -> None:
+    """Raises ConfigError where one of these keys differs from the run's stored settings; instead: how to start anew."""
+    for key in keys:
+        before, now = lookup(stored, key), lookup(cfg, key)
+        if before != now:
+            raise ConfigError(
+                f"{key}: the run was started with {before}, not {now}; set it back, or start anew ({instead})"
+            )
+
+
+def check_same_held_out(stored: Mapping, cfg: Mapping) -> None:
+    """Raises ConfigError where a resumed run would train on other classes than it has until now."""
+    before, now = held_out_share(stored), held_out_share(cfg)
+    if before == now:
+        return
+    key = "TRAIN.EVAL_CLASSES" if before and now else "TRAIN.EVAL_EVERY"
+    raise ConfigError(
+        f"{key}: the run was started with {before:g} of the classes held out for evaluation, not {now:g}, and has trained "
+        f"on the others; set it back, or start anew (without --resume)"
+    )
+
+
+def fingerprint(records: Records) -> dict[str, int]:
+    """What a checkpoint keeps of its training set, see `Records.fingerprint`."""
+    return records.fingerprint()
+
+
+def check_same_data(checkpoint: Mapping, records: Records, data_dir: str) -> None:
+    """Raises DataError when a run was started with other images: its steps would no longer mean the same."""
+    before, now = checkpoint.get("data", {}), fingerprint(records)
+    if before == now:
+        return
+    same_number = before.get("num_images") == now["num_images"]
+    raise DataError(
+        f"the run was started with {before.get('num_images')} training images, {data_dir} now has {now['num_images']}"
+        f"{' others, or other captions' if same_number else ''}; restore the data, or start a new run from these weights "
+        f"(TRAIN.NET_G, TRAIN.NET_E)"
+    )
+
+
 def changed_settings(before: Mapping, now: Mapping) -> list[str]:
-    """`KEY: old -> new` for every setting that differs, but for those that any run may have its own way."""
-    free = {"RESTORE", "GPU_ID", "WORKERS", "DATA_CACHE", "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS"}
+    """`KEY: old -> new` for every setting that a run may change and has changed, but for the FREE ones."""
     before, now = flatten(before), flatten(now)
-    names = [name for name in now if name in before and name not in free and before[name] != now[name]]
+    names = [name for name in now if name in before and name not in FREE and before[name] != now[name]]
     return [f"{name}: {before[name]} -> {now[name]}" for name in names]
