@@ -21,8 +21,9 @@ from PIL import Image
 from eval.features.networks import FeatureNetwork, load_network, random_inception_state
 from eval.features.sources import open_source
 from eval.features.statistics import collect_features, statistics_of_features
-from eval.FID import distance, frechet_distance
-from eval.protocol.scores import versions
+from eval.FID import FrechetDistance, frechet_distance
+from eval.metric import ScoringBatch
+from eval.scripts import versions
 from miscc.errors import DataError, run_command
 from miscc.files import write_json, write_text
 from miscc.randomness import stream
@@ -89,11 +90,12 @@ def measure_features(args: argparse.Namespace) -> dict:
         sets = [write_images(root / name, args.images, args.size, seed) for seed, name in enumerate(("real", "fake"))]
         state = random_inception_state(SEED)
         torch.save(state, root / "weights.pth")
+        network = load_network("random", resize="tf1", seed=SEED)
         loops = {
             "pytorch-fid": pytorch_fid_loop(args.pytorch_fid, state, args.batch_size),
             "torch-fidelity": torch_fidelity_loop(root / "weights.pth", args.batch_size),
             "ours, bilinear": ours(load_network("random", resize="bilinear", seed=SEED), args.batch_size),
-            "ours, tf1": ours(load_network("random", resize="tf1", seed=SEED), args.batch_size),
+            "ours, tf1": ours(network, args.batch_size),
         }
         rates = {name: [] for name in loops}
         features = {}
@@ -111,15 +113,17 @@ def measure_features(args: argparse.Namespace) -> dict:
             "speedup": result[name]["images_per_second"] / result[reference]["images_per_second"],
             "largest_feature_difference": float(np.abs(own - theirs).max()),
             "feature_spread": float(theirs.std(axis=0).mean()),
-            "distance": fid_of(own, second[name]),
-            "distance_by_reference": fid_of(theirs, second[reference]),
+            "distance": fid_of(own, second[name], network),
+            "distance_by_reference": fid_of(theirs, second[reference], network),
         }
     return result
 
 
-def fid_of(first: np.ndarray, second: np.ndarray) -> float:
-    """The Fréchet distance of two sets of features."""
-    return distance(*(statistics_of_features(torch.from_numpy(rows)) for rows in (first, second)))
+def fid_of(real: np.ndarray, fake: np.ndarray, network: FeatureNetwork) -> float:
+    """The Fréchet distance of two sets of features (N, D) of a network."""
+    metric = FrechetDistance(network, statistics_of_features(torch.from_numpy(real)))
+    metric.update(ScoringBatch(features=torch.from_numpy(fake)))
+    return metric.compute()[0].value
 
 
 def measure_trace(size: int, rounds: int) -> dict:

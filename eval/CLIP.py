@@ -14,19 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-if __package__ in (None, ""):  # run as a script: this folder hides the standard library's and others' names
+if __package__ in (None, ""):  # run as a script: this folder hides other packages' names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from eval.features.sources import batches, read_samples
-from eval.features.statistics import load_source
-from eval.protocol.scores import Score, add_arguments, named_device, report, seed_number
-from eval.R_precision import candidate_lists, r_precision
+from eval.metric import Metric, Run, Score, ScoringBatch
+from eval.R_precision import CandidateLists, about_lists, candidate_lists, lists_for, r_precision
+from eval.scripts import add_ranking_arguments, broken, open_samples, ranking_options, report, update_from
 from miscc.checkpoint import hash_tensors
+from miscc.command_line import named_device
 from miscc.errors import CheckpointError, run_command
 from models.modes import no_tf32
 
@@ -34,7 +33,11 @@ MODEL = "openai/clip-vit-base-patch32"  # of both papers
 
 
 class ImageTextEncoder(Protocol):
-    """Whoever puts images and captions into one space. label: on the score; protocol: what made the codes."""
+    """Encodes images and captions into one space.
+
+    label: on the score;
+    protocol: what made the codes.
+    """
 
     label: str
     protocol: dict[str, Any]
@@ -83,6 +86,7 @@ def load_clip(name: str | Path = MODEL, device: str | torch.device = "cpu") -> C
 
     Raises CheckpointError without the package, without the weights, and for a folder of another network.
     """
+    # The package, which is optional.
     try:
         from transformers import CLIPModel, CLIPProcessor
         from transformers.utils import logging as their_logging
@@ -91,6 +95,8 @@ def load_clip(name: str | Path = MODEL, device: str | torch.device = "cpu") -> C
             f"CLIP needs the package transformers, which cannot be imported here ({error}); pip install transformers"
         ) from None
     their_logging.set_verbosity(logging.ERROR)  # what matters of its warnings is an error below
+
+    # Network and processor, from this machine alone.
     name, is_file = str(name), Path(name).is_dir()
     try:
         model, info = CLIPModel.from_pretrained(name, local_files_only=True, output_loading_info=True)
@@ -102,6 +108,8 @@ def load_clip(name: str | Path = MODEL, device: str | torch.device = "cpu") -> C
             f"nothing is downloaded ({type(error).__name__}: {reason}); run `hf download {MODEL}` where there is a "
             f"network, or give the folder with --clip"
         ) from None
+
+    # transformers would draw missing tensors at random.
     missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")] or info["mismatched_keys"]
     if missing:
         raise CheckpointError(f"CLIP: {name} lacks {len(missing)} tensors of a CLIP, e.g. {sorted(missing)[0]}")
@@ -114,6 +122,54 @@ def clip_score(image_codes: torch.Tensor, caption_codes: torch.Tensor) -> torch.
     return 100 * F.cosine_similarity(image_codes.double(), caption_codes.double(), dim=1)
 
 
+class ClipScore(Metric):
+    """CLIPScore and CLIP-R-precision, the latter in per cent."""
+
+    accumulated = ("codes",)
+
+    def __init__(
+        self,
+        encoder: ImageTextEncoder,
+        captions: Sequence[str],
+        lists: CandidateLists,
+        folds: int = 10,
+        seed: int = 2020,
+    ) -> None:
+        """captions, lists: of all images, in the order in which they come."""
+        self.encoder, self.captions, self.lists, self.folds, self.seed = encoder, captions, lists, folds, seed
+        self.codes: list[torch.Tensor] = []
+
+    @classmethod
+    def from_run(cls, run: Run) -> "ClipScore":
+        encoder = load_clip(run.tools.clip or MODEL, run.device)
+        captions = [request.caption for request in run.requests]
+        return cls(encoder, captions, lists_for(run), run.protocol.folds, run.protocol.seed)
+
+    def update(self, batch: ScoringBatch) -> None:
+        self.codes.append(self.encoder.encode_images(batch.images))
+
+    def compute(self) -> list[Score]:
+        encoder, lists, image_codes = self.encoder, self.lists, torch.cat(self.codes)  # (N, D)
+
+        # Each caption once. The pool has one caption of those with the same words; CLIP may see a difference.
+        texts = list(dict.fromkeys([*lists.pool, *self.captions]))
+        index_of = {text: index for index, text in enumerate(texts)}
+        text_codes = torch.cat([encoder.encode_captions(texts[i : i + 256]) for i in range(0, len(texts), 256)])
+
+        # An image and its own caption.
+        single = clip_score(image_codes, text_codes[[index_of[caption] for caption in self.captions]])  # (N,)
+        about = encoder.protocol | {"num_images": len(image_codes)}
+        said = about | {"unit": "100 x cosine, mean and deviation over images"}
+        value, spread = max(0.0, float(single.mean())), float(single.std(correction=0))
+        score = Score(f"CLIPScore[{encoder.label}]", value, said, std=spread)
+
+        # Its own caption among others.
+        pool_codes = text_codes[: len(lists.pool)]
+        mean, std = r_precision(image_codes, pool_codes, lists.true, lists.candidates, self.folds, self.seed)
+        said = about | about_lists(lists) | {"folds": self.folds, "seed": self.seed}
+        return [score, Score(f"CLIP-R-precision%[{encoder.label}]", 100 * mean, said, std=100 * std)]
+
+
 def clip_scores(
     folder: str | Path,
     encoder: ImageTextEncoder,
@@ -123,64 +179,31 @@ def clip_scores(
     seed: int = 2020,
     lists: str | Path | None = None,
     skip_broken: bool = False,
-    batch_size: int = 32,
-    workers: int | None = None,
-    progress: bool | None = None,
+    **options,
 ) -> list[Score]:
     """CLIPScore and, in per cent, CLIP-R-precision of a folder that the sampler wrote.
 
-    lists: where the candidate lists are, or shall be written (default: in the folder, by seed). Raises DataError.
+    lists: where the candidate lists are, or shall be written (default: in the folder, by seed);
+    options: as `eval.scripts.update_from`.
+    Raises DataError.
     """
-    by_file = {sample.file: sample for sample in read_samples(folder)}
-    source, skipped = load_source(folder, skip_broken)
-    samples = [by_file[name] for name in source.names]
-    path = Path(lists or Path(folder) / f"r_precision_{num_candidates}_seed{seed}.json")
-    drawn, path = candidate_lists(samples, path, num_candidates, seed)
-    captions = [sample.caption for sample in samples]
-    # The pool has one caption of those with the same words; CLIP may see a difference.
-    texts = {text: place for place, text in enumerate(dict.fromkeys([*drawn.pool, *captions]))}
-    order = list(texts)
-    text_codes = torch.cat([encoder.encode_captions(order[i : i + 256]) for i in range(0, len(order), 256)])
-    hidden = not (sys.stderr.isatty() if progress is None else progress)
-    codes = []
-    with tqdm(total=len(source), desc="images", unit="image", leave=False, disable=hidden) as bar:
-        for images in batches(source, batch_size, workers):
-            codes.append(encoder.encode_images(images))
-            bar.update(len(images))
-    image_codes = torch.cat(codes)
-    single = clip_score(image_codes, text_codes[[texts[caption] for caption in captions]])
-    pool_codes = text_codes[: len(drawn.pool)]
-    mean, std = r_precision(image_codes, pool_codes, drawn.true, drawn.candidates, folds, seed)
-    common = encoder.protocol | {"images": str(folder), "num_images": len(samples), "skipped": len(skipped)}
-    common |= {"skipped_names": list(skipped)}
-    ranked = {"candidates": drawn.candidates.shape[1], "pool": len(drawn.pool), "lists": str(path)}
-    ranked |= {"lists_seed": drawn.seed, "folds": folds, "seed": seed, "unit": "%"}
-    ranked |= {"chance": 100 / (1 + drawn.candidates.shape[1])}
-    warnings = (f"{folder}: {len(skipped)} broken images were left out, e.g. {skipped[0]}",) if skipped else ()
-    unit = {"unit": "100 x cosine, mean and deviation over images"}
-    value, spread = max(0.0, float(single.mean())), float(single.std(correction=0))
-    return [
-        Score(f"CLIPScore[{encoder.label}]", value, common | unit, std=spread, warnings=warnings),
-        Score(f"CLIP-R-precision%[{encoder.label}]", 100 * mean, common | ranked, std=100 * std, warnings=warnings),
-    ]
+    source, samples, skipped = open_samples(folder, skip_broken)
+    drawn, about = candidate_lists(folder, samples, lists, num_candidates, seed)
+    metric = ClipScore(encoder, [sample.caption for sample in samples], drawn, folds, seed)
+    score, precision = update_from(source, metric, **options).compute()
+
+    origin = {"images": str(folder), "skipped": len(skipped), "skipped_names": list(skipped)}
+    warnings = broken(folder, skipped)
+    return [score.of(origin, warnings), precision.of(origin | about, warnings)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="CLIPScore and CLIP-R-precision of sampled images")
-    parser.add_argument("--samples", required=True, metavar="DIR", help="folder that main.py sampled into")
     parser.add_argument("--clip", default=MODEL, metavar="NAME", help=f"folder, or name in the cache (default {MODEL})")
-    parser.add_argument("--candidates", type=int, default=99, metavar="N", help="wrong captions an image (default 99)")
-    parser.add_argument("--lists", metavar="PATH", help="candidate lists as JSON: read if there, else written")
-    parser.add_argument("--folds", type=int, default=10, help="default 10")
-    parser.add_argument("--seed", type=seed_number, default=2020, help="of candidate lists and folds")
-    add_arguments(parser, network=False, weights=False)
+    add_ranking_arguments(parser)
     args = parser.parse_args()
-    if args.candidates < 1:
-        parser.error("--candidates must be at least 1")
     encoder = load_clip(args.clip, named_device(args.device))
-    choices = {"num_candidates": args.candidates, "folds": args.folds, "seed": args.seed, "lists": args.lists}
-    choices |= {"skip_broken": args.skip_broken, "batch_size": args.batch_size, "workers": args.workers}
-    report(clip_scores(args.samples, encoder, progress=True, **choices), args.json)
+    report(clip_scores(args.samples, encoder, **ranking_options(args)), args.json)
 
 
 if __name__ == "__main__":

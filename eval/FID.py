@@ -6,10 +6,10 @@ The distance between two Gaussians, without the matrix square root; FID extrapol
 
 import argparse
 import sys
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script: this folder hides the standard library's and others' names
+if __package__ in (None, ""):  # run as a script: this folder hides other packages' names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
@@ -19,21 +19,25 @@ from tqdm import tqdm
 from eval.features.networks import FeatureNetwork
 from eval.features.statistics import (
     Statistics,
-    collect_features,
+    StreamedStatistics,
+    check_comparable,
     holds_statistics,
     image_statistics,
     load_source,
     save_statistics,
     statistics_of_features,
 )
-from eval.protocol.scores import (
-    Score,
+from eval.metric import Metric, Needs, Run, Score, ScoringBatch, distance_name
+from eval.scripts import (
     add_arguments,
     add_cache_arguments,
-    distance_name,
+    add_sources,
+    broken,
+    describe,
     extraction_of,
     network_of,
     report,
+    update_from,
 )
 from miscc.errors import DataError, run_command
 from miscc.randomness import stream
@@ -108,10 +112,107 @@ def bootstrap_interval(
     return (float(low), float(high)), float(np.std(values, ddof=1))
 
 
+class FrechetDistance(Metric):
+    """FID of generated against real images, FID∞ and a bootstrap interval."""
+
+    needs = Needs(features=True, real="statistics")
+    accumulated = ("streamed", "features")
+
+    def __init__(
+        self,
+        network: FeatureNetwork,
+        real: Statistics | None,
+        *,
+        extrapolate: bool = False,
+        bootstrap: int = 0,
+        seed: int = 2020,
+    ) -> None:
+        """Raises DataError for too few rounds.
+
+        real: the real images' statistics, None in all processes but the main one;
+        extrapolate: also FID∞;
+        bootstrap: rounds for a 95 % interval, at least 20, 0: none.
+        """
+        if bootstrap and bootstrap < 20:
+            raise DataError(
+                f"--bootstrap {bootstrap}: too few rounds for a 95 % interval; take 20 or more, 200 is usual"
+            )
+        self.network, self.real = network, real
+        self.extrapolate, self.bootstrap, self.seed = extrapolate, bootstrap, seed
+        self.keep_features = extrapolate or bootstrap > 0
+        self.streamed = StreamedStatistics(network.num_features, network.device)
+        self.features: list[torch.Tensor] = []
+
+    @classmethod
+    def from_run(cls, run: Run) -> "FrechetDistance":
+        return cls(run.network, run.reference.statistics if run.reference else None)
+
+    def update(self, batch: ScoringBatch) -> None:
+        if self.keep_features:
+            self.features.append(batch.features.cpu())
+        else:
+            self.streamed.update(batch.features)
+
+    def merge(self, other: "FrechetDistance") -> None:
+        self.streamed.merge(other.streamed)
+        self.features += other.features
+
+    def compute(self) -> list[Score]:
+        if not self.keep_features:
+            return [frechet_score(self.real, self.streamed.result(self.network.protocol()), self.network)]
+
+        # Single features are there: resamplings of them, and the limit for many.
+        features = torch.cat(self.features)  # (N, D)
+        score = frechet_score(self.real, statistics_of_features(features, self.network.protocol()), self.network)
+        scores = [score]
+        if self.bootstrap:
+            interval, std = bootstrap_interval(self.real, features, score.value, self.bootstrap, self.seed)
+            about = {"bootstrap_rounds": self.bootstrap, "seed": self.seed}
+            scores = [replace(score, std=std, interval=interval).of(about)]
+        if self.extrapolate:
+            limit, points = extrapolated_distance(self.real, features, self.seed)
+            name = distance_name("FID∞", self.network)
+            scores.append(Score(name, limit, {**scores[0].protocol, "seed": self.seed}, details={"points": points}))
+        return scores
+
+
+def frechet_score(real: Statistics, fake: Statistics, network: FeatureNetwork | None = None) -> Score:
+    """The distance of two sets of statistics with its warnings. network: None where only files of statistics are there."""
+    made_by = network.protocol() if network else fake.protocol or real.protocol
+    name = distance_name("FID", network) if network else _name_of_files(made_by)
+    warnings = []
+
+    # Fewer images than features: the distance depends on their number.
+    counts = [statistics.num_images for statistics in (real, fake) if statistics.num_images is not None]
+    if counts and min(counts) <= len(real.mean):
+        warnings.append(
+            f"{name}: {min(counts)} images for {len(real.mean)} features: the covariance is singular and the distance "
+            "too large; compare only with values of as many images (eval/FID.py --extrapolate estimates the limit)"
+        )
+
+    for role, statistics in (("real", real), ("generated", fake)):
+        if not statistics.protocol:
+            warnings.append(
+                f"{name}: the file of the {role} images' statistics does not say with which network, weights and resize "
+                "filter they were made"
+            )
+    about = {**made_by, "num_real": real.num_images, "num_fake": fake.num_images}
+    return Score(name, distance(real, fake), about, warnings=tuple(warnings))
+
+
+def _name_of_files(made_by: dict) -> str:
+    """The name of a distance between two files of statistics, which may say what network they are by."""
+    if not made_by:
+        return "FD[unknown network]"
+    network, published = made_by["network"], made_by["published_weights"]
+    prefix = "FID" if network.startswith("inception") and published else "FD"
+    return f"{prefix}[{network if published else network + ':' + made_by['weights_hash'][:8]}]"
+
+
 def fid(
     real: str | Path,
     fake: str | Path,
-    network: FeatureNetwork,
+    network: FeatureNetwork | None,
     *,
     cache: str | Path | None = None,
     skip_broken: bool = False,
@@ -122,82 +223,51 @@ def fid(
 ) -> list[Score]:
     """FID of generated against real images, each a source of eval/features/sources.py or a .npz of statistics.
 
-    cache: where the real set's statistics are kept; extrapolate: adds FID∞; bootstrap: rounds for an interval, at
-    least 20. options as `eval.features.extract`. Returns the score, and FID∞ after it if asked for.
+    network: None where both are statistics;
+    cache: where the real set's statistics are kept;
+    extrapolate, bootstrap: see FrechetDistance;
+    options: as `eval.scripts.update_from`.
+    Returns the score, and FID∞ after it if asked for.
     """
-    single = extrapolate or bootstrap
-    if single and holds_statistics(fake):
+    if (extrapolate or bootstrap) and holds_statistics(fake):
         raise DataError(f"{fake}: --extrapolate and --bootstrap need the generated images, not their statistics")
-    if bootstrap and bootstrap < 20:
-        raise DataError(f"--bootstrap {bootstrap}: too few rounds for a 95 % interval; take 20 or more, 200 is usual")
     of_real = image_statistics(real, network, skip_broken, cache, **options)
-    if single:
-        source, skipped = load_source(fake, skip_broken)
-        features = collect_features(source, network, **options)
-        of_fake = Statistics(*_moments(features), len(features), network.protocol(), skipped)
+
+    # Generated images, or what is known of them.
+    if holds_statistics(fake):
+        of_fake = image_statistics(fake, network)
+        check_comparable(real, of_real, fake, of_fake)
+        scores, skipped = [frechet_score(of_real, of_fake, network)], of_fake.skipped
     else:
-        of_fake = image_statistics(fake, network, skip_broken, **options)
-    value = distance(of_real, of_fake)
-    protocol = {
-        **network.protocol(),
-        **describe("real", real, of_real.num_images, of_real.skipped),
-        **describe("fake", fake, of_fake.num_images, of_fake.skipped),
-    }
-    warnings = tuple(_warnings(network, of_real, of_fake, real, fake))
-    interval, std = None, None
-    if bootstrap:
-        interval, std = bootstrap_interval(of_real, features, value, bootstrap, seed)
-        protocol |= {"bootstrap_rounds": bootstrap, "seed": seed}
-    scores = [Score(distance_name("FID", network), value, protocol, std, interval, warnings=warnings)]
-    if extrapolate:
-        limit, points = extrapolated_distance(of_real, features, seed)
-        scores.append(
-            Score(distance_name("FID∞", network), limit, {**protocol, "seed": seed}, details={"points": points})
-        )
-    return scores
+        metric = FrechetDistance(network, of_real, extrapolate=extrapolate, bootstrap=bootstrap, seed=seed)
+        source, skipped = load_source(fake, skip_broken)
+        scores = update_from(source, metric, network, **options).compute()
 
-
-def _moments(features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    statistics = statistics_of_features(features)
-    return statistics.mean, statistics.covariance
-
-
-def describe(role: str, path: str | Path, count: int | None, skipped: Sequence[str]) -> dict:
-    """The fields of a protocol that say what a set of images was."""
-    return {role: str(path), f"num_{role}": count, f"skipped_{role}": len(skipped), f"skipped_{role}_names": [*skipped]}
-
-
-def _warnings(network: FeatureNetwork, of_real: Statistics, of_fake: Statistics, real, fake):
-    for path, statistics in ((real, of_real), (fake, of_fake)):
-        if statistics.num_images is not None and statistics.num_images <= network.num_features:
-            yield (
-                f"{path}: {statistics.num_images} images for {network.num_features} features: the covariance is "
-                "singular and the distance too large; compare only with numbers of as many images, or --extrapolate"
-            )
-        if not statistics.protocol:
-            yield f"{path}: does not say with which network, weights and resize filter its statistics were made"
-        if statistics.skipped:
-            yield f"{path}: {len(statistics.skipped)} broken images were left out, e.g. {statistics.skipped[0]}"
+    origin = describe("real", real, of_real.skipped) | describe("fake", fake, skipped)
+    return [score.of(origin, broken(real, of_real.skipped) + broken(fake, skipped)) for score in scores]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fréchet Inception distance between two sets of images")
-    parser.add_argument("real", help="real images: folder, list of files, .zip, .npz of images or of mu and sigma")
-    parser.add_argument("fake", help="generated images, likewise")
+    add_sources(parser, statistics=True)
     parser.add_argument("--extrapolate", action="store_true", help="also FID∞, for infinitely many generated images")
     parser.add_argument("--bootstrap", type=int, default=0, metavar="N", help="95 %% interval from N resamplings")
     parser.add_argument("--save-statistics", metavar="PATH", help="write REAL's statistics in pytorch-fid's format")
     add_arguments(parser)
     add_cache_arguments(parser)
     args = parser.parse_args()
-    network, extraction = network_of(args), extraction_of(args)
-    choices = {"cache": args.cache, "skip_broken": args.skip_broken}
+
+    # Two files of statistics need no network.
+    only_statistics = holds_statistics(args.real) and holds_statistics(args.fake)
+    network = None if only_statistics else network_of(args)
+    choices = {"cache": args.cache, "skip_broken": args.skip_broken, **extraction_of(args)}
+
     if args.save_statistics:
         if not args.save_statistics.endswith(".npz"):
             raise DataError(f"--save-statistics {args.save_statistics}: give it a name that ends in .npz")
-        save_statistics(args.save_statistics, image_statistics(args.real, network, **choices, **extraction))
+        save_statistics(args.save_statistics, image_statistics(args.real, network, **choices))
     requests = {"extrapolate": args.extrapolate, "bootstrap": args.bootstrap, "seed": args.seed}
-    report(fid(args.real, args.fake, network, **choices, **requests, **extraction), args.json)
+    report(fid(args.real, args.fake, network, **choices, **requests), args.json)
 
 
 if __name__ == "__main__":

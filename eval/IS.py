@@ -1,7 +1,7 @@
 """Inception score (Salimans et al. 2016) of a set of images: `python eval/IS.py IMAGES`.
 
 exp of the mean Kullback-Leibler distance between a network's class probabilities for an image and their mean, in 10
-splits as the papers have it. Which network judged is part of the score's name: IS[imagenet], or IS[cub] by a classifier of
+splits as the papers have it. The network is part of the score's name: IS[imagenet], or IS[cub] by a classifier of
 eval/train_classifier.py.
 """
 
@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script: this folder hides the standard library's and others' names
+if __package__ in (None, ""):  # run as a script: this folder hides other packages' names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
@@ -17,60 +17,94 @@ import torch
 
 from eval.features.classifier import load_classifier
 from eval.features.networks import FeatureNetwork
-from eval.features.statistics import extract, load_source
-from eval.protocol.scores import Score, add_arguments, extraction_of, named_device, network_of, report, score_name
+from eval.features.statistics import load_source
+from eval.metric import Metric, Needs, Run, Score, ScoringBatch, score_name
+from eval.scripts import add_arguments, broken, extraction_of, network_of, report, update_from
+from miscc.command_line import named_device
 from miscc.errors import ConfigError, DataError, run_command
 
 USUAL_SPLIT = 3000  # images a split in the papers on CUB and COCO: 30,000 in 10
 
 
-class StreamedScore:
-    """The Inception score of `num_images` images whose logits come in batches; holds sums a split, never the logits.
+class InceptionScore(Metric):
+    """The Inception score of `num_images` images; holds sums for each split, never the logits.
 
     The images are dealt to the splits at random but always alike, as torch-fidelity deals them (same seed, same
     score); in the order of their names, one split would hold one kind of image.
     """
 
-    def __init__(self, num_images: int, splits: int = 10, seed: int = 2020) -> None:
+    needs = Needs(features=True)
+    accumulated = ("probabilities", "negative_entropies", "seen")
+
+    def __init__(
+        self, num_images: int, splits: int = 10, seed: int = 2020, network: FeatureNetwork | None = None
+    ) -> None:
+        """Raises DataError for fewer images than splits. network: of the logits, for the score's name and protocol."""
         if not 1 <= splits <= num_images:
-            raise DataError(f"--splits {splits}: {num_images} images cannot be dealt to as many splits")
-        order = np.random.RandomState(seed).permutation(num_images)  # torch-fidelity's draw, for equal numbers
+            raise DataError(
+                f"{num_images} images cannot be dealt to {splits} splits (eval/IS.py --splits {splits}); give more"
+            )
+        self.num_images, self.splits, self.seed, self.network = num_images, splits, seed, network
+
+        # Which split each image goes to.
+        order = np.random.RandomState(seed).permutation(num_images)  # torch-fidelity's draw, for equal scores
         borders = [split * num_images // splits for split in range(splits + 1)]
         self.split_of = np.empty(num_images, dtype=np.int64)
         for split in range(splits):
             self.split_of[order[borders[split] : borders[split + 1]]] = split
-        self.sizes = np.diff(borders)
-        self.seen = 0
-        self.probabilities: torch.Tensor | None = None  # (splits, K): sum of p
-        self.negative_entropies = torch.zeros(splits, dtype=torch.float64)  # sum of Σ p log p
+        self.sizes = torch.from_numpy(np.diff(borders)).double()  # (splits,)
 
-    def update(self, logits: torch.Tensor) -> None:
-        """Add the logits (N, K) of the next N images."""
-        log_p = logits.detach().cpu().double().log_softmax(dim=1)
+        # Sums for each split: of p (splits, K), of Σ p log p (splits,).
+        self.seen = 0
+        self.probabilities: torch.Tensor | None = None
+        self.negative_entropies = torch.zeros(splits, dtype=torch.float64)
+
+    @classmethod
+    def from_run(cls, run: Run) -> "InceptionScore":
+        return cls(len(run.requests), run.protocol.splits, run.protocol.seed, run.network)
+
+    def update(self, batch: ScoringBatch) -> None:
+        log_p = batch.logits.detach().cpu().double().log_softmax(dim=1)  # (N, K)
         p = log_p.exp()
         if self.probabilities is None:
-            self.probabilities = torch.zeros(len(self.sizes), logits.shape[1], dtype=torch.float64)
-        splits = torch.from_numpy(self.split_of[self.seen : self.seen + len(logits)])
+            self.probabilities = torch.zeros(self.splits, p.shape[1], dtype=torch.float64)
+        splits = torch.from_numpy(self.split_of[np.asarray(batch.indices)])
         self.probabilities.index_add_(0, splits, p)
         self.negative_entropies.index_add_(0, splits, (p * log_p).sum(dim=1))
-        self.seen += len(logits)
+        self.seen += len(p)
 
-    def result(self) -> np.ndarray:
-        """The score of each split, float64."""
-        if self.seen != len(self.split_of):
-            raise ValueError(f"{self.seen} of {len(self.split_of)} images seen")
-        sizes = torch.from_numpy(self.sizes).double()
-        mean = self.probabilities / sizes[:, None]
+    def merge(self, other: "InceptionScore") -> None:
+        self.probabilities += other.probabilities
+        self.negative_entropies += other.negative_entropies
+        self.seen += other.seen
+
+    def values(self) -> np.ndarray:
+        """The score of each split, (splits,) float64."""
+        if self.seen != self.num_images:
+            raise ValueError(f"{self.seen} of {self.num_images} images seen")
+
         # mean of Σ p (log p − log p̄) = mean of Σ p log p − Σ p̄ log p̄; a class that no image has counts 0
-        divergence = self.negative_entropies / sizes - torch.special.xlogy(mean, mean).sum(dim=1)
+        mean = self.probabilities / self.sizes[:, None]
+        divergence = self.negative_entropies / self.sizes - torch.special.xlogy(mean, mean).sum(dim=1)
         return divergence.exp().numpy()
+
+    def compute(self) -> list[Score]:
+        name, values, warnings = score_name(self.network), self.values(), ()
+        if self.num_images // self.splits < USUAL_SPLIT // 3:
+            warnings = (
+                f"{name}: {self.num_images} images in {self.splits} splits: too small; the papers have 30,000 in 10",
+            )
+        about = {**self.network.protocol(), "num_images": self.num_images, "splits": self.splits, "seed": self.seed}
+        about |= {"num_classes": self.network.num_classes}
+        details = {"splits": values.tolist()}
+        return [Score(name, float(values.mean()), about, float(values.std()), details=details, warnings=warnings)]
 
 
 def inception_score(logits: torch.Tensor, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
     """Mean and standard deviation over the splits, from the logits (N, K) of all images."""
-    score = StreamedScore(len(logits), splits, seed)
-    score.update(logits)
-    values = score.result()
+    metric = InceptionScore(len(logits), splits, seed)
+    metric.update(ScoringBatch(indices=range(len(logits)), logits=logits))
+    values = metric.values()
     return float(values.mean()), float(values.std())
 
 
@@ -83,37 +117,13 @@ def image_score(
     skip_broken: bool = False,
     **options,
 ) -> Score:
-    """The Inception score of the images at `path`; options as `eval.features.extract`."""
+    """The Inception score of the images at `path`; options as `eval.scripts.update_from`."""
     source, skipped = load_source(path, skip_broken)
-    score = StreamedScore(len(source), splits, seed)
-    for _, logits in extract(source, network, **options):
-        score.update(logits)
-    values = score.result()
-    protocol = {
-        **network.protocol(),
-        "images": str(path),
-        "num_images": len(source),
-        "skipped": len(skipped),
-        "skipped_names": list(skipped),
-        "splits": splits,
-        "seed": seed,
-        "num_classes": network.num_classes,
-    }
-    warnings = []
-    if len(source) // splits < USUAL_SPLIT // 3:
-        warnings.append(
-            f"{path}: {len(source)} images in {splits} splits: the score is too small; the papers have 30,000 in 10"
-        )
-    if skipped:
-        warnings.append(f"{path}: {len(skipped)} broken images were left out, e.g. {skipped[0]}")
-    return Score(
-        score_name(network),
-        float(values.mean()),
-        protocol,
-        std=float(values.std()),
-        details={"splits": values.tolist()},
-        warnings=tuple(warnings),
-    )
+    metric = InceptionScore(len(source), splits, seed, network)
+    update_from(source, metric, network, **options)
+    (score,) = metric.compute()
+    origin = {"images": str(path), "skipped": len(skipped), "skipped_names": list(skipped)}
+    return score.of(origin, broken(path, skipped))
 
 
 def main() -> None:
@@ -121,14 +131,17 @@ def main() -> None:
     parser.add_argument("images", help="generated images: folder, list of files, .zip or .npz")
     parser.add_argument("--splits", type=int, default=10, help="default 10, as the papers")
     parser.add_argument(
-        "--classifier", metavar="FILE", help="judge by the classifier of eval/train_classifier.py: IS[<data set>]"
+        "--classifier", metavar="FILE", help="score by the classifier of eval/train_classifier.py: IS[<data set>]"
     )
     add_arguments(parser)
     args = parser.parse_args()
+
+    # A classifier is a network with weights and filter of its own.
     if args.classifier and (args.weights or args.resize or args.network != parser.get_default("network")):
         raise ConfigError("--classifier is a network with weights and filter; leave --network, --weights, --resize out")
-    choices = {"splits": args.splits, "seed": args.seed, "skip_broken": args.skip_broken}
     network = load_classifier(args.classifier, named_device(args.device)) if args.classifier else network_of(args)
+
+    choices = {"splits": args.splits, "seed": args.seed, "skip_broken": args.skip_broken}
     report([image_score(args.images, network, **choices, **extraction_of(args))], args.json)
 
 

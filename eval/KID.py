@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script: this folder hides the standard library's and others' names
+if __package__ in (None, ""):  # run as a script: this folder hides other packages' names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from eval.features.networks import FeatureNetwork
 from eval.features.statistics import collect_features, load_source
-from eval.FID import describe
-from eval.protocol.scores import Score, add_arguments, distance_name, extraction_of, network_of, report
+from eval.metric import Metric, Needs, Run, Score, ScoringBatch, distance_name
+from eval.scripts import add_arguments, add_sources, broken, describe, extraction_of, network_of, report, update_from
 from miscc.errors import DataError, run_command
 
 
@@ -30,6 +30,7 @@ def squared_discrepancy(first: torch.Tensor, second: torch.Tensor, degree: int =
     def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return (x @ y.T * scale + 1) ** degree
 
+    # The diagonal, an image with itself, is left out.
     within_first, within_second = kernel(first, first), kernel(second, second)
     among_first = (within_first.sum() - within_first.trace()) / (m * (m - 1))
     among_second = (within_second.sum() - within_second.trace()) / (n * (n - 1))
@@ -48,13 +49,55 @@ def kernel_distance(
 
     The subsets are those that torch-fidelity draws with the generated images as its first input.
     """
-    random = np.random.RandomState(seed)  # torch-fidelity's generator, for equal numbers
+    random = np.random.RandomState(seed)  # torch-fidelity's generator, for equal scores
     values = np.empty(subsets)
     for index in tqdm(range(subsets), "subsets", leave=False, disable=not sys.stderr.isatty()):
         chosen_fake = random.choice(len(fake), subset_size, replace=False)
         chosen_real = random.choice(len(real), subset_size, replace=False)
         values[index] = squared_discrepancy(fake[chosen_fake], real[chosen_real], degree)
     return float(values.mean()), float(values.std())
+
+
+class KernelDistance(Metric):
+    """KID of generated against real images; with fewer images than `subset_size`, subsets of as many as there are."""
+
+    needs = Needs(features=True, real="features")
+    accumulated = ("features",)
+
+    def __init__(
+        self,
+        network: FeatureNetwork,
+        real: torch.Tensor | None,
+        subsets: int = 100,
+        subset_size: int = 1000,
+        seed: int = 2020,
+    ) -> None:
+        """real: features (N, D) of the real images, None in all processes but the main one."""
+        self.network, self.real = network, real
+        self.subsets, self.subset_size, self.seed = subsets, subset_size, seed
+        self.features: list[torch.Tensor] = []
+
+    @classmethod
+    def from_run(cls, run: Run) -> "KernelDistance":
+        protocol, real = run.protocol, run.reference.features if run.reference else None
+        return cls(run.network, real, protocol.kid_subsets, protocol.kid_subset_size, protocol.seed)
+
+    def update(self, batch: ScoringBatch) -> None:
+        self.features.append(batch.features.cpu())
+
+    def compute(self) -> list[Score]:
+        fake, name = torch.cat(self.features), distance_name("KID", self.network)  # (N, D)
+        size = min(self.subset_size, len(fake), len(self.real))
+        if size < 2:
+            raise DataError(f"{name}: a single image; KID needs two or more")
+        warnings = ()
+        if size < self.subset_size:
+            warnings = (f"{name}: subsets of {size} instead of {self.subset_size} images; the ± is too small",)
+
+        mean, std = kernel_distance(self.real, fake, self.subsets, size, seed=self.seed)
+        about = {**self.network.protocol(), "num_real": len(self.real), "num_fake": len(fake)}
+        about |= {"kernel": "(x·y / D + 1)^3", "subsets": self.subsets, "subset_size": size, "seed": self.seed}
+        return [Score(name, mean, about, std=std, warnings=warnings)]
 
 
 def kid(
@@ -68,42 +111,22 @@ def kid(
     skip_broken: bool = False,
     **options,
 ) -> Score:
-    """KID of generated against real images; options as `eval.features.extract`.
-
-    With fewer images than `subset_size`, subsets of as many as there are, and a warning.
-    """
+    """KID of generated against real images; options as `eval.scripts.update_from`."""
     real_source, skipped_real = load_source(real, skip_broken)
     fake_source, skipped_fake = load_source(fake, skip_broken)
-    fewest = min(len(real_source), len(fake_source))
-    if fewest < 2:
+    if min(len(real_source), len(fake_source)) < 2:
         raise DataError(f"{real if len(real_source) < 2 else fake}: holds a single image; KID needs two or more")
-    warnings = []
-    if fewest < subset_size:
-        warnings.append(f"KID: {fewest} images, so subsets of {fewest} instead of {subset_size}; the ± is too small")
-        subset_size = fewest
-    warnings += [
-        f"{path}: {len(skipped)} broken images were left out, e.g. {skipped[0]}"
-        for path, skipped in ((real, skipped_real), (fake, skipped_fake))
-        if skipped
-    ]
-    features = [collect_features(source, network, **options) for source in (real_source, fake_source)]
-    mean, std = kernel_distance(*features, subsets=subsets, subset_size=subset_size, seed=seed)
-    protocol = {
-        **network.protocol(),
-        **describe("real", real, len(real_source), skipped_real),
-        **describe("fake", fake, len(fake_source), skipped_fake),
-        "kernel": "(x·y / D + 1)^3",
-        "subsets": subsets,
-        "subset_size": subset_size,
-        "seed": seed,
-    }
-    return Score(distance_name("KID", network), mean, protocol, std=std, warnings=tuple(warnings))
+
+    features = collect_features(real_source, network, **options)
+    metric = KernelDistance(network, features, subsets, subset_size, seed)
+    (score,) = update_from(fake_source, metric, network, **options).compute()
+    origin = describe("real", real, skipped_real) | describe("fake", fake, skipped_fake)
+    return score.of(origin, broken(real, skipped_real) + broken(fake, skipped_fake))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kernel Inception distance between two sets of images")
-    parser.add_argument("real", help="real images: folder, list of files, .zip or .npz")
-    parser.add_argument("fake", help="generated images, likewise")
+    add_sources(parser)
     parser.add_argument("--subsets", type=int, default=100, help="default 100")
     parser.add_argument("--subset-size", type=int, default=1000, help="default 1000")
     add_arguments(parser)
@@ -111,8 +134,8 @@ def main() -> None:
     if args.subsets < 1 or args.subset_size < 2:
         raise DataError("--subsets must be at least 1 and --subset-size at least 2")
     choices = {"subsets": args.subsets, "subset_size": args.subset_size}
-    choices |= {"seed": args.seed, "skip_broken": args.skip_broken}
-    report([kid(args.real, args.fake, network_of(args), **choices, **extraction_of(args))], args.json)
+    choices |= {"seed": args.seed, "skip_broken": args.skip_broken, **extraction_of(args)}
+    report([kid(args.real, args.fake, network_of(args), **choices)], args.json)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ import argparse
 import itertools
 import re
 import sys
-from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from warnings import catch_warnings, simplefilter
 
-if __package__ in (None, ""):  # run as a script: this folder hides the standard library's and others' names
+if __package__ in (None, ""):  # run as a script: this folder hides other packages' names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import lpips
@@ -22,20 +23,23 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 from eval.features.networks import find_weights
-from eval.features.sources import CAPTIONS_FILE, ImageSource, batches, drop_broken, open_source, read_samples
-from eval.protocol.scores import Score, add_arguments, named_device, report, seed_number
+from eval.features.sources import CAPTIONS_FILE, ImageSource, drop_broken, open_source, read_samples
+from eval.metric import Metric, Needs, Run, Score, ScoringBatch
+from eval.scripts import add_arguments, broken, extraction_of, open_samples, report, update_from
 from miscc.checkpoint import hash_tensors, load_file
+from miscc.command_line import named_device, seed_number
 from miscc.errors import CheckpointError, DataError, run_command
-from miscc.images import from_uint8, open_rgb
+from miscc.images import from_uint8
 from miscc.randomness import stream
 from models.modes import no_tf32
 
 ALEXNET_FILES = ("alexnet-owt-7be5be79.pth", "alexnet-owt-4df8aa71.pth")
 ALEXNET_LAYERS = {1: 0, 2: 3, 3: 6, 4: 8, 5: 10}  # slice of the lpips package: convolution in torchvision's `features`
 ALEXNET_HASH = "f3e382e262aa8545"  # hash_tensors of the convolutions that give the published reference distances
+
+SMALLEST = 32  # pixels a side; AlexNet's pooling leaves nothing of smaller images
 
 Features = list[torch.Tensor]
 
@@ -49,23 +53,26 @@ class PerceptualDistance(nn.Module):
     def __init__(self, state: dict[str, torch.Tensor]) -> None:
         """state: AlexNet's convolutions under torchvision's names, `features.0.weight` to `features.10.bias`."""
         super().__init__()
-        wanted = [f"features.{layer}.{kind}" for layer in ALEXNET_LAYERS.values() for kind in ("weight", "bias")]
-        missing = [name for name in wanted if name not in state]
+        names = [f"features.{layer}.{kind}" for layer in ALEXNET_LAYERS.values() for kind in ("weight", "bias")]
+        missing = [name for name in names if name not in state]
         if missing:
             raise CheckpointError(f"no AlexNet with torchvision's names: {missing[0]} is missing")
+
+        # The package's network and heads, with these convolutions.
         with torch.random.fork_rng(devices=[]), catch_warnings():
-            simplefilter("ignore")  # the package calls torchvision by names that it has left behind
+            simplefilter("ignore")  # the package uses torchvision's deprecated names
             self.network = lpips.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
         for piece, layer in ALEXNET_LAYERS.items():
             convolution = getattr(getattr(self.network.net, f"slice{piece}"), str(layer))
             convolution.load_state_dict({kind: state[f"features.{layer}.{kind}"] for kind in ("weight", "bias")})
-        self.weights_hash = hash_tensors({name: state[name] for name in wanted})
+
+        self.weights_hash = hash_tensors({name: state[name] for name in names})
         self.name = "LPIPS[alex]" if self.weights_hash == ALEXNET_HASH else f"LPIPS[alex:{self.weights_hash[:8]}]"
         self.requires_grad_(False).eval()
 
     @torch.inference_mode()
     def features(self, images: torch.Tensor) -> Features:
-        """Images (N, 3, H, W) in [-1, 1], at least 32 px -> five layers' features, of unit length at each place."""
+        """Images (N, 3, H, W) in [-1, 1], at least 32 px -> five layers' features, of unit length at each position."""
         with no_tf32():
             layers = self.network.net(self.network.scaling_layer(images))
         return [lpips.normalize_tensor(layer) for layer in layers]
@@ -85,35 +92,131 @@ class PerceptualDistance(nn.Module):
 
 
 def load_perceptual_distance(
-    weights: str | Path | None = None, device: str | torch.device = "cpu"
+    weights: str | Path | None = None, device: str | torch.device = "cpu", option: str = "--weights"
 ) -> PerceptualDistance:
     """LPIPS with AlexNet's weights from a file with torchvision's names, or from torch hub's cache.
 
-    Raises CheckpointError that says which file to get, when there is none.
+    option: by which the user gives the file. Raises CheckpointError that says which file to get, when there is none.
     """
-    path = find_weights(weights, ALEXNET_FILES, "LPIPS", "https://download.pytorch.org/models/")
+    path = find_weights(weights, ALEXNET_FILES, "LPIPS", "https://download.pytorch.org/models/", option)
     state = load_file(path)
     if not isinstance(state, dict) or "features.0.weight" not in state:
         raise CheckpointError(f"{path}: is no AlexNet with torchvision's names (`features.0.weight` ...)")
     return PerceptualDistance(state).to(device)
 
 
-def diversity(
-    images: Sequence[np.ndarray], groups: Sequence[Hashable], network: PerceptualDistance
-) -> dict[Hashable, float]:
-    """The mean distance over all pairs of images of the same group, for each group of two or more.
+class Diversity(Metric):
+    """The mean distance over all pairs of images of the same caption; the score is the mean over captions.
 
-    images: (H, W, 3) uint8, of one size within a group; groups: each image's group.
+    The features of a caption's images are dropped when all of its images have come.
     """
-    members = defaultdict(list)
-    for index, group in enumerate(groups):
-        members[group].append(index)
-    means = {}
-    for group, indices in members.items():
-        if len(indices) > 1:
-            features = network.features(_stack([images[index] for index in indices], network))
-            means[group] = _mean_of_pairs(features, network)
-    return means
+
+    needs = Needs(repeats=True)
+    accumulated = ("means", "num_images")
+
+    def __init__(self, network: PerceptualDistance, captions: Sequence[str]) -> None:
+        """captions: of each image that will come; those with a single image give nothing."""
+        self.network = network
+        self.expected = Counter(captions)
+        self.waiting: dict[str, list[np.ndarray]] = defaultdict(list)
+        self.means: dict[str, float] = {}
+        self.num_images = 0
+
+    @classmethod
+    def from_run(cls, run: Run) -> "Diversity":
+        network = network_for(run)
+        return cls(network, [request.caption for request in run.requests])
+
+    def update(self, batch: ScoringBatch) -> None:
+        for image, request in zip(batch.images, batch.requests, strict=True):
+            images = self.waiting[request.caption]
+            images.append(image)
+            if len(images) < self.expected[request.caption]:
+                continue
+
+            # The caption's last image.
+            del self.waiting[request.caption]
+            if len({image.shape for image in images}) > 1:
+                raise DataError(f"images of one caption differ in size ({request.caption!r}): sample them again")
+            if len(images) > 1:
+                require_size(image.shape)
+                self.means[request.caption] = _mean_of_pairs(
+                    self.network.features(_stack(images, self.network)), self.network
+                )
+                self.num_images += len(images)
+
+    def merge(self, other: "Diversity") -> None:
+        self.means |= other.means
+        self.num_images += other.num_images
+
+    def compute(self) -> list[Score]:
+        values = list(self.means.values())
+        if not values:
+            raise DataError("no caption has two images; sample several with --per-caption")
+        about = about_network(self.network) | {"num_captions": len(values), "num_images": self.num_images}
+        about |= {"pairs": "all of the same caption"}
+        return [Score(f"{self.network.name} diversity", float(np.mean(values)), about, std=float(np.std(values)))]
+
+
+class PairedDistance(Metric):
+    """The mean distance of generated images from the real ones of the same key.
+
+    A real image of another size is resized to the generated one's (bicubic, antialiased).
+    """
+
+    needs = Needs(real_images=True)
+    accumulated = ("values", "resized")
+
+    def __init__(self, network: PerceptualDistance) -> None:
+        self.network = network
+        self.values: list[float] = []
+        self.resized: list[bool] = []
+
+    @classmethod
+    def from_run(cls, run: Run) -> "PairedDistance":
+        return cls(network_for(run))
+
+    def update(self, batch: ScoringBatch) -> None:
+        pairs = list(zip(batch.images, batch.real_images, strict=True))
+        self.resized += [image.shape != other.shape for image, other in pairs]
+
+        # Pairs of one size together, others one by one.
+        together = len({image.shape for image in batch.images}) == 1
+        for group in [pairs] if together else [[pair] for pair in pairs]:
+            images, others = zip(*group, strict=True)
+            require_size(images[0].shape)
+            others = [_resized(other, images[0].shape) for other in others]
+            distances = self.network(_stack(images, self.network), _stack(others, self.network))
+            self.values += distances.double().tolist()
+
+    def compute(self) -> list[Score]:
+        about = about_network(self.network) | {"num_pairs": len(self.values), "real_images_resized": sum(self.resized)}
+        return [Score(self.network.name, float(np.mean(self.values)), about, std=float(np.std(self.values)))]
+
+
+def network_for(run: Run) -> PerceptualDistance:
+    """The network of a protocol's run. Raises DataError for images that are too small, CheckpointError without weights."""
+    require_size((run.image_size, run.image_size))
+    return load_perceptual_distance(run.tools.lpips_weights, run.device, "--lpips-weights")
+
+
+def require_size(shape: Sequence[int]) -> None:
+    """Raises DataError for images (H, W, ...) of which AlexNet's pooling would leave nothing."""
+    if min(shape[:2]) < SMALLEST:
+        raise DataError(
+            f"images of {shape[1]}x{shape[0]} px are too small for LPIPS, which needs {SMALLEST}x{SMALLEST} or more"
+        )
+
+
+def about_network(network: PerceptualDistance) -> dict:
+    """What must be the same for two scores to be comparable."""
+    return {
+        "network": "alex",
+        "heads": "lpips 0.1",
+        "weights_hash": network.weights_hash,
+        "published_weights": network.weights_hash == ALEXNET_HASH,
+        "range": "[-1, 1]",
+    }
 
 
 def _mean_of_pairs(features: Features, network: PerceptualDistance) -> float:
@@ -130,6 +233,12 @@ def _stack(images: Sequence[np.ndarray], network: nn.Module) -> torch.Tensor:
     return from_uint8(torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2))
 
 
+def _resized(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if image.shape == shape:
+        return image
+    return np.array(Image.fromarray(image).resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
+
+
 def caption_diversity(
     path: str | Path,
     network: PerceptualDistance,
@@ -137,130 +246,63 @@ def caption_diversity(
     max_images: int | None = None,
     seed: int = 2020,
     skip_broken: bool = False,
-    progress: bool | None = None,
+    **options,
 ) -> Score:
     """LPIPS diversity of sampled images: mean over captions of the mean distance among a caption's images.
 
-    path: a folder with captions.jsonl; images of one caption are those with the same text. max_images: at most so
-    many a caption, drawn by the seed. The ± is the spread over captions.
+    path: a folder with captions.jsonl; images of one caption are those with the same text;
+    max_images: at most so many a caption, drawn by the seed;
+    options: as `eval.scripts.update_from`.
+    The ± is the spread over captions.
     """
+    source, samples, skipped = open_samples(path, skip_broken)
+    samples = [replace(sample, caption=" ".join(sample.caption.lower().split())) for sample in samples]
     groups = defaultdict(list)
-    for sample in read_samples(path):
-        groups[" ".join(sample.caption.lower().split())].append(sample.file)
-    values, used, skipped = [], 0, []
-    hidden = not (sys.stderr.isatty() if progress is None else progress)
-    for number, files in enumerate(tqdm(groups.values(), "captions", unit="caption", leave=False, disable=hidden)):
-        if max_images is not None and len(files) > max_images:
-            chosen = stream(seed, "lpips diversity", number).choice(len(files), max_images, replace=False)
-            files = [files[index] for index in sorted(chosen)]
-        if len(files) < 2:
-            continue
-        images = _read(Path(path), files, skipped if skip_broken else None)
-        if len({image.shape for image in images}) > 1:
-            raise DataError(f"{path}: images of one caption differ in size, e.g. {files[0]} and {files[-1]}")
-        if len(images) > 1:
-            values += diversity(images, [0] * len(images), network).values()
-            used += len(images)
-    if not values:
-        raise DataError(f"{path}: no caption has two images; sample several with --per-caption")
-    protocol = {
-        **_protocol(network),
-        "images": str(path),
-        "num_captions": len(values),
-        "captions_with_one_image": len(groups) - len(values),
-        "num_images": used,
-        "pairs": "all of the same caption",
-        "max_images": max_images,
-        "seed": seed,
-        "skipped": len(skipped),
-        "skipped_names": skipped,
-    }
-    warning = (f"{len(skipped)} broken images were left out, e.g. {skipped[0]}",) if skipped else ()
-    name = f"{network.name} diversity"
-    return Score(name, float(np.mean(values)), protocol, std=float(np.std(values)), warnings=warning)
+    for index, sample in enumerate(samples):
+        groups[sample.caption].append(index)
 
+    # The images of one caption in a row, no more than were asked for.
+    order: list[int] = []
+    for number, indices in enumerate(groups.values()):
+        if max_images is not None and len(indices) > max_images:
+            chosen = stream(seed, "lpips diversity", number).choice(len(indices), max_images, replace=False)
+            indices = [indices[position] for position in sorted(chosen)]
+        order += indices if len(indices) > 1 else []
 
-def _read(folder: Path, files: Sequence[str], skipped: list[str] | None) -> list[np.ndarray]:
-    """The images as (H, W, 3) uint8; a broken one is noted in `skipped`, or raised where that is None."""
-    images = []
-    for file in files:
-        try:
-            images.append(np.array(open_rgb(folder / file)))
-            _require_size(images[-1].shape, folder / file)
-        except DataError:
-            if skipped is None:
-                raise
-            skipped.append(file)
-    return images
+    chosen = [samples[index] for index in order]
+    metric = Diversity(network, [sample.caption for sample in chosen])
+    (score,) = update_from(source.subset(order), metric, samples=chosen, **options).compute()
+    origin = {"images": str(path), "captions_with_one_image": len(groups) - score.protocol["num_captions"]}
+    origin |= {"max_images": max_images, "seed": seed, "skipped": len(skipped), "skipped_names": list(skipped)}
+    return score.of(origin, broken(path, skipped))
 
 
 def paired_distance(
-    real: str | Path,
-    fake: str | Path,
-    network: PerceptualDistance,
-    *,
-    batch_size: int = 32,
-    workers: int | None = None,
-    skip_broken: bool = False,
-    progress: bool | None = None,
+    real: str | Path, fake: str | Path, network: PerceptualDistance, *, skip_broken: bool = False, **options
 ) -> Score:
     """Mean LPIPS of generated images against the real ones of the same key.
 
-    A generated image's key stands in captions.jsonl, else it is its file name without suffix. A real image of
-    another size is resized to the generated one's (bicubic, antialiased). Raises DataError for a key without image.
+    A generated image's key stands in captions.jsonl, else it is its file name without suffix. options: as
+    `eval.scripts.update_from`. Raises DataError for a key without image.
     """
     fake_source, real_source = open_source(fake), open_source(real)
     skipped: list[str] = []
     if skip_broken:
         (fake_source, one), (real_source, other) = drop_broken(fake_source), drop_broken(real_source)
         skipped = one + other
+
+    # Pairs, in the order of the generated images.
     partners = _partners(real_source, fake_source, skip_broken)
     kept = [index for index, partner in enumerate(partners) if partner is not None]
     matched = real_source.subset([partners[index] for index in kept])
-    values: list[float] = []
-    resized = 0
-    hidden = not (sys.stderr.isatty() if progress is None else progress)
-    with tqdm(total=len(kept), desc="pairs", unit="pair", leave=False, disable=hidden) as bar:
-        streams = (batches(source, batch_size, workers) for source in (fake_source.subset(kept), matched))
-        for fake_images, real_images in zip(*streams, strict=True):
-            resized += sum(one.shape != other.shape for one, other in zip(fake_images, real_images, strict=True))
-            values += _distances(fake_images, real_images, network, fake)
-            bar.update(len(fake_images))
-    protocol = {
-        **_protocol(network),
-        "real": str(real),
-        "fake": str(fake),
-        "num_pairs": len(values),
-        "real_images_resized": resized,
-        "without_partner": len(partners) - len(kept),
-        "skipped": len(skipped),
-        "skipped_names": skipped,
-    }
-    warnings = [f"{len(skipped)} broken images were left out, e.g. {skipped[0]}"] if skipped else []
-    if len(kept) < len(partners):
-        warnings.append(f"{len(partners) - len(kept)} generated images have no real partner and were left out")
-    return Score(network.name, float(np.mean(values)), protocol, std=float(np.std(values)), warnings=tuple(warnings))
+    metric = PairedDistance(network)
+    (score,) = update_from(fake_source.subset(kept), metric, real=matched, **options).compute()
 
-
-def _distances(fake_images, real_images, network: PerceptualDistance, path: str | Path) -> Iterator[float]:
-    """The distance of each pair; pairs of the same size together."""
-    together = len({image.shape for image in fake_images}) == 1
-    for rows in [range(len(fake_images))] if together else [[i] for i in range(len(fake_images))]:
-        chosen = [fake_images[index] for index in rows]
-        _require_size(chosen[0].shape, path)
-        others = [_resized(real_images[index], chosen[0].shape) for index in rows]
-        yield from network(_stack(chosen, network), _stack(others, network)).double().tolist()
-
-
-def _resized(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if image.shape == shape:
-        return image
-    return np.array(Image.fromarray(image).resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
-
-
-def _require_size(shape: Sequence[int], name: str | Path) -> None:
-    if min(shape[:2]) < 32:
-        raise DataError(f"{name}: {shape[1]}x{shape[0]} px is too small for AlexNet; LPIPS needs 32x32 or more")
+    alone = len(partners) - len(kept)
+    origin = {"real": str(real), "fake": str(fake), "without_partner": alone}
+    origin |= {"skipped": len(skipped), "skipped_names": skipped}
+    without = (f"{alone} generated images have no real partner and were left out",) if alone else ()
+    return score.of(origin, broken(f"{real}, {fake}", skipped) + without)
 
 
 def _partners(real: ImageSource, fake: ImageSource, allow_missing: bool) -> list[int | None]:
@@ -269,6 +311,8 @@ def _partners(real: ImageSource, fake: ImageSource, allow_missing: bool) -> list
     by_stem = defaultdict(list)
     for index, name in enumerate(real.names):
         by_stem[_plain(PurePosixPath(name).stem)].append(index)
+
+    # The key of each generated image: from captions.jsonl, or its file's name.
     keys = {}
     if (fake.path / CAPTIONS_FILE).is_file():
         keys = {sample.file: sample.key for sample in read_samples(fake.path)}
@@ -281,6 +325,7 @@ def _partners(real: ImageSource, fake: ImageSource, allow_missing: bool) -> list
         partners.append(partner)
         if partner is None:
             missing.append(f"{name} (key {key})")
+
     if missing and (not allow_missing or len(missing) == len(fake)):
         raise DataError(
             f"{real.path}: no real image, or several, for {len(missing)} of {len(fake)} generated ones, e.g. "
@@ -292,16 +337,6 @@ def _partners(real: ImageSource, fake: ImageSource, allow_missing: bool) -> list
 def _plain(key: str) -> str:
     """A key as the sampler writes it into file names, where odd characters become underscores."""
     return re.sub(r"[^\w.\-/]+", "_", key)
-
-
-def _protocol(network: PerceptualDistance) -> dict:
-    return {
-        "network": "alex",
-        "heads": "lpips 0.1",
-        "weights_hash": network.weights_hash,
-        "published_weights": network.weights_hash == ALEXNET_HASH,
-        "range": "[-1, 1]",
-    }
 
 
 def main() -> None:
@@ -316,13 +351,13 @@ def main() -> None:
         parser.error("give one folder with --by-caption, or REAL FAKE")
     if args.max_images is not None and args.max_images < 2:
         parser.error("--max-images must be at least 2")
+
     network = load_perceptual_distance(args.weights, named_device(args.device))
+    choices = {"skip_broken": args.skip_broken, **extraction_of(args)}
     if args.by_caption:
-        choices = {"max_images": args.max_images, "seed": args.seed, "skip_broken": args.skip_broken}
-        score = caption_diversity(args.images[0], network, **choices, progress=True)
+        score = caption_diversity(args.images[0], network, max_images=args.max_images, seed=args.seed, **choices)
     else:
-        choices = {"batch_size": args.batch_size, "workers": args.workers, "skip_broken": args.skip_broken}
-        score = paired_distance(*args.images, network, **choices, progress=True)
+        score = paired_distance(*args.images, network, **choices)
     report([score], args.json)
 
 

@@ -2,7 +2,7 @@
 
 For each generated image its own caption is ranked among 99 captions of other images by the cosine of DAMSM's global
 codes; the score is the share of images whose own caption comes first, in 10 folds. Chance is 1 in 100. The lists of
-captions are drawn by a seed and written to disk, so that another system can be asked the very same questions.
+captions are drawn by a seed and written to disk, so that another system can be scored with the same ones.
 """
 
 import argparse
@@ -13,19 +13,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script: this folder hides the standard library's and others' names
+if __package__ in (None, ""):  # run as a script: this folder hides other packages' names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from datasets.captions import encode_batch
-from eval.features.sources import ImageSource, Sample, batches, read_samples
-from eval.features.statistics import load_source
-from eval.protocol.scores import Score, add_arguments, named_device, report, seed_number
+from eval.features.sources import Sample
+from eval.metric import Metric, Needs, Run, Score, ScoringBatch
+from eval.scripts import add_ranking_arguments, broken, open_samples, ranking_options, report, update_from
 from miscc.checkpoint import hash_tensors
+from miscc.command_line import named_device
 from miscc.errors import CheckpointError, DataError, UserError, run_command
 from miscc.files import write_text
 from miscc.images import from_uint8
@@ -75,6 +75,8 @@ class CandidateLists:
             raise DataError(
                 f"{path}: holds no candidate lists for these images ({error!r}); remove it to draw new ones"
             ) from None
+
+        # The lists must be of these captions.
         wrong = next((i for i, caption in enumerate(captions) if tokenize(caption) != tokenize(told[i])), None)
         if wrong is not None:
             raise DataError(
@@ -94,6 +96,7 @@ def draw_candidates(
     image have the same words. An image's list depends on (seed, its position) and the pool alone.
     Raises DataError when there are too few captions of other images.
     """
+    # The captions' different words, and which of them belong to an image.
     words = [" ".join(tokenize(caption)) for caption in captions]
     pool: dict[str, int] = {}
     texts: list[str] = []
@@ -103,6 +106,8 @@ def draw_candidates(
             pool[text] = len(texts)
             texts.append(caption)
         pool_of_key[key].add(pool[text])
+
+    # Wrong captions for each image.
     candidates = np.empty((len(captions), num_candidates), dtype=np.int64)
     for row, (text, key) in enumerate(zip(words, keys, strict=True)):
         forbidden = {pool[text]} | (pool_of_key[key] if key else set())
@@ -133,16 +138,20 @@ def r_precision(
     """
     if not 1 <= folds <= len(image_codes):
         raise DataError(f"--folds {folds}: {len(image_codes)} images cannot be dealt to as many folds")
+
+    # 1 for each image whose own caption is nearest, a share of it for a tie.
     images, captions = F.normalize(image_codes.double(), dim=1), F.normalize(caption_codes.double(), dim=1)
     hits = []
     for start in range(0, len(images), 1024):
         rows = slice(start, start + 1024)
         chosen = np.concatenate([true[rows, None], candidates[rows]], axis=1)
-        cosines = torch.einsum("nd,nkd->nk", images[rows], captions[torch.from_numpy(chosen)])
+        cosines = torch.einsum("nd,nkd->nk", images[rows], captions[torch.from_numpy(chosen)])  # own caption first
         ahead = cosines[:, 1:] - cosines[:, :1]
         above = (ahead > SAME).any(dim=1)
         ties = (ahead.abs() <= SAME).sum(dim=1)
         hits.append(torch.where(above, 0.0, 1 / (1.0 + ties)))
+
+    # Folds at random, always alike.
     order = stream(seed, "r-precision folds").permutation(len(images))
     shares = [float(fold.mean()) for fold in np.array_split(torch.cat(hits).numpy()[order], folds)]
     return float(np.mean(shares)), float(np.std(shares))
@@ -161,32 +170,95 @@ def encode_captions(
     return torch.cat(codes)
 
 
-@torch.inference_mode()
-def encode_images(
-    source: ImageSource,
-    encoders: Encoders,
-    batch_size: int = 32,
-    workers: int | None = None,
-    progress: bool | None = None,
-) -> torch.Tensor:
-    """DAMSM's global image codes (N, D) on the CPU; the encoder resizes the images itself."""
-    device = next(encoders.image_encoder.parameters()).device
-    hidden = not (sys.stderr.isatty() if progress is None else progress)
-    codes = []
-    with tqdm(total=len(source), desc="images", unit="image", leave=False, disable=hidden) as bar:
-        for images in batches(source, batch_size, workers):
-            if len({image.shape for image in images}) > 1:
-                raise DataError(f"{source.path}: the sampled images differ in size; sample them again into one folder")
-            pixels = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2)
-            with no_tf32():
-                codes.append(encoders.image_encoder(from_uint8(pixels))[1].float().cpu())
-            bar.update(len(images))
-    return torch.cat(codes)
-
-
 def encoder_hash(encoders: Encoders) -> str:
     """The fingerprint of a text encoder that `samples.json` has as `encoder_hash`."""
     return hash_tensors(encoders.text_encoder.state_dict())
+
+
+class RPrecision(Metric):
+    """R-precision, in per cent, by DAMSM's encoders."""
+
+    needs = Needs(encoders=True)
+    accumulated = ("codes",)
+
+    def __init__(
+        self,
+        encoders: Encoders,
+        vocabulary: Vocabulary | None,
+        lists: CandidateLists,
+        folds: int = 10,
+        seed: int = 2020,
+        generators_encoder: str | None = None,
+    ) -> None:
+        """Raises DataError without a vocabulary, CheckpointError without an image encoder.
+
+        vocabulary: for encoders that carry none;
+        lists: of all images, in the order in which they come;
+        generators_encoder: fingerprint of the generator's text encoder, None where it is not known.
+        """
+        self.encoders, self.vocabulary = encoders, encoders.vocabulary or vocabulary
+        if self.vocabulary is None:
+            raise DataError("these encoders carry no vocabulary; give --data-dir, the folder of their captions.pickle")
+        if encoders.image_encoder is None:
+            raise CheckpointError(
+                "these encoders have no image encoder; put image_encoder*.pth beside text_encoder*.pth"
+            )
+        self.lists, self.folds, self.seed = lists, folds, seed
+        self.generators_encoder = generators_encoder
+        self.device = next(encoders.image_encoder.parameters()).device
+        self.codes: list[torch.Tensor] = []
+
+    @classmethod
+    def from_run(cls, run: Run) -> "RPrecision":
+        protocol, encoders = run.protocol, run.tools.encoders
+        if encoders is None:
+            raise CheckpointError("no encoders; name a DAMSM checkpoint by --encoders")
+        if len(run.requests) < protocol.folds:
+            raise DataError(f"{len(run.requests)} images cannot be dealt to {protocol.folds} folds; draw more")
+        lists = lists_for(run)
+        return cls(encoders, run.vocabulary, lists, protocol.folds, protocol.seed, run.text_encoder_hash)
+
+    @torch.inference_mode()
+    def update(self, batch: ScoringBatch) -> None:
+        if len({image.shape for image in batch.images}) > 1:
+            raise DataError("the sampled images differ in size; sample them again into one folder")
+        pixels = torch.from_numpy(np.stack(batch.images)).to(self.device).permute(0, 3, 1, 2)
+        with no_tf32():  # the encoder resizes the images itself
+            self.codes.append(self.encoders.image_encoder(from_uint8(pixels))[1].float().cpu())
+
+    def compute(self) -> list[Score]:
+        lists, encoder = self.lists, encoder_hash(self.encoders)
+        captions = encode_captions(lists.pool, self.encoders, self.vocabulary)
+        codes = torch.cat(self.codes)  # (N, D)
+        mean, std = r_precision(codes, captions, lists.true, lists.candidates, self.folds, self.seed)
+
+        same = None if self.generators_encoder is None else self.generators_encoder == encoder
+        about = {"encoder_hash": encoder, "num_images": len(codes), **about_lists(lists), "folds": self.folds}
+        about |= {"seed": self.seed, "encoder_of_the_generator": same}
+        warnings = ()
+        if same:
+            warnings = (
+                "R-precision: these are the encoders that the generator was trained with, which flatters it; score with "
+                "encoders that were trained apart (--encoders)",
+            )
+        return [Score(f"R-precision%[damsm:{encoder[:8]}]", 100 * mean, about, std=100 * std, warnings=warnings)]
+
+
+def lists_for(run: Run) -> CandidateLists:
+    """The candidate lists of a protocol's run. Raises DataError for too few captions."""
+    captions, keys = [r.caption for r in run.requests], [r.key for r in run.requests]
+    return draw_candidates(captions, keys, run.protocol.candidates, run.protocol.seed)
+
+
+def about_lists(lists: CandidateLists) -> dict:
+    """The fields of a score's protocol that say among what captions an image's own was ranked."""
+    num_candidates = lists.candidates.shape[1]
+    return {
+        "candidates": num_candidates,
+        "pool": len(lists.pool),
+        "unit": "%",
+        "chance": 100 / (1 + num_candidates),
+    }
 
 
 def sample_precision(
@@ -203,50 +275,41 @@ def sample_precision(
 ) -> Score:
     """R-precision, in per cent, of a folder that the sampler wrote.
 
-    vocabulary: for encoders that carry none; lists: where the candidate lists are, or shall be written (default: in
-    the folder, by seed); options as `encode_images`. Raises DataError, or CheckpointError without an image encoder.
+    vocabulary: for encoders that carry none;
+    lists: where the candidate lists are, or shall be written (default: in the folder, by seed);
+    options: as `eval.scripts.update_from`.
+    Raises DataError, or CheckpointError without an image encoder.
     """
-    vocabulary = encoders.vocabulary or vocabulary
-    if vocabulary is None:
-        raise DataError("these encoders carry no vocabulary; give --data-dir, the folder of their captions.pickle")
-    if encoders.image_encoder is None:
-        raise CheckpointError("these encoders have no image encoder; put image_encoder*.pth beside text_encoder*.pth")
-    by_file = {sample.file: sample for sample in read_samples(folder)}
-    source, skipped = load_source(folder, skip_broken)
-    samples = [by_file[name] for name in source.names]
-    name = f"r_precision_{num_candidates}_seed{seed}.json"
-    drawn, path = candidate_lists(samples, Path(lists or Path(folder) / name), num_candidates, seed)
-    caption_codes = encode_captions(drawn.pool, encoders, vocabulary)
-    image_codes = encode_images(source, encoders, **options)
-    mean, std = r_precision(image_codes, caption_codes, drawn.true, drawn.candidates, folds, seed)
-    judge, made_with = encoder_hash(encoders), _made_with(Path(folder))
-    protocol = {
-        "encoder_hash": judge,
-        "images": str(folder),
-        "num_images": len(samples),
-        "skipped": len(skipped),
-        "skipped_names": list(skipped),
-        "candidates": drawn.candidates.shape[1],
-        "pool": len(drawn.pool),
-        "lists": str(path),
-        "lists_seed": drawn.seed,
-        "folds": folds,
-        "seed": seed,
-        "unit": "%",
-        "chance": 100 / (1 + drawn.candidates.shape[1]),
-        "encoder_of_the_generator": None if made_with is None else made_with == judge,
-    }
-    warnings = tuple(_warnings(Path(folder), made_with, judge, skipped))
-    return Score(f"R-precision%[damsm:{judge[:8]}]", 100 * mean, protocol, std=100 * std, warnings=warnings)
+    source, samples, skipped = open_samples(folder, skip_broken)
+    drawn, about = candidate_lists(folder, samples, lists, num_candidates, seed)
+    made_with = _made_with(Path(folder))
+    metric = RPrecision(encoders, vocabulary, drawn, folds, seed, made_with)
+    (score,) = update_from(source, metric, **options).compute()
+
+    warnings = broken(folder, skipped)
+    if made_with is None:
+        warnings = (
+            f"{folder}: does not say which encoders the generator was trained with; R-precision by the same ones "
+            "would flatter it",
+            *warnings,
+        )
+    origin = {"images": str(folder), "skipped": len(skipped), "skipped_names": list(skipped), **about}
+    return score.of(origin, warnings)
 
 
 def candidate_lists(
-    samples: Sequence[Sample], path: Path, num_candidates: int, seed: int
-) -> tuple[CandidateLists, Path]:
-    """Read the lists at `path`, or draw them and write them there."""
+    folder: str | Path, samples: Sequence[Sample], path: str | Path | None, num_candidates: int, seed: int
+) -> tuple[CandidateLists, dict]:
+    """Read the lists at `path`, or draw them and write them there; and the fields that say where they are.
+
+    path: None: in the folder, by seed.
+    """
+    path = Path(path or Path(folder) / f"r_precision_{num_candidates}_seed{seed}.json")
     files, captions = [sample.file for sample in samples], [sample.caption for sample in samples]
     if path.is_file():
-        return CandidateLists.load(path, files, captions), path
+        lists = CandidateLists.load(path, files, captions)
+        return lists, {"lists": str(path), "lists_seed": lists.seed}
+
     lists = draw_candidates(captions, [sample.key for sample in samples], num_candidates, seed)
     try:
         lists.save(path, files)
@@ -254,7 +317,7 @@ def candidate_lists(
         raise DataError(
             f"{path}: the candidate lists cannot be written ({error}); give another place with --lists"
         ) from None
-    return lists, path
+    return lists, {"lists": str(path), "lists_seed": lists.seed}
 
 
 def _made_with(folder: Path) -> str | None:
@@ -265,41 +328,15 @@ def _made_with(folder: Path) -> str | None:
         return None
 
 
-def _warnings(folder: Path, made_with: str | None, judge: str, skipped: Sequence[str]) -> list[str]:
-    warnings = []
-    if made_with is None:
-        warnings.append(
-            f"{folder}: does not say which encoders the generator was trained with; R-precision by the same ones "
-            "would flatter it"
-        )
-    elif made_with == judge:
-        warnings.append(
-            f"{folder}: these are the encoders that the generator was trained with, which flatters it; "
-            "judge with encoders that were trained apart"
-        )
-    if skipped:
-        warnings.append(f"{folder}: {len(skipped)} broken images were left out, e.g. {skipped[0]}")
-    return warnings
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="R-precision of sampled images by DAMSM encoders")
-    parser.add_argument("--samples", required=True, metavar="DIR", help="folder that main.py sampled into")
     parser.add_argument("--encoders", required=True, metavar="CKPT", help="DAMSM checkpoint, or text_encoder*.pth")
     parser.add_argument("--data-dir", metavar="DIR", help="folder of captions.pickle, for the authors' encoders")
-    parser.add_argument("--candidates", type=int, default=99, metavar="N", help="wrong captions an image (default 99)")
-    parser.add_argument("--lists", metavar="PATH", help="candidate lists as JSON: read if there, else written")
-    parser.add_argument("--folds", type=int, default=10, help="default 10, as AttnGAN")
-    parser.add_argument("--seed", type=seed_number, default=2020, help="of candidate lists and folds")
-    add_arguments(parser, network=False, weights=False)
+    add_ranking_arguments(parser)
     args = parser.parse_args()
-    if args.candidates < 1:
-        parser.error("--candidates must be at least 1")
     encoders = load_encoders(args.encoders, named_device(args.device))
     vocabulary = released_vocabulary(args.data_dir) if args.data_dir and encoders.vocabulary is None else None
-    choices = {"num_candidates": args.candidates, "folds": args.folds, "seed": args.seed, "lists": args.lists}
-    choices |= {"skip_broken": args.skip_broken, "batch_size": args.batch_size, "workers": args.workers}
-    report([sample_precision(args.samples, encoders, vocabulary=vocabulary, progress=True, **choices)], args.json)
+    report([sample_precision(args.samples, encoders, vocabulary=vocabulary, **ranking_options(args))], args.json)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,30 @@
-"""Scores of generated images, one a file: a function and a script. `METRICS` says which there are."""
+"""Metrics of generated images, one a file. `METRICS` is what the protocols, `eval.evaluate --help` and the tests read."""
 
-METRICS = {  # module of this package: what its number says
-    "IS": "Inception score: do the images look like one thing each, and like many things together",
-    "FID": "Fréchet distance of features: generated against real images as two clouds",
-    "KID": "kernel distance of features: as FID, fair for few images too",
-    "precision_recall": "share of generated images that could be real, and of real ones that could be generated",
-    "LPIPS": "perceptual distance: diversity for one caption, or generated against real image by image",
-    "R_precision": "how often an image's own caption is found among 99 others",
-    "CLIP": "CLIPScore and CLIP-R-precision: do images and captions match for a network that no generator trained with",
-    "attributes": "ToyBirds only: how many of the attributes that captions name the images show",
-    "mask_iou": "ToyBirds only: how well the generator's masks cover the birds",
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from eval.metric import Metric
+
+# Name in a protocol: where its class is, and what its score says. A metric is imported when it is asked for, not before.
+METRICS = {
+    "FID": ("eval.FID:FrechetDistance", "Fréchet distance of features: generated against real images as two clouds"),
+    "KID": ("eval.KID:KernelDistance", "kernel distance of features: as FID, fair for few images too"),
+    "IS": ("eval.IS:InceptionScore", "Inception score: each image shows one thing clearly, all together many things"),
+    "precision_recall": (
+        "eval.precision_recall:PrecisionRecall",
+        "share of generated images that could be real, and of real ones that could be generated",
+    ),
+    "R_precision": ("eval.R_precision:RPrecision", "how often DAMSM finds an image's own caption among 99 others"),
+    "CLIP": ("eval.CLIP:ClipScore", "CLIPScore and CLIP-R-precision: do images and captions match for CLIP"),
+    "diversity": ("eval.LPIPS:Diversity", "perceptual distance (LPIPS) among images of the same caption"),
+    "LPIPS": ("eval.LPIPS:PairedDistance", "perceptual distance of an image to the real one whose caption it shows"),
+    "attributes": ("eval.attributes:AttributeAccuracy", "ToyBirds only: how many of the named attributes images show"),
+    "mask_iou": ("eval.mask_iou:MaskIoU", "ToyBirds only: how well the generator's masks cover the birds"),
 }
+
+
+def find_metric(name: str) -> "type[Metric]":
+    """The class of a metric of METRICS; imports its file."""
+    module, _, class_name = METRICS[name][0].partition(":")
+    return getattr(importlib.import_module(module), class_name)

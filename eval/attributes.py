@@ -1,19 +1,19 @@
 """Do generated ToyBirds have the attributes that their captions name? `python eval/attributes.py --checkpoint CKPT`.
 
-A small classifier, trained on drawings, reads every attribute off every image; here are the classifier, the counting
-and the script. Training it and keeping it is toybirds_judges.py's, getting images toybirds_samples.py's.
+A small classifier, trained on drawings, reads every attribute off every image; here are the classifier, the counting, the
+metric and its script. Training and caching the classifier: eval/toybirds/classifiers.py; the images: eval/toybirds/samples.py.
 """
 
-import argparse
 import math
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-if __package__ in (None, ""):  # run as a script: this folder hides the standard library's and others' names
+if __package__ in (None, ""):  # run as a script: this folder hides other packages' names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
@@ -23,30 +23,31 @@ from torch import Tensor, nn
 
 from datasets.toybirds.dataset import ATTRIBUTES, named_attributes
 from eval.features.statistics import default_cache
+from eval.metric import Needs, Score
 from eval.toybirds.classifiers import (
     Drawings,
     Examples,
     Recipe,
+    classifier_size,
     convolution,
     held_out_examples,
-    judged_size,
     prepared,
     train,
     trained,
 )
-from eval.toybirds.samples import GeneratedBirds, run_script
+from eval.toybirds.samples import BirdMetric, run_script
 from miscc.errors import DataError, UserError, run_command
 from miscc.randomness import stream
 
 NAMES = tuple(ATTRIBUTES)
 NUM_VALUES = tuple(len(values) for values in ATTRIBUTES.values())
 COLOURS = ("crown_color", "wing_color", "belly_color")
-SURE_ENOUGH = 0.98  # share of held-out drawings that a judge reads rightly, of each attribute; below it does not judge
-RECIPES = {  # by judged size; at 32 px the spots of a wing are a pixel wide, and a blur would take them away
+LOWEST_ACCURACY = 0.98  # of each attribute on held-out drawings; a classifier below it is not used
+RECIPES = {  # by input size; at 32 px the spots of a wing are a pixel wide, and a blur would take them away
     64: Recipe("attribute-judge", 64, epochs=9, width=24, most_noise=0.08, most_blur=0.6),
     32: Recipe("attribute-judge", 32, epochs=10, width=24, most_noise=0.04, most_blur=0.3),
 }
-UNNAMED, UNKNOWN = -1, -2  # in place of a value's number: the caption says nothing, or what no toy bird can be
+UNNAMED, UNKNOWN = -1, -2  # in place of a value's index: the caption says nothing, or what no toy bird can be
 
 
 class AttributeNetwork(nn.Module):
@@ -80,18 +81,18 @@ class AttributeNetwork(nn.Module):
         return list(self.heads(self.mix(torch.cat([where, *what], dim=1))).split(NUM_VALUES, dim=1))
 
 
-class Judge(Protocol):
-    """Whoever reads attributes off images. ceiling: the share of held-out drawings read rightly, by attribute."""
+class Classifier(Protocol):
+    """Reads attributes off images. ceiling: its accuracy on held-out drawings, by attribute."""
 
     ceiling: dict[str, float]
 
     def predict(self, images: np.ndarray) -> np.ndarray:
-        """(N, H, W, 3) uint8 -> (N, 9) int64, the number of the value for each of ATTRIBUTES."""
+        """(N, H, W, 3) uint8 -> (N, 9) int64, the index of the value for each of ATTRIBUTES."""
 
 
 @dataclass(frozen=True)
-class AttributeJudge:
-    """A trained classifier that has passed its test; made by `load_judge`."""
+class AttributeClassifier:
+    """A trained classifier that has passed its test; made by `load_classifier`."""
 
     network: nn.Module
     recipe: Recipe
@@ -100,7 +101,7 @@ class AttributeJudge:
 
     @torch.inference_mode()
     def predict(self, images: np.ndarray) -> np.ndarray:
-        """See Judge; images of any size from 32 px."""
+        """See Classifier; images of any size from 32 px."""
         device = next(self.network.parameters()).device
         chosen = []
         for start in range(0, len(images), 200):
@@ -109,32 +110,33 @@ class AttributeJudge:
         return torch.cat(chosen).numpy()
 
 
-def load_judge(
+def load_classifier(
     image_size: int,
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
     recipe: Recipe | None = None,
-) -> AttributeJudge:
-    """The judge for images of this size, from the cache or trained now, which takes minutes.
+) -> AttributeClassifier:
+    """The classifier for images of this size, from the cache or trained now, which takes minutes.
 
-    cache: a folder, None: ~/.cache/text-to-image-gans; recipe: another way of training it. Raises UserError, saying the
-    accuracy, when the judge reads an attribute off fewer than 98 % of the held-out drawings.
+    cache: a folder, None: ~/.cache/text-to-image-gans;
+    recipe: another way of training it.
+    Raises UserError, with the accuracy, when it reads an attribute off fewer than 98 % of the held-out drawings.
     """
-    recipe = recipe or RECIPES[judged_size(image_size)]
-    cache = default_cache() if cache is None else Path(cache)
-    network, measured = trained(recipe, lambda r: AttributeNetwork(r.image_size, r.width), _teach, device, cache)
+    recipe = recipe or RECIPES[classifier_size(image_size)]
+    cache = default_cache() if cache is None else cache
+    network, measured = trained(recipe, lambda r: AttributeNetwork(r.image_size, r.width), _train, device, cache)
     ceiling = {name: float(measured["accuracy"][name]) for name in NAMES}
-    poor = [f"{name} {100 * share:.1f} %" for name, share in ceiling.items() if share < SURE_ENOUGH]
+    poor = [f"{name} {100 * share:.1f} %" for name, share in ceiling.items() if share < LOWEST_ACCURACY]
     if poor:
         raise UserError(
-            f"the attribute judge for {recipe.image_size} px reads too few of {recipe.num_held_out} held-out drawings "
-            f"rightly ({', '.join(poor)}; {100 * SURE_ENOUGH:.0f} % are needed), so it does not judge; "
+            f"the attribute classifier for {recipe.image_size} px reads too few of {recipe.num_held_out} held-out drawings "
+            f"rightly ({', '.join(poor)}; {100 * LOWEST_ACCURACY:.0f} % are needed), so it is not used; "
             f"generate larger images, or train it otherwise (Recipe in eval/toybirds/classifiers.py)"
         )
-    return AttributeJudge(network, recipe, ceiling, float(measured["seconds"]))
+    return AttributeClassifier(network, recipe, ceiling, float(measured["seconds"]))
 
 
-def _teach(network: nn.Module, drawings: Drawings, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+def _train(network: nn.Module, drawings: Drawings, recipe: Recipe, device: torch.device) -> dict[str, Any]:
     """Train and measure: {"accuracy": share of held-out drawings read rightly, by attribute}."""
 
     def loss(logits: list[Tensor], examples: Examples) -> Tensor:
@@ -154,14 +156,14 @@ def _teach(network: nn.Module, drawings: Drawings, recipe: Recipe, device: torch
 class AttributeScore:
     """What was counted for one attribute; a share is None where there was nothing to count.
 
-    named, accuracy: images whose caption names it, and the share of them on which the judge reads the named value;
+    named, accuracy: images whose caption names it, and the share of them on which the classifier reads that value;
     mismatched, mismatched_accuracy: the same with the caption of another image in place of one's own, which for a
     generator that ignores captions equals `accuracy`, and for any is near chance;
-    chance: 1 / number of values; ceiling: the judge's accuracy on held-out drawings;
-    open, diversity: images whose caption leaves it open, and the entropy of the values that the judge reads off
+    chance: 1 / number of values; ceiling: the classifier's accuracy on held-out drawings;
+    open, diversity: images whose caption leaves it open, and the entropy of the values that the classifier reads off
     them, all together, divided by the logarithm of the number of values: 0 one value only, 1 all alike;
     pairs, pair_diversity: pairs of images of the same caption that leaves it open, and the share of them that differ
-    divided by 1 - chance: 0 a caption's images are all alike in it, 1 as different as if drawn by lot;
+    divided by 1 - chance: 0 a caption's images are all alike in it, 1 as different as if drawn at random;
     impossible: captions that name a value which no toy bird has, e.g. a green beak; they count nowhere else.
     """
 
@@ -221,28 +223,30 @@ def _row(cells: Sequence[str | int | float | None]) -> str:
     return f"{first:<15}" + "".join(f"{cell:>{13 if i == 7 else 10}}" for i, cell in enumerate(rest))
 
 
-def judge_attributes(
+def read_attributes(
     images: np.ndarray,
     captions: Sequence[str],
-    judge: Judge | None = None,
+    classifier: Classifier,
     keys: Sequence[str] | None = None,
     seed: int = 0,
 ) -> AttributeReport:
     """Read the attributes off images and count how many of those that their captions name are there.
 
-    images (N, H, W, 3) uint8; captions: N; judge None: `load_judge` for their size; keys: of the bird that a caption
-    was written for, "" for none: another caption of the same bird is no other image's. Raises DataError when no
-    caption names an attribute, UserError when the judge is not good enough.
+    images: (N, H, W, 3) uint8;
+    captions: N;
+    keys: of the bird that a caption was written for, "" for none: another caption of the same bird is no other image's;
+    seed: of the choice of other images' captions.
+    Raises DataError when no caption names an attribute.
     """
     if len(images) != len(captions):
         raise DataError(f"{len(images)} images, {len(captions)} captions; give one caption for each image")
     truth = named_values(captions)
     if not (truth >= 0).any():
-        raise DataError("no caption names an attribute of a toy bird, e.g. 'a bird with a red crown': nothing to judge")
-    judge = judge or load_judge(images.shape[1])
-    read = judge.predict(images)
+        raise DataError("no caption names an attribute of a toy bird, e.g. 'a bird with a red crown'")
+
+    read = classifier.predict(images)  # (N, 9)
     others = other_captions(truth, captions, keys or [""] * len(captions), seed)
-    scores = {name: _count(i, read[:, i], truth, others, captions, judge.ceiling) for i, name in enumerate(NAMES)}
+    scores = {name: _count(i, read[:, i], truth, others, captions, classifier.ceiling) for i, name in enumerate(NAMES)}
     colours = [scores[name] for name in COLOURS]
     return AttributeReport(
         num_images=len(images),
@@ -256,7 +260,7 @@ def judge_attributes(
 
 
 def named_values(captions: Sequence[str]) -> np.ndarray:
-    """(N, 9) int64: for each of ATTRIBUTES the number of the value that a caption names, or UNNAMED or UNKNOWN."""
+    """(N, 9) int64: for each of ATTRIBUTES the index of the value that a caption names, or UNNAMED or UNKNOWN."""
     truth = np.full((len(captions), len(NAMES)), UNNAMED, dtype=np.int64)
     for row, caption in enumerate(captions):
         for name, value in named_attributes(caption).items():
@@ -266,16 +270,19 @@ def named_values(captions: Sequence[str]) -> np.ndarray:
 
 
 def other_captions(truth: np.ndarray, captions: Sequence[str], keys: Sequence[str], seed: int = 0) -> np.ndarray:
-    """For each caption the number of another image's, (N,) int64, -1 where all are of the same bird or equal.
+    """For each caption the index of another image's, (N,) int64, -1 where all are of the same bird or equal.
 
-    Drawn by lot, as far as there are any, from those that name the same attributes, else from those that name most
-    of them. truth (N, 9) from `named_values`; keys: N, "" for no bird.
+    Drawn at random from those that name the same attributes, or, where there are none, from those that name most of
+    them. truth (N, 9) from `named_values`; keys: N, "" for no bird.
     """
+    # Captions by which attributes they name.
     named = truth != UNNAMED
     groups = defaultdict(list)
     for row, pattern in enumerate(named):
         groups[tuple(pattern)].append(row)
     patterns = np.array(list(groups))
+
+    # The likest first, in random order.
     others = np.full(len(truth), -1, dtype=np.int64)
     for row in range(len(truth)):
         rng = stream(seed, "other caption", row)
@@ -356,13 +363,47 @@ def _pairs(values: np.ndarray, captions: Sequence[str]) -> tuple[int, int]:
     return pairs, pairs - alike
 
 
-def _score(birds: GeneratedBirds, args: argparse.Namespace) -> tuple[AttributeReport, Recipe]:
-    judge = load_judge(birds.image_size, birds.device, args.cache)
-    return judge_attributes(birds.images, birds.captions, judge, birds.keys, args.seed), judge.recipe
+class AttributeAccuracy(BirdMetric):
+    """How many of the attributes that captions name the images show."""
+
+    needs = Needs(data_set="toybirds")
+
+    @cached_property
+    def reader(self) -> AttributeClassifier:
+        return load_classifier(self.image_size, self.device, self.cache)
+
+    def report(self) -> AttributeReport:
+        """All counts."""
+        captions, keys = [r.caption for r in self.requests], [r.key for r in self.requests]
+        return read_attributes(self.all_images(), captions, self.reader, keys, self.seed)
+
+    def compute(self) -> list[Score]:
+        report = self.report()
+        about = self.about() | {"seed": report.seed, "num_images": report.num_images, "unit": "share"}
+        scores = []
+
+        # The mean over the three colours, then each attribute that captions name.
+        if report.colour_accuracy is not None:
+            beside = {"of another caption": report.mismatched_colour_accuracy}
+            beside |= {"chance": report.colour_chance, "ceiling": report.colour_ceiling}
+            scores.append(Score("crown, wing, belly colour (mean)", report.colour_accuracy, about | {"beside": beside}))
+        for name, counted in report.attributes.items():
+            if counted.accuracy is not None:
+                beside = {"of another caption": counted.mismatched_accuracy, "chance": counted.chance}
+                beside |= {"ceiling": counted.ceiling}
+                told = about | {"beside": beside, "num_named": counted.named}
+                scores.append(Score(f"named {name}", counted.accuracy, told, details=asdict(counted)))
+
+        # What captions leave open should differ between images of one caption.
+        pairs = [counted.pair_diversity for counted in report.attributes.values() if counted.pair_diversity is not None]
+        if pairs:
+            told = about | {"beside": {"no difference": 0.0, "by lot": 1.0}}
+            scores.append(Score("unnamed attributes differ", float(np.mean(pairs)), told))
+        return scores
 
 
 def main() -> None:
-    run_script("attributes", "attributes that captions name, read off generated ToyBirds", _score)
+    run_script("attributes", "attributes that captions name, read off generated ToyBirds", AttributeAccuracy)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,33 @@
 """Score a checkpoint by a named protocol: `python -m eval.evaluate --checkpoint CKPT --protocol small`.
 
-Draws straight into memory, compares with the real images, prints a table and adds a record with everything that is
-needed to repeat it to evaluation.json beside the checkpoint. With torchrun the images are shared among processes.
-Protocols are in protocols.py, the numbers come from judging.py and measures.py, the report is evaluation_report.py's.
+Draws into memory, compares with the real images, prints a table and adds a record with everything that is needed to
+repeat it to evaluation.json beside the checkpoint. With torchrun the processes share the images. Protocols, their run and
+the report are in eval/protocol/, the metrics in a file each.
 """
 
 import argparse
-import functools
-import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a script: this folder hides the standard library's and others' names
+if __package__ in (None, ""):  # run as a script: this folder hides other packages' names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
 from datasets import load_records
 from datasets.records import Records
+from eval import METRICS
 from eval.features.reference import RealImages
-from eval.protocol.protocols import Protocol, find_protocol
+from eval.metric import Tools
+from eval.protocol.protocols import PROTOCOLS, Protocol, find_protocol
 from eval.protocol.report import add_record, check_writable, print_record
-from eval.protocol.runner import Judged, Tools, judge
-from eval.protocol.scores import add_cache_arguments, named_device, positive
+from eval.protocol.runner import ImageStream, needs_of, run_protocol
+from eval.scripts import add_cache_arguments
 from miscc import distributed
 from miscc.checkpoint import hash_tensors
+from miscc.command_line import add_device_option, named_device, positive
 from miscc.distributed import World
 from miscc.errors import CheckpointError, ConfigError, run_command
 from miscc.files import hash_of_file
@@ -45,31 +45,34 @@ def requests_of(protocol: Protocol, records: Records, num_images: int | None = N
     num_images below the protocol's: for caption_choice "random" so many images of as many captions as that needs; else
     so many of the whole list, drawn by the seed.
     """
+    # A fixed list, or a part of it.
     if protocol.caption_choice != "random":
         most = protocol.captions_per_image if protocol.caption_choice == "first" else 0
         every = split_requests(records, most, protocol.images_per_caption)
         if num_images is None or num_images >= len(every):
             return every
         chosen = sorted(stream(protocol.seed, "quick look").permutation(len(every))[:num_images])
-        return [every[place]._replace(index=index) for index, place in enumerate(chosen)]
-    number = num_images or protocol.num_images
+        return [every[position]._replace(index=index) for index, position in enumerate(chosen)]
+
+    # Random captions.
+    total = num_images or protocol.num_images
     each = protocol.images_per_caption
-    chosen = split_requests(records, num_images=-(-number // each), seed=protocol.seed)
-    repeated = [(request, sample) for request in chosen for sample in range(each)][:number]
+    chosen = split_requests(records, num_images=-(-total // each), seed=protocol.seed)
+    repeated = [(request, sample) for request in chosen for sample in range(each)][:total]
     return [r._replace(index=i, sample=each * r.sample + sample) for i, (r, sample) in enumerate(repeated)]
 
 
 def real_images_of(protocol: Protocol, records: Records, num_images: int | None = None) -> Records:
     """The real images that a protocol compares with: all, or `num_real` of them drawn by the seed.
 
-    num_images: of a quick look, which then takes no more real images than it draws.
+    num_images: of a quick run, which then takes no more real images than it draws.
     """
     if protocol.num_real is None:
         return records
-    wanted = min(protocol.num_real, len(records), max(2, num_images or protocol.num_real))
-    if wanted == len(records):
+    num_real = min(protocol.num_real, len(records), max(2, num_images or protocol.num_real))
+    if num_real == len(records):
         return records
-    return records.select(sorted(stream(protocol.seed, "real images").permutation(len(records))[:wanted]))
+    return records.select(sorted(stream(protocol.seed, "real images").permutation(len(records))[:num_real]))
 
 
 def evaluate(
@@ -84,76 +87,61 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Draw by a protocol and score: the record that evaluation.json keeps, None in all processes but the main one.
 
-    real: the real images; prompts: whose captions are drawn, None: those of `real`; a trainer gives held-out training
-    records here. num_images: a quick look instead of the protocol's number, which is recorded as an override.
-    A number that lacks its weights is listed as not computed; raises UserError when that leaves none at all.
+    real: the real images;
+    prompts: whose captions are drawn, None: those of `real`;
+    num_images: a quick run instead of the protocol's number, which is recorded as an override.
+    A metric that lacks its weights is listed as not computed; raises UserError when that leaves none at all.
     """
     tools = tools or Tools()
     prompts = real if prompts is None else prompts
     real = real_images_of(protocol, real, num_images)
     requests = requests_of(protocol, prompts, num_images)
-    several = _several(protocol, prompts, first=len(requests))
-    generate = functools.partial(
-        pipeline.generate, seed=protocol.seed, truncation=protocol.truncation, batch_size=tools.batch_size
-    )
 
-    def draw(wanted: Sequence[Request], with_masks: bool) -> Iterator[Generated]:
-        for start in range(0, len(wanted), tools.batch_size):
-            part = wanted[start : start + tools.batch_size]
-            captions, indices = [r.caption for r in part], [r.index for r in part]
-            with quiet_pipeline():
-                drawn = generate(captions, indices=indices, with_masks=with_masks)
-            yield drawn
+    def draw(part: Sequence[Request], with_masks: bool) -> Iterator[Generated]:
+        return pipeline.generate_batches(part, protocol.seed, protocol.truncation, tools.batch_size, with_masks)
 
-    judged = Judged(
+    images = ImageStream(
         what="generated",
         requests=requests,
-        batches=lambda rows: draw(requests[rows.start : rows.stop], "mask_iou" in protocol.metrics),
+        draw=draw,
         image_size=pipeline.image_size,
         vocabulary=pipeline.vocabulary,
         text_encoder_hash=hash_tensors(pipeline.text_encoder.state_dict()),
+        repeats=_repeats(protocol, prompts, first=len(requests)),
         data_set=(pipeline.origin.get("config") or {}).get("DATASET_NAME"),
-        diverse=(lambda: ([r.caption for r in several], draw(several, False))) if several else None,
     )
-    record = judge(judged, protocol, real, pipeline.device, tools, world)
+    record = run_protocol(images, protocol, real, pipeline.device, tools, world)
     if record is None:
         return None
+
+    # What the run does not know: captions and generator.
     record["warnings"] = [*_unsuitable(pipeline, protocol, requests), *record["warnings"]]
     record["overrides"] = {} if num_images is None else {"num_images": num_images}
     record["captions"] = {"data_set": prompts.name, "split": prompts.split, "num_images_with_captions": len(prompts)}
     origin = {name: value for name, value in pipeline.origin.items() if name != "config"}
-    record["generator"] = origin | {"text_encoder_hash": judged.text_encoder_hash, "image_size": pipeline.image_size}
+    record["generator"] = origin | {"text_encoder_hash": images.text_encoder_hash, "image_size": pipeline.image_size}
     return record
 
 
-def _several(protocol: Protocol, records: Records, first: int) -> list[Request]:
-    """What is drawn for diversity: several images each of other captions, with noise of requests from `first` on."""
-    if "diversity" not in protocol.metrics or not protocol.diversity_captions:
+def _repeats(protocol: Protocol, records: Records, first: int) -> list[Request]:
+    """Several images each of other captions, for metrics that need these; with noise of requests from `first` on."""
+    if not protocol.diversity_captions:
         return []
     chosen = split_requests(records, num_images=protocol.diversity_captions, seed=protocol.seed + 1)
     repeated = [request for request in chosen for _ in range(protocol.diversity_images)]
-    return [request._replace(index=first + place) for place, request in enumerate(repeated)]
-
-
-@contextmanager
-def quiet_pipeline() -> Iterator[None]:
-    """A split's captions hold words that the model does not know; `_unsuitable` counts them once."""
-    logger = logging.getLogger("sampling.pipeline")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+    return [request._replace(index=first + i) for i, request in enumerate(repeated)]
 
 
 def _unsuitable(pipeline: TextToImage, protocol: Protocol, requests: Sequence[Request]) -> Iterator[str]:
     """Warnings about a generator that does not fit the protocol."""
+    # Data set, and which weights.
     trained_on = (pipeline.origin.get("config") or {}).get("DATASET_NAME")
     if protocol.dataset and trained_on and trained_on != protocol.dataset:
         yield f"protocol {protocol.name} is meant for {protocol.dataset}, this generator was trained on {trained_on}"
     if protocol.averaged and pipeline.origin.get("averaged") is False:
         yield "the generator's own weights were used: there is no moving average (EMA) beside them"
+
+    # Words that the vocabulary lacks.
     captions = {request.caption for request in requests}
     partly = sum(1 for caption in captions if pipeline.vocabulary.encode(caption)[1])
     if partly:
@@ -170,18 +158,20 @@ def self_check(
     num_images: int | None = None,
     tools: Tools | None = None,
 ) -> list[dict[str, Any]]:
-    """The floor of a protocol's numbers: real training images against the real set, and that set against itself.
+    """The floor of a protocol's scores: real training images against the real set, and that set against itself.
 
     As many training images, chosen by the seed, as the protocol draws, or all there are. The second reads the files
     again and uses no kept features, so it also checks these. Two records, as `evaluate` gives them.
     """
     tools = tools or Tools()
     test = real_images_of(protocol, test, num_images)
-    wanted = min(num_images or protocol.num_images or len(train), len(train))
-    chosen = stream(protocol.seed, "self-check").permutation(len(train))[:wanted]
+    total = min(num_images or protocol.num_images or len(train), len(train))
+    chosen = stream(protocol.seed, "self-check").permutation(len(train))[:total]
+
+    # Training images, then the real images themselves.
     records = []
     for what, images in (("real train", train.select(sorted(chosen))), ("the same real images", test)):
-        found = judge(_judged_real(what, images, protocol, image_size, tools), protocol, test, device, tools)
+        found = run_protocol(_real_stream(what, images, protocol, image_size, tools), protocol, test, device, tools)
         found["overrides"] = {} if num_images is None else {"num_images": num_images}
         found["captions"] = {"data_set": images.name, "split": images.split, "num_images_with_captions": len(images)}
         found["generator"] = None
@@ -189,14 +179,14 @@ def self_check(
     return records
 
 
-def _judged_real(what: str, records: Records, protocol: Protocol, image_size: int, tools: Tools) -> Judged:
+def _real_stream(what: str, records: Records, protocol: Protocol, image_size: int, tools: Tools) -> ImageStream:
     images = RealImages(records, image_size, protocol.real_crop, protocol.seed)
 
-    def batches(rows: range) -> Iterator[Generated]:
-        for batch in images.batches(tools.batch_size, rows):
+    def read(part: Sequence[Request], with_masks: bool) -> Iterator[Generated]:
+        for batch in images.batches(tools.batch_size, range(part[0].index, part[-1].index + 1)):
             yield Generated(batch, [])
 
-    return Judged(what, split_requests(records), batches, image_size, records.vocabulary, data_set=records.name)
+    return ImageStream(what, split_requests(records), read, image_size, records.vocabulary, data_set=records.name)
 
 
 def records_for(config: Mapping[str, Any], split: str, data_dir: str | Path | None, vocabulary: Vocabulary) -> Records:
@@ -204,10 +194,12 @@ def records_for(config: Mapping[str, Any], split: str, data_dir: str | Path | No
 
     data_dir: where the data is now, None: where it was. Raises DataError, CheckpointError without a data set's name.
     """
-    name, place = config.get("DATASET_NAME"), data_dir or config.get("DATA_DIR")
-    if not name or not place:
+    name, folder = config.get("DATASET_NAME"), data_dir or config.get("DATA_DIR")
+    if not name or not folder:
         raise CheckpointError("the checkpoint does not say which data it was trained on; evaluate one of our own")
-    records, _ = load_records(name, place, split, vocabulary)
+
+    # As many captions an image as in training.
+    records, _ = load_records(name, folder, split, vocabulary)
     most = (config.get("TEXT") or {}).get("CAPTIONS_PER_IMAGE") or None
     records.captions = [captions[:most] for captions in records.captions]
     if records.texts is not None:
@@ -224,26 +216,34 @@ def encoders_for(path: str | Path | None, config: Mapping[str, Any], device: tor
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="score a checkpoint by a named protocol", allow_abbrev=False)
-    add = parser.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        metavar="CKPT",
-        help="one of our checkpoints with a generator, or a published model",
+    parser = argparse.ArgumentParser(
+        description="score a checkpoint by a named protocol",
+        epilog=_listing(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    add("--protocol", required=True, metavar="NAME", help="a name in eval/protocol/protocols.py, e.g. small")
-    add("--num-images", type=positive, metavar="N", help="a quick look at so many, recorded as an override")
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="CKPT", help="one of our checkpoints, or a published model")
+    add("--protocol", required=True, metavar="NAME", help="see below, e.g. small")
+    add("--num-images", type=positive, metavar="N", help="a quick run with so many, recorded as an override")
     add("--selfcheck", action="store_true", help="the floor instead: real against real, nothing is generated")
     add("--data-dir", metavar="DIR", help="where the data set is, if it was moved")
     add("--encoders", metavar="CKPT", help="DAMSM encoders for R-precision (default: those of the training)")
     add("--weights", metavar="PATH", help="weight file of the protocol's network (default: torch hub's cache)")
     add("--lpips-weights", metavar="PATH", help="AlexNet's weights for LPIPS (default: torch hub's cache)")
+    add("--clip", metavar="NAME", help="folder of a CLIP, or its name in Hugging Face's cache")
     add("--out", metavar="PATH", help="file of results (default: evaluation.json beside the checkpoint)")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    add_device_option(parser)
     add("--batch-size", type=positive, default=32, help="images at a time (default 32)")
     add_cache_arguments(parser)
     return parser
+
+
+def _listing() -> str:
+    """All protocols and metrics, for --help."""
+    protocols = [f"  {name:<18}{protocol.about}" for name, protocol in PROTOCOLS.items()]
+    metrics = [f"  {name:<18}{about}" for name, (_, about) in METRICS.items()]
+    return "\n".join(["protocols (eval/protocol/protocols.py):", *protocols, "", "metrics:", *metrics])
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -251,25 +251,32 @@ def main(words: Sequence[str] | None = None) -> None:
     protocol = find_protocol(args.protocol)
     if args.num_images == 1:
         raise ConfigError("--num-images 1: give 2 or more")
+
     world = _world(args)
     try:
         pipeline = TextToImage.load(args.checkpoint, world.device, averaged=protocol.averaged)
         config, vocabulary = pipeline.origin["config"], pipeline.vocabulary
         out = Path(args.out) if args.out else weight_file(args.checkpoint).with_name("evaluation.json")
         check_writable(out)
-        encoders = encoders_for(args.encoders, config, world.device) if "R_precision" in protocol.metrics else None
-        tools = Tools(encoders, args.weights, args.lpips_weights, args.cache, args.batch_size, progress=True)
+
+        # What the protocol's metrics need, and the real images.
+        by_encoders = any(needs.encoders for needs in needs_of(protocol, {}).values())
+        encoders = encoders_for(args.encoders, config, world.device) if by_encoders else None
+        files = (args.weights, args.lpips_weights, args.clip, args.cache)
+        tools = Tools(encoders, *files, args.batch_size, progress=True)
         real = records_for(config, protocol.real_split, args.data_dir, vocabulary)
+
         if args.selfcheck:
             train = records_for(config, "train", args.data_dir, vocabulary)
-            size, number = pipeline.image_size, args.num_images
-            results = self_check(protocol, train, real, size, world.device, num_images=number, tools=tools)
+            choices = {"num_images": args.num_images, "tools": tools}
+            results = self_check(protocol, train, real, pipeline.image_size, world.device, **choices)
         else:
             same = protocol.caption_split == protocol.real_split
             prompts = None if same else records_for(config, protocol.caption_split, args.data_dir, vocabulary)
             results = [
                 evaluate(pipeline, protocol, real, prompts, num_images=args.num_images, tools=tools, world=world)
             ]
+
         if world.is_main:
             about = {"path": str(Path(args.checkpoint).resolve()), "sha256": hash_of_file(weight_file(args.checkpoint))}
             about |= {name: pipeline.origin[name] for name in ("step", "epoch")}

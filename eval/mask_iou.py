@@ -1,19 +1,19 @@
 """Do a generator's masks find the bird? `python eval/mask_iou.py --checkpoint CKPT`.
 
 A small segmenter, trained on drawings with their outlines, outlines the bird in generated images; each stage's mask is
-compared with that by intersection over union (IoU), and so is a shape that knows nothing of the image. Here are the
-segmenter, the comparison and the script. Training and keeping it is toybirds_judges.py's, getting images
-toybirds_samples.py's.
+compared with that by intersection over union (IoU), and so is the mean shape of all drawings. Here are the segmenter, the
+comparison, the metric and its script. Training and caching the segmenter: eval/toybirds/classifiers.py; the images:
+eval/toybirds/samples.py.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-if __package__ in (None, ""):  # run as a script: this folder hides the standard library's and others' names
+if __package__ in (None, ""):  # run as a script: this folder hides other packages' names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
@@ -22,32 +22,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eval.features.statistics import default_cache
+from eval.metric import Needs, Score
 from eval.toybirds.classifiers import (
     Drawings,
     Examples,
     Recipe,
+    classifier_size,
     convolution,
     crops,
     held_out_examples,
-    judged_size,
     prepared,
     train,
     trained,
 )
-from eval.toybirds.samples import GeneratedBirds, run_script
+from eval.toybirds.samples import BirdMetric, run_script
 from miscc.errors import DataError, UserError, run_command
 from miscc.randomness import stream
 
-CLOSE_ENOUGH = 0.95  # mean IoU on held-out drawings; a segmenter below it does not judge
-THRESHOLD = 0.5  # what is at least this is inside
+LOWEST_IOU = 0.95  # mean on held-out drawings; a segmenter below it is not used
+THRESHOLD = 0.5  # a mask of at least this is inside
 SMALLEST_BIRD = 0.02  # share of the image; an outline smaller than that is no bird (drawn ones fill 0.15 to 0.4)
-RECIPES = {  # by judged size
+WITHOUT_MASKS = "these images come without masks; SSA-GAN predicts them, AttnGAN and DF-GAN do not"
+RECIPES = {  # by input size
     64: Recipe("outline-judge", 64, epochs=5, width=16, most_noise=0.08, most_blur=0.6),
     32: Recipe("outline-judge", 32, epochs=8, width=24, most_noise=0.04, most_blur=0.3),
 }
 
 
-class Segmenter(nn.Module):
+class SegmenterNetwork(nn.Module):
     """A small U-Net (Ronneberger et al. 2015): images (N, 3, S, S) in [-1, 1] -> logits (N, 1, S, S)."""
 
     def __init__(self, width: int):
@@ -77,9 +79,13 @@ class Segmenter(nn.Module):
         return self.outline(x)
 
 
-class Judge(Protocol):
-    """Whoever outlines birds. mean_shape: (S, S) bool, the mean outline of drawings thresholded at half; ceiling,
-    mean_shape_ceiling: mean IoU of the judge and of the mean shape with the true outlines of held-out drawings."""
+class Segmenter(Protocol):
+    """Outlines birds.
+
+    mean_shape: (S, S) bool, the mean outline of drawings thresholded at half;
+    ceiling, mean_shape_ceiling: mean IoU of the segmenter and of the mean shape with the true outlines of held-out
+    drawings.
+    """
 
     mean_shape: np.ndarray
     ceiling: float
@@ -90,8 +96,8 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True)
-class OutlineJudge:
-    """A trained segmenter that has passed its test; made by `load_judge`."""
+class BirdSegmenter:
+    """A trained segmenter that has passed its test; made by `load_segmenter`."""
 
     network: nn.Module
     recipe: Recipe
@@ -102,7 +108,7 @@ class OutlineJudge:
 
     @torch.inference_mode()
     def outline(self, images: np.ndarray) -> np.ndarray:
-        """See Judge; images of any size from 32 px."""
+        """See Segmenter; images of any size from 32 px."""
         device = next(self.network.parameters()).device
         outlines = []
         for start in range(0, len(images), 100):
@@ -111,37 +117,42 @@ class OutlineJudge:
         return np.concatenate(outlines)
 
 
-def load_judge(
+def load_segmenter(
     image_size: int,
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
     recipe: Recipe | None = None,
-) -> OutlineJudge:
-    """The judge for images of this size, from the cache or trained now, which takes minutes.
+) -> BirdSegmenter:
+    """The segmenter for images of this size, from the cache or trained now, which takes minutes.
 
-    cache: a folder, None: ~/.cache/text-to-image-gans; recipe: another way of training it. Raises UserError, saying the
-    IoU, when its outlines of held-out drawings reach a mean IoU below 0.95.
+    cache: a folder, None: ~/.cache/text-to-image-gans;
+    recipe: another way of training it.
+    Raises UserError, with the IoU, when its outlines of held-out drawings reach a mean IoU below 0.95.
     """
-    recipe = recipe or RECIPES[judged_size(image_size)]
-    cache = default_cache() if cache is None else Path(cache)
-    network, measured = trained(recipe, lambda r: Segmenter(r.width), _teach, device, cache)
-    if measured["iou"] < CLOSE_ENOUGH:
+    recipe = recipe or RECIPES[classifier_size(image_size)]
+    cache = default_cache() if cache is None else cache
+    network, measured = trained(recipe, lambda r: SegmenterNetwork(r.width), _train, device, cache)
+    if measured["iou"] < LOWEST_IOU:
         raise UserError(
-            f"the outline judge for {recipe.image_size} px reaches a mean IoU of {measured['iou']:.3f} on "
-            f"{recipe.num_held_out} held-out drawings ({CLOSE_ENOUGH} is needed), so it does not judge; generate "
+            f"the segmenter for {recipe.image_size} px reaches a mean IoU of {measured['iou']:.3f} on "
+            f"{recipe.num_held_out} held-out drawings ({LOWEST_IOU} is needed), so it is not used; generate "
             f"larger images, or train it otherwise (Recipe in eval/toybirds/classifiers.py)"
         )
     shape = measured["mean_shape"].numpy()
-    return OutlineJudge(network, recipe, shape, measured["iou"], measured["mean_shape_iou"], float(measured["seconds"]))
+    return BirdSegmenter(
+        network, recipe, shape, measured["iou"], measured["mean_shape_iou"], float(measured["seconds"])
+    )
 
 
-def _teach(network: nn.Module, drawings: Drawings, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+def _train(network: nn.Module, drawings: Drawings, recipe: Recipe, device: torch.device) -> dict[str, Any]:
     """Train and measure: {"iou", "mean_shape_iou": on held-out drawings; "mean_shape": (S, S) bool tensor}."""
 
     def loss(logits: Tensor, examples: Examples) -> Tensor:
         return F.binary_cross_entropy_with_logits(logits, examples.masks)
 
     train(network, loss, drawings, recipe, device)
+
+    # Segmenter and mean shape against the true outlines.
     shape = mean_shape(drawings, recipe)
     ious, shape_ious = [], []
     with torch.inference_mode():
@@ -188,11 +199,11 @@ class StageIoU:
 
 @dataclass(frozen=True)
 class MaskReport:
-    """IoU with the judge's outlines, means over num_images - without_bird images.
+    """IoU with the segmenter's outlines, means over num_images - without_bird images.
 
     mean_shape_iou, whole_frame_iou: of the mean outline of drawings, and of the whole image: baselines that know
-    nothing of the image; ceiling, mean_shape_ceiling: of the judge and of the mean shape on held-out drawings, against
-    their true outlines; without_bird: images in which the judge finds less bird than 2 % of the area.
+    nothing of the image; ceiling, mean_shape_ceiling: of the segmenter and of the mean shape on held-out drawings, against
+    their true outlines; without_bird: images in which the segmenter finds less bird than 2 % of the area.
     """
 
     num_images: int
@@ -217,7 +228,7 @@ class MaskReport:
         for name, value in (
             ("mean shape of drawings", self.mean_shape_iou),
             ("the whole image", self.whole_frame_iou),
-            ("on real drawings: the judge", self.ceiling),
+            ("on real drawings: the segmenter", self.ceiling),
             ("on real drawings: mean shape", self.mean_shape_ceiling),
         ):
             lines.append(f"{name:<34}{value:>7.3f}")
@@ -226,20 +237,22 @@ class MaskReport:
         return lines
 
 
-def mask_iou(images: np.ndarray, masks: Sequence[np.ndarray], judge: Judge | None = None) -> MaskReport:
+def mask_iou(images: np.ndarray, masks: Sequence[np.ndarray], segmenter: Segmenter) -> MaskReport:
     """Compare a generator's masks with the birds in its images.
 
-    images (N, H, W, 3) uint8; masks: of each stage (N, h, w) in [0, 1]; judge None: `load_judge` for their size. Raises
-    DataError without masks or when no image shows a bird, UserError when the judge is not good enough.
+    images: (N, H, W, 3) uint8;
+    masks: of each stage (N, h, w) in [0, 1].
+    Raises DataError without masks, or when no image shows a bird.
     """
     if not len(masks):
-        raise DataError("these images come without masks; SSA-GAN predicts them, AttnGAN and DF-GAN do not")
+        raise DataError(WITHOUT_MASKS)
     if any(len(stage) != len(images) for stage in masks):
         raise DataError(
             f"{len(images)} images, {[len(stage) for stage in masks]} masks; give one a stage for each image"
         )
-    judge = judge or load_judge(images.shape[1])
-    outlines = judge.outline(images)
+
+    # Only images with a bird count.
+    outlines = segmenter.outline(images)  # (N, S, S)
     with_bird = outlines.mean(axis=(1, 2)) >= SMALLEST_BIRD
     if not with_bird.any():
         raise DataError(f"in none of the {len(images)} images is a bird to be found; train the generator longer")
@@ -248,10 +261,10 @@ def mask_iou(images: np.ndarray, masks: Sequence[np.ndarray], judge: Judge | Non
         num_images=len(images),
         without_bird=int((~with_bird).sum()),
         stages=[_stage(stage[with_bird], birds) for stage in masks],
-        mean_shape_iou=float(iou(judge.mean_shape, birds).mean()),
-        whole_frame_iou=float(iou(np.ones_like(judge.mean_shape), birds).mean()),
-        ceiling=judge.ceiling,
-        mean_shape_ceiling=judge.mean_shape_ceiling,
+        mean_shape_iou=float(iou(segmenter.mean_shape, birds).mean()),
+        whole_frame_iou=float(iou(np.ones_like(segmenter.mean_shape), birds).mean()),
+        ceiling=segmenter.ceiling,
+        mean_shape_ceiling=segmenter.mean_shape_ceiling,
     )
 
 
@@ -276,17 +289,37 @@ def resized(masks: np.ndarray, size: int) -> np.ndarray:
     return F.interpolate(stage, (size, size), mode="bilinear", align_corners=False, antialias=shrinks)[:, 0].numpy()
 
 
-def _score(birds: GeneratedBirds, args: argparse.Namespace) -> tuple[MaskReport, Recipe]:
-    if not birds.masks:
-        hint = "sample it again with --masks" if args.samples else "SSA-GAN predicts them, AttnGAN and DF-GAN do not"
-        raise DataError(f"{args.samples or args.checkpoint}: there are no masks to be judged; {hint}")
-    judge = load_judge(birds.image_size, birds.device, args.cache)
-    return mask_iou(birds.images, birds.masks, judge), judge.recipe
+class MaskIoU(BirdMetric):
+    """How well the generator's masks cover the birds in its images."""
+
+    needs = Needs(masks=True, data_set="toybirds")
+
+    @cached_property
+    def reader(self) -> BirdSegmenter:
+        return load_segmenter(self.image_size, self.device, self.cache)
+
+    def report(self) -> MaskReport:
+        """All stages. Raises DataError without masks."""
+        stages = self.all_masks()
+        if not stages:
+            raise DataError(WITHOUT_MASKS)
+        return mask_iou(self.all_images(), stages, self.reader)
+
+    def compute(self) -> list[Score]:
+        report = self.report()
+        counted = report.num_images - report.without_bird
+        about = self.about() | {"num_images": counted, "without_bird": report.without_bird}
+        scores = []
+        for stage in report.stages:
+            beside = {"other polarity": stage.other_iou, "of another image": stage.shuffled_iou}
+            beside |= {"mean shape": report.mean_shape_iou, "ceiling": report.ceiling}
+            name = f"mask IoU {stage.size} px" + (" (inverted)" if stage.inverted else "")
+            scores.append(Score(name, stage.iou, about | {"beside": beside}, details=asdict(stage)))
+        return scores
 
 
 def main() -> None:
-    description = "IoU of a generator's masks with the birds in its ToyBirds images"
-    run_script("masks", description, _score, with_masks=True)
+    run_script("masks", "IoU of a generator's masks with the birds in its ToyBirds images", MaskIoU)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@ import argparse
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script: this folder hides the standard library's and others' names
+if __package__ in (None, ""):  # run as a script: this folder hides other packages' names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
 from eval.features.networks import FeatureNetwork
 from eval.features.statistics import collect_features, load_source
-from eval.FID import describe
-from eval.protocol.scores import Score, add_arguments, extraction_of, network_of, report
+from eval.metric import Metric, Needs, Run, Score, ScoringBatch
+from eval.scripts import add_arguments, add_sources, broken, describe, extraction_of, network_of, report, update_from
 from miscc.errors import DataError, run_command
 
 ROWS = 2048  # compared with the whole other set at a time: 30,000 images take 240 MB
@@ -41,6 +41,44 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, neighbourhood: int 
     return precision, recall
 
 
+class PrecisionRecall(Metric):
+    """Precision and recall of generated against real images."""
+
+    needs = Needs(features=True, real="features")
+    accumulated = ("features",)
+
+    def __init__(self, network: FeatureNetwork, real: torch.Tensor | None, neighbourhood: int = 3) -> None:
+        """real: features (N, D) of the real images, None in all processes but the main one."""
+        self.network, self.real, self.neighbourhood = network, real, neighbourhood
+        self.features: list[torch.Tensor] = []
+
+    @classmethod
+    def from_run(cls, run: Run) -> "PrecisionRecall":
+        return cls(run.network, run.reference.features if run.reference else None)
+
+    def update(self, batch: ScoringBatch) -> None:
+        self.features.append(batch.features.cpu())
+
+    def compute(self) -> list[Score]:
+        fake, real = torch.cat(self.features), self.real  # (N, D), (M, D)
+        fewest, warnings = min(len(fake), len(real)), ()
+        if fewest <= self.neighbourhood:
+            raise DataError(
+                f"{fewest} images; {self.neighbourhood} neighbours need {self.neighbourhood + 1} or more, real and generated"
+            )
+        if len(fake) != len(real):
+            warnings = (
+                f"{len(real)} real and {len(fake)} generated images: precision and recall depend on both numbers; "
+                "compare only with the same",
+            )
+
+        values = precision_recall(real, fake, self.neighbourhood)
+        names = [f"{name}[{self.network.label}]" for name in ("precision", "recall")]
+        about = {**self.network.protocol(), "num_real": len(real), "num_fake": len(fake)}
+        about |= {"neighbourhood": self.neighbourhood}
+        return [Score(name, value, about, warnings=warnings) for name, value in zip(names, values, strict=True)]
+
+
 def image_precision_recall(
     real: str | Path,
     fake: str | Path,
@@ -50,43 +88,26 @@ def image_precision_recall(
     skip_broken: bool = False,
     **options,
 ) -> list[Score]:
-    """Precision and recall of generated against real images; options as `eval.features.extract`."""
+    """Precision and recall of generated against real images; options as `eval.scripts.update_from`."""
     real_source, skipped_real = load_source(real, skip_broken)
     fake_source, skipped_fake = load_source(fake, skip_broken)
-    for path, source in ((real, real_source), (fake, fake_source)):
-        if len(source) <= neighbourhood:
-            raise DataError(
-                f"{path}: {len(source)} images; {neighbourhood} neighbours need {neighbourhood + 1} or more"
-            )
-    features = [collect_features(source, network, **options) for source in (real_source, fake_source)]
-    values = precision_recall(*features, neighbourhood=neighbourhood)
-    protocol = {
-        **network.protocol(),
-        **describe("real", real, len(real_source), skipped_real),
-        **describe("fake", fake, len(fake_source), skipped_fake),
-        "neighbourhood": neighbourhood,
-    }
-    warnings = []
-    if len(real_source) != len(fake_source):
-        warnings.append(
-            f"{len(real_source)} real and {len(fake_source)} generated images: precision and recall "
-            "depend on both numbers; compare only with the same"
-        )
-    names = [f"{name}[{network.label}]" for name in ("precision", "recall")]
-    return [Score(name, value, protocol, warnings=tuple(warnings)) for name, value in zip(names, values, strict=True)]
+
+    metric = PrecisionRecall(network, collect_features(real_source, network, **options), neighbourhood)
+    scores = update_from(fake_source, metric, network, **options).compute()
+    origin = describe("real", real, skipped_real) | describe("fake", fake, skipped_fake)
+    return [score.of(origin, broken(real, skipped_real) + broken(fake, skipped_fake)) for score in scores]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Improved precision and recall of generated against real images")
-    parser.add_argument("real", help="real images: folder, list of files, .zip or .npz")
-    parser.add_argument("fake", help="generated images, likewise")
+    add_sources(parser)
     parser.add_argument("--neighbourhood", type=int, default=3, help="default 3")
     add_arguments(parser)
     args = parser.parse_args()
     if args.neighbourhood < 1:
         raise DataError("--neighbourhood must be at least 1")
-    choices = {"neighbourhood": args.neighbourhood, "skip_broken": args.skip_broken}
-    report(image_precision_recall(args.real, args.fake, network_of(args), **choices, **extraction_of(args)), args.json)
+    choices = {"neighbourhood": args.neighbourhood, "skip_broken": args.skip_broken, **extraction_of(args)}
+    report(image_precision_recall(args.real, args.fake, network_of(args), **choices), args.json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train the classifier behind `IS[cub]`: `python eval/train_classifier.py --cfg cfg/bird.yml`.
 
-Fine-tunes an Inception-v3 on a data set's training classes and measures it on images of these classes that it has not
-seen. The networks and their file are classifier.py's; the score is `python eval/IS.py IMAGES --classifier FILE`.
+Fine-tunes an Inception-v3 on a data set's training classes and measures it on held-out images of these classes. The networks
+and their file are in eval/features/classifier.py; the score is `python eval/IS.py IMAGES --classifier FILE`.
 """
 
 import argparse
@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __package__ in (None, ""):  # run as a script: this folder hides the standard library's and others' names
+if __package__ in (None, ""):  # run as a script: this folder hides other packages' names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets import load_records
@@ -25,9 +26,8 @@ from datasets.records import Records
 from datasets.text_image import TextImageDataset
 from eval.features.classifier import CLASSIFIERS, classifier_input
 from eval.features.networks import TORCHVISION_FILES, find_weights
-from eval.protocol.scores import named_device, positive
 from miscc.checkpoint import load_file, save_checkpoint
-from miscc.command_line import setting_pairs
+from miscc.command_line import add_device_option, named_device, positive, setting_pairs
 from miscc.config import load_config
 from miscc.errors import CheckpointError, ConfigError, DataError, TrainingError, run_command
 from miscc.randomness import seed_everything, stream
@@ -36,11 +36,11 @@ from models.modes import eval_mode
 from models.registry import to_state
 
 LEARNING_RATES = {"inception": 3e-4, "small": 4e-3}  # highest of the one-cycle schedule
-SMOOTHING = 0.1  # of the labels: a classifier that is never quite sure gives a score that means more
+SMOOTHING = 0.1  # of the labels: less extreme probabilities, so that the score tells generators apart
 
 
 class Settings(NamedTuple):
-    """What decides what the classifier becomes, beside the data. learning_rate 0: the network's own."""
+    """All that the classifier depends on, beside the data. learning_rate 0: the network's own."""
 
     network: str = "inception"
     image_size: int = 256
@@ -52,20 +52,21 @@ class Settings(NamedTuple):
 
 
 def split_within_classes(records: Records, share: float, seed: int) -> tuple[Records, Records]:
-    """Images to learn from, and of each class a share to measure with: at least one, and never all.
+    """Images to train on, and of each class a share to measure with: at least one, and never all.
 
     Classes with a single image are left out. Raises DataError where fewer than two classes have two images.
     """
     learned, held_out, used = [], [], 0
     for class_id in np.unique(records.class_ids):
-        places = np.flatnonzero(records.class_ids == class_id)
-        if len(places) < 2:
+        members = np.flatnonzero(records.class_ids == class_id)
+        if len(members) < 2:
             continue
-        number = min(len(places) - 1, max(1, round(share * len(places))))
-        order = stream(seed, "classifier held out", int(class_id)).permutation(places)
-        held_out += order[:number].tolist()
-        learned += order[number:].tolist()
+        num_held_out = min(len(members) - 1, max(1, round(share * len(members))))
+        order = stream(seed, "classifier held out", int(class_id)).permutation(members)
+        held_out += order[:num_held_out].tolist()
+        learned += order[num_held_out:].tolist()
         used += 1
+
     if used < 2:
         raise DataError(
             f"{records.name}: {used} class(es) with two images or more in the split {records.split!r}: nothing to tell "
@@ -79,6 +80,8 @@ def build(settings: Settings, num_classes: int, weights: str | Path | None = Non
     if settings.network == "small":
         network = CLASSIFIERS["small"](num_classes, settings.image_size)
         return network, "from scratch"
+
+    # Inception from ImageNet's weights.
     source = "https://download.pytorch.org/models/"
     try:
         path = find_weights(weights, TORCHVISION_FILES, "Inception-v3", source)
@@ -107,37 +110,24 @@ def train_classifier(
     device = torch.device(device)
     learned, held_out = split_within_classes(records, settings.held_out, settings.seed)
     classes = np.unique(learned.class_ids)
+
+    # The network, with weights that depend on the seed alone.
     with torch.random.fork_rng(devices=[]):
         seed_everything(settings.seed)
         network, origin = build(settings, len(classes), weights)
     network.to(device, memory_format=torch.channels_last)
-    sizes, seed = [settings.image_size], settings.seed
-    dataset = TextImageDataset(learned, sizes, seed=seed, augment=True, skip_broken=skip_broken)
+
+    # Training, then the accuracy on held-out images.
+    sizes = [settings.image_size]
+    dataset = TextImageDataset(learned, sizes, seed=settings.seed, augment=True, skip_broken=skip_broken)
     batch_size = min(settings.batch_size, len(learned))
-    loader = training_loader(dataset, batch_size, seed, workers=workers)
+    loader = training_loader(dataset, batch_size, settings.seed, workers=workers)
     rate = settings.learning_rate or LEARNING_RATES[settings.network]
-    steps = settings.epochs * loader.batch_sampler.batches_per_epoch
-    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(2, steps), pct_start=0.2)
-    network.train()
-    batches = iter(loader)
-    with tqdm(total=steps, desc="training the classifier", unit="step", leave=False) as bar:
-        for step in range(steps):
-            batch = next(batches)
-            labels = torch.from_numpy(np.searchsorted(classes, batch.class_ids.numpy())).to(device)
-            logits = network(classifier_input(batch.images.to(device), network))
-            loss = F.cross_entropy(logits, labels, label_smoothing=SMOOTHING)
-            if not torch.isfinite(loss):
-                raise TrainingError(f"the loss is not finite at step {step + 1}; give a lower --learning-rate")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            bar.update()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+    _fit(network, loader, classes, rate, settings.epochs * loader.batch_sampler.batches_per_epoch, device)
     unseen = TextImageDataset(held_out, sizes, augment=False, skip_broken=skip_broken)
     measured = {"accuracy": accuracy(network, unseen, classes, batch_size), "num_held_out": len(held_out)}
     measured |= {"num_images": len(learned), "chance": 1 / len(classes)}
+
     return {
         "networks": {"classifier": to_state(settings.network, network.cpu())},
         "classes": classes.tolist(),
@@ -152,6 +142,32 @@ def train_classifier(
             f"its scores compare only with scores by the same weights"
         ),
     }
+
+
+def _fit(
+    network: nn.Module, loader: DataLoader, classes: np.ndarray, rate: float, num_steps: int, device: torch.device
+) -> None:
+    """Train in place: AdamW, one cycle of the learning rate, smoothed labels. Raises TrainingError."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(2, num_steps), pct_start=0.2)
+    network.train()
+
+    batches = iter(loader)
+    with tqdm(total=num_steps, desc="training the classifier", unit="step", leave=False) as bar:
+        for step in range(num_steps):
+            batch = next(batches)
+            labels = torch.from_numpy(np.searchsorted(classes, batch.class_ids.numpy())).to(device)
+            logits = network(classifier_input(batch.images.to(device), network))  # (N, num_classes)
+            loss = F.cross_entropy(logits, labels, label_smoothing=SMOOTHING)
+            if not torch.isfinite(loss):
+                raise TrainingError(f"the loss is not finite at step {step + 1}; give a lower --learning-rate")
+
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.update()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
 def accuracy(network: nn.Module, dataset: TextImageDataset, classes: np.ndarray, batch_size: int) -> float:
@@ -176,7 +192,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--batch-size", type=positive, default=32, metavar="N", help="images at a time (default 32)")
     add("--learning-rate", type=float, default=0.0, metavar="R", help="default 3e-4, small: 4e-3")
     add("--held-out", type=float, default=0.1, metavar="SHARE", help="of each class, to measure with (default 0.1)")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    add_device_option(parser)
     add("--out", metavar="FILE", help="default: OUTPUT_DIR/classifier-<data set>.pth")
     add("--overwrite", action="store_true", help="replace a classifier that is there")
     return parser
@@ -186,6 +202,7 @@ def main(words: Sequence[str] | None = None) -> None:
     args = arguments().parse_args(words)
     if not 0 < args.held_out < 1 or args.learning_rate < 0:
         raise ConfigError("--held-out must lie between 0 and 1, --learning-rate must be above 0")
+
     cfg = load_config(args.cfg, setting_pairs(args.set), systems=SYSTEMS)
     out = Path(args.out or Path(cfg.OUTPUT_DIR) / f"classifier-{cfg.DATASET_NAME}.pth")
     if out.exists() and not args.overwrite:
@@ -193,6 +210,7 @@ def main(words: Sequence[str] | None = None) -> None:
     size = cfg.TREE.BASE_SIZE * 2 ** (cfg.TREE.BRANCH_NUM - 1)  # what the system draws in the end
     if size < 16:
         raise ConfigError(f"TREE.BASE_SIZE: {size} px show no classes; take 16 or more")
+
     settings = Settings(args.network, size, args.epochs, args.batch_size, args.learning_rate, args.held_out, cfg.SEED)
     records, _ = load_records(cfg.DATASET_NAME, cfg.DATA_DIR, "train")
     choices = {"weights": args.weights, "workers": cfg.WORKERS, "skip_broken": cfg.SKIP_BROKEN}

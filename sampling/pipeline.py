@@ -1,7 +1,8 @@
 """TextToImage: one checkpoint -> captions in, images and masks out. main.py, the scores and the web page all use it."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from models.released import load_generator, naming
 from models.types import GeneratorOutput, TextFeatures
 from sampling.encoders import load_encoders, rebuild_networks, released_vocabulary
 from sampling.published import find_published, load_model
+from sampling.requests import Request
 
 logger = logging.getLogger(__name__)
 
@@ -231,3 +233,33 @@ class TextToImage:
         return Generated(
             np.concatenate(images), *([np.concatenate(stage) for stage in zip(*part, strict=True)] for part in parts)
         )
+
+    def generate_batches(
+        self,
+        requests: Sequence[Request],
+        seed: int = 0,
+        truncation: float | None = None,
+        batch_size: int = 32,
+        with_masks: bool = True,
+    ) -> Iterator[Generated]:
+        """Draw requests in batches, for scores: the same images as `generate`, and no warning of unknown words.
+
+        A split's captions hold words that the model does not know; an evaluation counts these captions once.
+        """
+        for start in range(0, len(requests), batch_size):
+            part = requests[start : start + batch_size]
+            captions, indices = [r.caption for r in part], [r.index for r in part]
+            with _quiet():
+                drawn = self.generate(captions, seed, truncation, batch_size, indices, with_masks=with_masks)
+            yield drawn
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings by this file."""
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

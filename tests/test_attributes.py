@@ -1,4 +1,4 @@
-"""Reading attributes off generated birds, counted by hand with a judge whose answers are known."""
+"""Reading attributes off generated birds, counted by hand with a classifier whose answers are known."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from toybirds_help import write_checkpoint
 
 import eval.attributes as attributes
 from datasets.toybirds.dataset import ATTRIBUTES, ToyBirds, named_attributes
-from eval.attributes import NAMES, UNKNOWN, UNNAMED, judge_attributes, named_values, other_captions
+from eval.attributes import NAMES, UNKNOWN, UNNAMED, named_values, other_captions, read_attributes
 from eval.toybirds.classifiers import Recipe
 from eval.toybirds.samples import captions_of_test_birds
 from miscc.errors import DataError, run_command
@@ -22,7 +22,7 @@ RED, ORANGE, YELLOW, BLUE = 0, 1, 2, 4
 
 
 @dataclasses.dataclass
-class KnownJudge:
+class KnownClassifier:
     """Reads off image i what row i of `answers` (N, 9) says; images carry their number in their first pixel."""
 
     answers: np.ndarray
@@ -69,7 +69,7 @@ def test_accuracy_by_hand():
         {"crown_color": ORANGE, "wing_color": BLUE},
         {"crown_color": YELLOW, "belly_color": RED},
     )
-    report = judge_attributes(numbered(4), captions, KnownJudge(read, CEILING | {"crown_color": 0.98}), seed=3)
+    report = read_attributes(numbered(4), captions, KnownClassifier(read, CEILING | {"crown_color": 0.98}), seed=3)
     crown, wing, belly = (report.attributes[name] for name in attributes.COLOURS)
     assert (crown.named, crown.accuracy, crown.chance, crown.ceiling) == (3, pytest.approx(2 / 3), 1 / 11, 0.98)
     assert (wing.named, wing.accuracy) == (3, 1.0)
@@ -88,12 +88,12 @@ def test_accuracy_by_hand():
 def test_mismatched_accuracy_by_hand():
     captions = ["a bird with a red crown", "a bird with a yellow crown"]  # each is the other's only choice
     read = answers({"crown_color": YELLOW}, {"crown_color": YELLOW})
-    crown = judge_attributes(numbered(2), captions, KnownJudge(read, CEILING)).attributes["crown_color"]
+    crown = read_attributes(numbered(2), captions, KnownClassifier(read, CEILING)).attributes["crown_color"]
     assert (crown.accuracy, crown.mismatched, crown.mismatched_accuracy) == (0.5, 2, 0.5)
     read = answers({"crown_color": YELLOW}, {"crown_color": RED})
-    crown = judge_attributes(numbered(2), captions, KnownJudge(read, CEILING)).attributes["crown_color"]
+    crown = read_attributes(numbered(2), captions, KnownClassifier(read, CEILING)).attributes["crown_color"]
     assert (crown.accuracy, crown.mismatched_accuracy) == (0.0, 1.0)
-    crown = judge_attributes(numbered(2), captions, KnownJudge(read, CEILING), ["a", "a"]).attributes["crown_color"]
+    crown = read_attributes(numbered(2), captions, KnownClassifier(read, CEILING), ["a", "a"]).attributes["crown_color"]
     assert (crown.named, crown.mismatched, crown.mismatched_accuracy) == (2, 0, None)  # both are of one bird
 
 
@@ -125,7 +125,7 @@ def test_images_that_show_their_captions_are_at_chance_for_others():
     captions = [birds.captions(index)[0] for index in range(1500)]
     rows = [birds.attributes(index) for index in range(1500)]
     read = np.array([[values.index(row[name]) for name, values in ATTRIBUTES.items()] for row in rows])
-    report = judge_attributes(numbered(1500), captions, KnownJudge(read, CEILING), [str(i) for i in range(1500)])
+    report = read_attributes(numbered(1500), captions, KnownClassifier(read, CEILING), [str(i) for i in range(1500)])
     for name, score in report.attributes.items():
         if name == "facing":
             assert (score.named, score.open) == (0, 1500)
@@ -141,7 +141,7 @@ def test_images_that_ignore_their_captions_are_at_chance_for_their_own():
     captions = [ToyBirds("test", 1500).captions(index)[0] for index in range(1500)]
     rng = np.random.default_rng(0)
     read = np.stack([rng.integers(0, len(values), 1500) for values in ATTRIBUTES.values()], axis=1)
-    report = judge_attributes(numbered(1500), captions, KnownJudge(read, CEILING))
+    report = read_attributes(numbered(1500), captions, KnownClassifier(read, CEILING))
     assert abs(report.colour_accuracy - 1 / 11) < 0.03 and abs(report.mismatched_colour_accuracy - 1 / 11) < 0.03
     assert abs(report.attributes["size"].accuracy - 0.5) < 0.1
 
@@ -151,31 +151,31 @@ def test_diversity_by_hand():
     captions = ["a red crown"] * 3 + ["a blue crown"] * 3 + ["a red crown in the snow"]
     captions = [f"a bird with {text}" for text in captions]
     read = answers(*({"background": value} for value in (0, 0, 2, 0, 2, 2, 1)))
-    background = judge_attributes(numbered(7), captions, KnownJudge(read, CEILING)).attributes["background"]
+    background = read_attributes(numbered(7), captions, KnownClassifier(read, CEILING)).attributes["background"]
     assert (background.open, background.named) == (6, 1)
     assert background.diversity == pytest.approx(math.log(2) / math.log(5))
     # Pairs of one caption: 0-0, 0-2, 0-2 and 0-2, 0-2, 2-2: four of six differ; by lot it would be four of five.
     assert background.pairs == 6 and background.pair_diversity == pytest.approx((4 / 6) / (4 / 5))
-    crown = judge_attributes(numbered(7), captions, KnownJudge(read, CEILING)).attributes["crown_color"]
+    crown = read_attributes(numbered(7), captions, KnownClassifier(read, CEILING)).attributes["crown_color"]
     assert (crown.open, crown.diversity, crown.pairs, crown.pair_diversity) == (0, None, 0, None)
-    one_value = judge_attributes(numbered(7), captions, KnownJudge(read * 0, CEILING)).attributes["background"]
+    one_value = read_attributes(numbered(7), captions, KnownClassifier(read * 0, CEILING)).attributes["background"]
     assert (one_value.diversity, one_value.pair_diversity) == (0.0, 0.0)
     everything = answers(*({"facing": value} for value in (0, 1, 0, 1, 0, 1, 1)))
-    facing = judge_attributes(numbered(7)[:6], captions[:6], KnownJudge(everything, CEILING)).attributes["facing"]
+    facing = read_attributes(numbered(7)[:6], captions[:6], KnownClassifier(everything, CEILING)).attributes["facing"]
     assert facing.diversity == pytest.approx(1.0)
 
 
 def test_what_cannot_be_judged_is_said():
-    judge = KnownJudge(answers({}, {}), CEILING)
+    judge = KnownClassifier(answers({}, {}), CEILING)
     with pytest.raises(DataError, match="no caption names an attribute"):
-        judge_attributes(numbered(2), ["a photo of a dog", "a bird with a green beak"], judge)
+        read_attributes(numbered(2), ["a photo of a dog", "a bird with a green beak"], judge)
     with pytest.raises(DataError, match="2 images, 1 captions"):
-        judge_attributes(numbered(2), ["a red bird"], judge)
+        read_attributes(numbered(2), ["a red bird"], judge)
 
 
 def test_the_table_and_the_record_have_every_attribute():
     captions = ["a bird with a red crown", "a bird with a yellow crown"]
-    report = judge_attributes(numbered(2), captions, KnownJudge(answers({"crown_color": RED}, {}), CEILING))
+    report = read_attributes(numbered(2), captions, KnownClassifier(answers({"crown_color": RED}, {}), CEILING))
     lines = report.lines()
     assert len(lines) == 2 + len(NAMES) and len({len(line) for line in lines}) == 1
     assert lines[1].split() == ["crown_color", "2", "0.500", "0.500", "0.091", "0.990", "0", "-", "-"]
@@ -196,10 +196,10 @@ def test_the_networks_heads_fit_the_attributes():
 def test_the_script_on_a_checkpoint(tmp_path, monkeypatch, capsys):
     """A generator of noise, judged by one who reads 0 everywhere: red, short, small ..."""
     checkpoint = write_checkpoint(tmp_path / "last.pth")
-    judge = KnownJudge(np.zeros((256 * 256, 9), dtype=np.int64), CEILING)
+    judge = KnownClassifier(np.zeros((256 * 256, 9), dtype=np.int64), CEILING)
     judge.recipe = Recipe("attribute-judge", 32, epochs=1, width=4, most_noise=0.0, most_blur=0.0)
     asked = []
-    monkeypatch.setattr(attributes, "load_judge", lambda *arguments: asked.append(arguments) or judge)
+    monkeypatch.setattr(attributes, "load_classifier", lambda *arguments: asked.append(arguments) or judge)
     out = tmp_path / "out.json"
     command = ["attributes.py", "--checkpoint", str(checkpoint), "--num-images", "30", "--per-caption", "3"]
     monkeypatch.setattr("sys.argv", [*command, "--device", "cpu", "--json", str(out), "--cache", str(tmp_path)])

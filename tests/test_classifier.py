@@ -14,7 +14,7 @@ from eval.features.classifier import InceptionClassifier, SmallClassifier, class
 from eval.features.statistics import load_source
 from eval.IS import inception_score
 from eval.IS import main as is_main
-from eval.protocol.scores import score_name
+from eval.metric import score_name
 from eval.train_classifier import Settings, split_within_classes, train_classifier
 from miscc.checkpoint import load_file, save_checkpoint
 from miscc.errors import CheckpointError, ConfigError, DataError

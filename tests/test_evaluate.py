@@ -16,9 +16,10 @@ from eval.features import networks
 from eval.features.reference import RealImages, reference
 from eval.features.statistics import statistics_of_features
 from eval.FID import distance
+from eval.metric import Tools
 from eval.protocol.protocols import PROTOCOLS, Protocol, find_protocol
 from eval.protocol.report import read_records
-from eval.protocol.runner import Judged, Tools, judge
+from eval.protocol.runner import ImageStream, run_protocol
 from miscc.distributed import World
 from miscc.errors import ConfigError, DataError, UserError
 from sampling.encoders import load_encoders
@@ -43,7 +44,7 @@ QUICK = Protocol(
 
 
 @pytest.fixture(autouse=True)
-def tiny_judge(monkeypatch):
+def tiny_feature_network(monkeypatch):
     monkeypatch.setitem(networks.NETWORKS, "tiny", lambda weights, resize, seed: tiny_network(resize, seed))
     monkeypatch.setitem(PROTOCOLS, "quick", QUICK)
 
@@ -79,7 +80,7 @@ def test_an_unknown_protocol_is_answered_with_the_nearest():
 
 @pytest.mark.parametrize("name", list(PROTOCOLS))
 def test_every_protocol_can_be_run(name, checkpoint, records):
-    """With the judge replaced by one that is instant, and few images."""
+    """With a feature network that is instant, and few images."""
     protocol = replace(PROTOCOLS[name], network="tiny", resize="bilinear")
     record = evaluate(TextToImage.load(checkpoint, "cpu"), protocol, records, num_images=20)
     assert record["overrides"] == {"num_images": 20} and record["num_images"] == 20
@@ -196,7 +197,7 @@ def test_the_distance_is_that_of_the_same_files(checkpoint, records):
     requests = requests_of(protocol, records)
     drawn = pipeline.generate([r.caption for r in requests], seed=protocol.seed).images
     real = np.stack([RealImages(records, 16).read(index) for index in range(12)])
-    by_hand = distance(*(statistics_of_features(network.look(list(images))[0]) for images in (real, drawn)))
+    by_hand = distance(*(statistics_of_features(network.extract_features(list(images))[0]) for images in (real, drawn)))
     (value,) = values(evaluate(pipeline, protocol, records)).values()
     assert value == pytest.approx(by_hand, rel=1e-4, abs=1e-9)
 
@@ -210,11 +211,11 @@ def test_what_is_missing_is_listed_and_costs_the_rest_nothing(checkpoint, record
     record = evaluate(pipeline, replace(QUICK, metrics=("FID", "R_precision", "attributes", "mask_iou")), records)
     assert len(record["scores"]) == 1 and "--encoders" in record["not_computed"]["R_precision"]
     for metric in ("attributes", "mask_iou"):
-        assert "know drawn birds (toybirds) alone, these images are of folder" in record["not_computed"][metric]
+        assert "reads images of toybirds alone, these are of folder" in record["not_computed"][metric]
     pipeline.origin["config"]["DATASET_NAME"] = "toybirds"
     record = evaluate(pipeline, replace(QUICK, metrics=("FID", "attributes", "mask_iou")), records)
-    assert "too small to be judged" in record["not_computed"]["attributes"]
-    assert "too small to be judged" in record["not_computed"]["mask_iou"]
+    assert "too small to read birds off" in record["not_computed"]["attributes"]
+    assert "too small to read birds off" in record["not_computed"]["mask_iou"]
     few = evaluate(pipeline, replace(QUICK, metrics=("FID", "IS")), records, num_images=3)
     assert "cannot be dealt to 4 splits" in few["not_computed"]["IS"]
     assert few["overrides"] == {"num_images": 3} and few["protocol"]["num_images"] == 24 and few["num_images"] == 3
@@ -238,10 +239,10 @@ def test_hints_name_options_of_this_command(checkpoint, encoders, records, monke
     with pytest.raises(UserError) as stop:
         evaluate(pipeline, replace(QUICK, metrics=("FID",), network="inception-tf"), records)
     images = np.zeros((4, 40, 40, 3), np.uint8)
-    diverse = lambda: (["a"] * 4, iter([]))  # noqa: E731
-    batches = lambda rows: iter([Generated(images, [])])  # noqa: E731
-    large = Judged("generated", requests_of(QUICK, records, 4), batches, 40, records.vocabulary, diverse=diverse)
-    found = judge(large, replace(QUICK, metrics=("FID", "diversity")), records, torch.device("cpu"), Tools())
+    draw = lambda requests, with_masks: iter([Generated(images, [])])  # noqa: E731
+    requests = requests_of(QUICK, records, 4)
+    large = ImageStream("generated", requests, draw, 40, records.vocabulary, repeats=requests)
+    found = run_protocol(large, replace(QUICK, metrics=("FID", "diversity")), records, torch.device("cpu"), Tools())
     reasons += [str(stop.value), found["not_computed"]["diversity"]]
     named = [re.findall(r"--[a-z-]+", reason) for reason in reasons]
     assert named == [[], ["--weights"], ["--lpips-weights"]]
@@ -256,18 +257,18 @@ def test_diversity_among_images_of_one_caption(checkpoint, records):
     state = {f"{name}.weight": torch.randn(shape) * 0.05 for name, shape in alexnet.items()}
     torch.save(state | {f"{name}.bias": torch.zeros(shape[0]) for name, shape in alexnet.items()}, weights)
 
-    def judged(different):
+    def streamed(different):
         random = np.random.default_rng(0)
         images = random.integers(0, 256, (4, 40, 40, 3), dtype=np.uint8)
         if not different:
             images[1], images[3] = images[0], images[2]
         requests = requests_of(QUICK, records, 4)
-        diverse = lambda: (["a", "a", "b", "b"], iter([Generated(images, [])]))  # noqa: E731
-        batches = lambda rows: iter([Generated(images[rows.start : rows.stop], [])])  # noqa: E731
-        return Judged("generated", requests, batches, 40, records.vocabulary, None, diverse)
+        repeats = [request._replace(caption=caption) for request, caption in zip(requests, "aabb", strict=True)]
+        draw = lambda part, with_masks: iter([Generated(images[[r.index for r in part]], [])])  # noqa: E731
+        return ImageStream("generated", requests, draw, 40, records.vocabulary, None, repeats)
 
     protocol, tools = replace(QUICK, metrics=("FID", "diversity")), Tools(lpips_weights=weights)
-    found = [judge(judged(d), protocol, records, torch.device("cpu"), tools) for d in (False, True)]
+    found = [run_protocol(streamed(d), protocol, records, torch.device("cpu"), tools) for d in (False, True)]
     same, other = ([v for name, v in values(record).items() if "diversity" in name] for record in found)
     assert same == [pytest.approx(0.0, abs=1e-6)] and other[0] > 0.01
 

@@ -34,7 +34,7 @@ EVERY_EPOCH = (("TRAIN.EVAL_EVERY", "1"), ("TRAIN.EVAL_CLASSES", "0.1"), ("TRAIN
 
 
 @pytest.fixture(autouse=True)
-def instant_judge(monkeypatch):
+def instant_network(monkeypatch):
     """In EfficientNet's place, and with its name."""
 
     def load(weights, resize, seed):
@@ -111,7 +111,7 @@ def test_the_number_is_the_distance_to_the_held_out_images(tiny, tmp_path):
 
     def by_hand(records):
         real = [RealImages(records, 16).read(index) for index in range(len(records))]
-        return distance(*(statistics_of_features(network.look(list(i))[0]) for i in (real, drawn.images)))
+        return distance(*(statistics_of_features(network.extract_features(list(i))[0]) for i in (real, drawn.images)))
 
     name = "evaluation/FD_efficientnet-lite0_6_images_of_held_out_classes"
     (line,) = [line for line in stats_of(run.path) if name in line]
@@ -198,7 +198,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_number(tiny, scripted, tmp_pa
 def test_lower_is_better(values, better):
     evaluation = Evaluation.__new__(Evaluation)
     evaluation.best, evaluation.title = None, "FD[x]"
-    assert tuple(evaluation.note(value, step) for step, value in enumerate(values)) == better
+    assert tuple(evaluation.update_best(value, step) for step, value in enumerate(values)) == better
     assert evaluation.best == min(values) and evaluation.best_step == values.index(min(values))
 
 

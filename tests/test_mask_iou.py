@@ -1,4 +1,4 @@
-"""IoU of masks and outlines by hand, with a judge whose outlines are known."""
+"""IoU of masks and outlines by hand, with a segmenter whose outlines are known."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from sampling.requests import Request, caption_requests
 
 
 @dataclasses.dataclass
-class KnownJudge:
+class KnownSegmenter:
     """Outlines image i as `outlines[i]` says."""
 
     outlines: np.ndarray
@@ -54,7 +54,7 @@ def test_iou_by_hand():
 
 def test_masks_against_outlines_by_hand():
     """One bird is the left half, the other the upper half; the mask says left for both."""
-    judge = KnownJudge(np.stack([half("left"), half("upper")]), half("right"))
+    judge = KnownSegmenter(np.stack([half("left"), half("upper")]), half("right"))
     masks = np.where(np.stack([half("left")] * 2), 0.9, 0.2).astype(np.float32)
     report = mask_iou(IMAGES, [masks], judge)
     (stage,) = report.stages
@@ -69,27 +69,27 @@ def test_masks_against_outlines_by_hand():
 
 
 def test_the_better_polarity_is_taken_and_said_for_each_stage_but_not_for_each_image():
-    judge = KnownJudge(np.stack([half("left"), half("left")]), half("left"))
+    judge = KnownSegmenter(np.stack([half("left"), half("left")]), half("left"))
     dark = np.where(np.stack([half("left"), half("left")]), 0.1, 0.8).astype(np.float32)
     report = mask_iou(IMAGES, [dark, 1 - dark], judge)
     assert [(stage.iou, stage.inverted, stage.other_iou) for stage in report.stages] == [(1, True, 0), (1, False, 0)]
     assert any("(inverted)" in line for line in report.lines())
     mixed = np.stack([dark[0], 1 - dark[0], 1 - dark[0]])
-    three = KnownJudge(np.stack([half("left")] * 3), half("left"))
+    three = KnownSegmenter(np.stack([half("left")] * 3), half("left"))
     (stage,) = mask_iou(np.zeros((3, 8, 8, 3), np.uint8), [mixed], three).stages
     assert (stage.iou, stage.inverted, stage.other_iou) == (pytest.approx(2 / 3), False, pytest.approx(1 / 3))
 
 
 def test_a_mask_that_knows_its_image_beats_the_same_masks_shuffled():
     birds = np.stack([half("left"), half("right")])
-    (stage,) = mask_iou(IMAGES, [birds.astype(np.float32)], KnownJudge(birds, half("upper"))).stages
+    (stage,) = mask_iou(IMAGES, [birds.astype(np.float32)], KnownSegmenter(birds, half("upper"))).stages
     assert (stage.iou, stage.shuffled_iou) == (1.0, 0.0)
     narrow = np.stack([half("left"), np.zeros((8, 8), dtype=bool)])
     narrow[1, :, 6:] = True
-    (stage,) = mask_iou(IMAGES, [(~narrow).astype(np.float32)], KnownJudge(narrow, half("upper"))).stages
+    (stage,) = mask_iou(IMAGES, [(~narrow).astype(np.float32)], KnownSegmenter(narrow, half("upper"))).stages
     assert (stage.inverted, stage.iou, stage.shuffled_iou) == (True, 1.0, 0.0)
     assert stage.other_iou == 0
-    (single,) = mask_iou(IMAGES[:1], [birds[:1].astype(np.float32)], KnownJudge(birds, half("upper"))).stages
+    (single,) = mask_iou(IMAGES[:1], [birds[:1].astype(np.float32)], KnownSegmenter(birds, half("upper"))).stages
     assert single.shuffled_iou is None
 
 
@@ -97,7 +97,7 @@ def test_coarse_masks_are_enlarged_between_pixel_centres_and_fine_ones_shrunk():
     coarse = np.array([[[0.0, 1.0], [0.0, 1.0]]], dtype=np.float32)
     assert resized(coarse, 4)[0, 0] == pytest.approx([0, 0.25, 0.75, 1])
     assert resized(np.repeat(np.repeat(coarse, 4, 1), 4, 2), 2)[0].mean() == pytest.approx(0.5)
-    judge = KnownJudge(half("right")[None], half("right"))
+    judge = KnownSegmenter(half("right")[None], half("right"))
     (stage,) = mask_iou(IMAGES[:1], [coarse], judge).stages
     assert (stage.size, stage.iou) == (2, 1.0)
     exactly = np.full((1, 8, 8), 0.5, dtype=np.float32)  # what is at the threshold is inside
@@ -112,15 +112,15 @@ def test_images_without_a_bird_are_left_out_and_counted():
     outlines = np.stack([nothing, speck, half("left")])
     masks = np.stack([half("upper"), half("right"), half("left")]).astype(np.float32)
     images = np.zeros((3, 8, 8, 3), dtype=np.uint8)
-    report = mask_iou(images, [masks], KnownJudge(outlines, half("left")))
+    report = mask_iou(images, [masks], KnownSegmenter(outlines, half("left")))
     assert (report.num_images, report.without_bird, report.stages[0].iou) == (3, 2, 1.0)
     assert report.lines()[-1].startswith("left out: 2 of 3")
     with pytest.raises(DataError, match="in none of the 3 images"):
-        mask_iou(images, [masks], KnownJudge(np.zeros((3, 8, 8), dtype=bool), half("left")))
+        mask_iou(images, [masks], KnownSegmenter(np.zeros((3, 8, 8), dtype=bool), half("left")))
 
 
 def test_masks_that_are_not_there_or_do_not_fit_are_refused():
-    judge = KnownJudge(np.stack([half("left")] * 2), half("left"))
+    judge = KnownSegmenter(np.stack([half("left")] * 2), half("left"))
     with pytest.raises(DataError, match="come without masks"):
         mask_iou(IMAGES, [], judge)
     with pytest.raises(DataError, match=r"2 images, \[3\] masks"):
@@ -186,9 +186,9 @@ def run(monkeypatch, *arguments) -> int:
 
 
 def test_the_script_on_a_checkpoint_and_on_one_without_masks(checkpoint, tmp_path, monkeypatch, capsys):
-    judge = KnownJudge(np.stack([half("left", 32)] * 12), half("left", 32))
+    judge = KnownSegmenter(np.stack([half("left", 32)] * 12), half("left", 32))
     judge.recipe = RECIPE
-    monkeypatch.setattr(mask_iou_module, "load_judge", lambda *_: judge)
+    monkeypatch.setattr(mask_iou_module, "load_segmenter", lambda *_: judge)
     out = tmp_path / "out.json"
     assert run(monkeypatch, "--checkpoint", checkpoint, "--num-images", 12, "--json", out) == 0
     written = json.loads(out.read_text())
@@ -201,7 +201,7 @@ def test_the_script_on_a_checkpoint_and_on_one_without_masks(checkpoint, tmp_pat
     monkeypatch.setattr(TextToImage, "generate", lambda *a, **k: whole(*a, **k)._replace(masks=[]))
     assert run(monkeypatch, "--checkpoint", checkpoint, "--num-images", 12) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith(f"error: {checkpoint}: there are no masks to be judged; SSA-GAN predicts them")
+    assert error.startswith(f"error: {checkpoint}: there are no masks; SSA-GAN predicts them")
 
 
 def test_a_generator_of_other_data_is_warned_of(tmp_path):

@@ -11,8 +11,9 @@ from metrics_help import tiny_network, write_pictures
 from eval.features.sources import open_source
 from eval.features.statistics import Statistics, collect_features, save_statistics, statistics_of_features
 from eval.FID import bootstrap_interval, distance, extrapolated_distance, fid, frechet_distance
-from eval.IS import StreamedScore, image_score, inception_score
+from eval.IS import InceptionScore, image_score, inception_score
 from eval.KID import kernel_distance, kid, squared_discrepancy
+from eval.metric import ScoringBatch
 from eval.precision_recall import image_precision_recall, precision_recall
 from miscc.errors import DataError
 
@@ -171,16 +172,16 @@ def test_inception_score_deals_images_to_splits_by_the_seed():
 
 def test_inception_score_in_batches_equals_that_at_once_and_holds_no_logits():
     logits = torch.from_numpy(np.random.default_rng(1).normal(size=(500, 6)) * 2)
-    streamed = StreamedScore(500, splits=10)
-    for part in logits.split(33):
-        streamed.update(part)
+    streamed, rows = InceptionScore(500, splits=10), torch.arange(500)
+    for part, indices in zip(logits.split(33), rows.split(33), strict=True):
+        streamed.update(ScoringBatch(indices=indices.tolist(), logits=part))
     assert streamed.probabilities.shape == (10, 6) and streamed.negative_entropies.shape == (10,)
-    values = streamed.result()
+    values = streamed.values()
     assert (values.mean(), values.std()) == pytest.approx(inception_score(logits, splits=10), abs=1e-12)
-    short = StreamedScore(501)
-    short.update(logits)
+    short = InceptionScore(501)
+    short.update(ScoringBatch(indices=range(500), logits=logits))
     with pytest.raises(ValueError, match="500 of 501"):
-        short.result()
+        short.values()
 
 
 def test_inception_score_of_a_folder(tmp_path):

@@ -26,7 +26,7 @@ from eval.features.statistics import (
     load_statistics,
     save_statistics,
 )
-from eval.protocol.scores import Score, distance_name, score_name
+from eval.metric import Score, distance_name, score_name
 from miscc.checkpoint import hash_tensors
 from miscc.errors import CheckpointError, ConfigError, DataError
 
@@ -115,9 +115,9 @@ class Counting:
     def __getattr__(self, name):
         return getattr(self.network, name)
 
-    def look(self, images):
+    def extract_features(self, images):
         self.seen += len(images)
-        return self.network.look(images)
+        return self.network.extract_features(images)
 
 
 def test_cached_statistics_are_read_until_files_network_or_filter_change(tmp_path):
@@ -214,7 +214,7 @@ def test_random_inception_is_a_function_of_the_seed_and_leaves_other_draws_alone
     network = load_network("random", seed=1)
     assert torch.equal(torch.rand(1), expected)
     assert network.weights_hash == hash_tensors(random_inception_state(1)) != hash_tensors(random_inception_state(2))
-    features, logits = network.look([picture(0), picture(1)])
+    features, logits = network.extract_features([picture(0), picture(1)])
     assert features.shape == (2, 2048) and logits.shape == (2, 1008)
     assert 0.05 < float(features.mean()) < 5  # the signal neither dies nor explodes on its way
 
@@ -229,7 +229,7 @@ def test_torchvisions_inception_sees_what_torchvision_sees(tmp_path):
     torch.save(reference.state_dict(), tmp_path / "weights.pth")
     network = load_network("inception-torchvision", weights=tmp_path / "weights.pth")
     image = picture(3, 299)
-    features, logits = network.look([image])
+    features, logits = network.extract_features([image])
     with torch.no_grad():
         expected = reference(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1)
     assert features.shape == (1, 2048) and float(expected.std()) > 0.1
@@ -237,7 +237,7 @@ def test_torchvisions_inception_sees_what_torchvision_sees(tmp_path):
     assert network.label == f"inception-torchvision:{network.weights_hash[:8]}" and network.resize == "bilinear"
 
 
-def test_every_score_says_which_network_judged():
+def test_every_score_says_by_which_network_it_is():
     network = tiny_network()
     assert distance_name("FID", network) == f"FD[tiny:{network.weights_hash[:8]}]"
     network = load_network("efficientnet-lite0")
@@ -279,6 +279,6 @@ def test_efficientnet_knows_what_it_sees():
     stripes = np.zeros((224, 224, 3), np.uint8)
     stripes[:, (np.arange(224) // 14) % 2 == 0] = 255
     network = load_network("efficientnet-lite0")
-    _, logits = network.look([stripes, np.full((224, 224, 3), 128, np.uint8)])
+    _, logits = network.extract_features([stripes, np.full((224, 224, 3), 128, np.uint8)])
     zebra, flat = logits.softmax(dim=1)
     assert network.published and float(zebra.max()) > 0.2 and int(zebra.argmax()) != int(flat.argmax())

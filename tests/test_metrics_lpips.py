@@ -10,9 +10,11 @@ import torch
 from metrics_help import picture, write_pictures
 from PIL import Image
 
-from eval.LPIPS import PerceptualDistance, caption_diversity, diversity, load_perceptual_distance, paired_distance
+from eval.LPIPS import Diversity, PerceptualDistance, caption_diversity, load_perceptual_distance, paired_distance
+from eval.metric import ScoringBatch
 from miscc.errors import CheckpointError, DataError
 from miscc.images import from_uint8, open_rgb
+from sampling.requests import Request
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "weights"
 SHAPES = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3), 10: (256, 256, 3, 3)}
@@ -65,7 +67,11 @@ def test_diversity_is_the_mean_over_all_pairs_of_a_group(network):
     groups = ["a"] * 5 + ["single"] + ["b", "b"] + ["a"] * 4
     members = [images[i] for i in (0, 1, 2, 3, 4, 8, 9, 10, 11)]
     expected = np.mean([package(network, *pair) for pair in itertools.combinations(members, 2)])
-    found = diversity(images, groups, network)
+    metric = Diversity(network, groups)
+    for part in (range(5), range(5, 12)):  # group "a" goes on in the second batch
+        requests = [Request(i, groups[i], "", 0, 0) for i in part]
+        metric.update(ScoringBatch([images[i] for i in part], part, requests))
+    found = metric.means
     assert set(found) == {"a", "b"}
     assert found["a"] == pytest.approx(expected, rel=1e-4)
     assert found["b"] == pytest.approx(package(network, images[6], images[7]), rel=1e-4)
@@ -129,7 +135,7 @@ def test_pairs_without_partner_and_of_other_sizes(tmp_path, network):
     assert score.value == pytest.approx(expected, rel=1e-4)
     assert score.protocol["real_images_resized"] == 2 and score.protocol["without_partner"] == 1
     assert "1 generated images have no real partner" in score.warnings[0]
-    with pytest.raises(DataError, match="too small for AlexNet"):
+    with pytest.raises(DataError, match="16x16 px are too small for LPIPS"):
         paired_distance(real, write_pictures(tmp_path / "small", 2, size=16), network)
 
 

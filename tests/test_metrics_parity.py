@@ -11,8 +11,8 @@ from eval.features.statistics import StreamedStatistics, extract
 from eval.FID import distance
 from eval.IS import inception_score
 from eval.KID import kernel_distance
+from eval.metric import distance_name, score_name
 from eval.precision_recall import precision_recall
-from eval.protocol.scores import distance_name, score_name
 
 COUNT = 16
 
@@ -26,7 +26,7 @@ def setting(tmp_path_factory):
         "fake": write_pictures(root / "fake", COUNT + 3, tone=60, first=100),
     }
     state = random_inception_state(seed=3)
-    (common,), _ = load_network("random", seed=3).look([picture(0)])
+    (common,), _ = load_network("random", seed=3).extract_features([picture(0)])
     blind = state["fc.weight"] - torch.outer(state["fc.weight"] @ common, common) / common.dot(common)
     state["fc.weight"] = blind * 30  # classes by what differs between pictures: else all are of one class, and IS is 1
     torch.save(state, root / "weights.pth")

@@ -92,11 +92,11 @@ def test_disturbing_nothing_changes_nothing_and_anything_keeps_the_range():
 
 
 def test_judges_look_at_64_or_32_pixels():
-    assert [judges.judged_size(size) for size in (32, 48, 64, 65, 256)] == [32, 32, 64, 64, 64]
+    assert [judges.classifier_size(size) for size in (32, 48, 64, 65, 256)] == [32, 32, 64, 64, 64]
     for recipes in (eval.attributes.RECIPES, eval.mask_iou.RECIPES):
         assert [recipes[size].image_size for size in judges.SIZES] == list(judges.SIZES)
     with pytest.raises(DataError, match="31 px are too small"):
-        judges.judged_size(31)
+        judges.classifier_size(31)
     big = np.zeros((2, 128, 128, 3), dtype=np.uint8)
     big[:, :, 64:] = 255
     seen = judges.prepared(big, 64, torch.device("cpu"))
@@ -207,21 +207,21 @@ def test_badly_trained_judges_refuse_and_say_how_good_they_are(tmp_path):
     with pytest.raises(
         UserError, match=r"for 32 px reads too few of 50 held-out .*crown_color \d+\.\d %.*98 % are needed"
     ):
-        eval.attributes.load_judge(32, cache=tmp_path, recipe=POOR)
+        eval.attributes.load_classifier(32, cache=tmp_path, recipe=POOR)
     with pytest.raises(UserError, match=r"crown_color"):  # from the cache as well
-        eval.attributes.load_judge(32, cache=tmp_path, recipe=POOR)
+        eval.attributes.load_classifier(32, cache=tmp_path, recipe=POOR)
     outlining = dataclasses.replace(POOR, kind="outline-judge")
     with pytest.raises(UserError, match=r"mean IoU of 0\.\d{3} on 50 held-out drawings \(0.95 is needed\)"):
-        eval.mask_iou.load_judge(32, cache=tmp_path, recipe=outlining)
+        eval.mask_iou.load_segmenter(32, cache=tmp_path, recipe=outlining)
     assert len(list((tmp_path / "judges").iterdir())) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 64])
 def test_the_real_judges_are_good_enough(tmp_path, size):
-    judge = eval.attributes.load_judge(size, cache=tmp_path)
+    judge = eval.attributes.load_classifier(size, cache=tmp_path)
     assert min(judge.ceiling.values()) >= 0.98, judge.ceiling
-    outliner = eval.mask_iou.load_judge(size, cache=tmp_path)
+    outliner = eval.mask_iou.load_segmenter(size, cache=tmp_path)
     assert outliner.ceiling >= 0.95 and 0.3 < outliner.mean_shape_ceiling < 0.8
     birds = ToyBirds("test", 2000)
     print(

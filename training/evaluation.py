@@ -1,6 +1,7 @@
-"""Scores while training: which classes are kept apart for them, the number every few epochs, and what the best one was.
+"""Evaluation during training: which classes are held out for it, the score every few epochs, and the best one.
 
-What the number is comes from eval; when it is asked for, and saving the best checkpoint, is trainer.py's.
+The metric is eval/FID.py's, imported only where a run evaluates; training/trainer.py decides when, and saves the best
+checkpoint.
 """
 
 import logging
@@ -15,12 +16,6 @@ import torch
 from tqdm import tqdm
 
 from datasets.records import Records
-from eval.evaluate import quiet_pipeline
-from eval.features.networks import WeightsError, load_network
-from eval.features.reference import RealImages, reference
-from eval.features.statistics import StreamedStatistics
-from eval.FID import distance
-from eval.protocol.scores import distance_name
 from miscc.errors import ConfigError, DataError, UserError
 from miscc.randomness import stream
 from miscc.vocabulary import Vocabulary
@@ -34,7 +29,7 @@ MEASURES = {  # TRAIN.EVAL_MEASURE: network and resize filter
     "FD": ("efficientnet-lite0", "clean"),  # its weights come with the package: works anywhere
     "FID": ("inception-tf", "tf1"),  # what papers mean, where the weights are
 }
-BATCH_SIZE = 32  # images drawn and looked at together
+BATCH_SIZE = 32  # images drawn at a time
 
 
 def held_out_share(cfg: Mapping) -> float:
@@ -53,17 +48,20 @@ def split_records(cfg: Mapping, vocabulary: Vocabulary | None = None) -> tuple[R
 def hold_out(records: Records, share: float, seed: int) -> tuple[Records, Records]:
     """(records without some classes, the records of these classes): a function of the records and the seed.
 
-    So many classes, drawn by lot, as `share` of all comes to, and as many more as two images need; images where there is
-    one class only. Raises DataError where nothing would be left to train on.
+    `share` of all classes, drawn at random, and as many more as two images need; of the images where there is one class
+    only. Raises DataError where nothing would be left to train on.
     """
     classes = np.unique(records.class_ids)
     groups = [np.flatnonzero(records.class_ids == c) for c in classes] if len(classes) > 1 else []
-    groups = groups or [np.array([place]) for place in range(len(records))]
-    wanted, chosen = max(1, round(share * len(groups))), []
+    groups = groups or [np.array([index]) for index in range(len(records))]
+
+    # Whole groups, in random order.
+    num_groups, chosen = max(1, round(share * len(groups))), []
     for taken, group in enumerate(stream(seed, "held-out classes").permutation(len(groups))):
-        if taken >= wanted and len(chosen) >= 2:
+        if taken >= num_groups and len(chosen) >= 2:
             break
         chosen += groups[group].tolist()
+
     kept = sorted(set(range(len(records))) - set(chosen))
     if not kept or len(chosen) < 2:
         raise DataError(
@@ -76,8 +74,10 @@ def hold_out(records: Records, share: float, seed: int) -> tuple[Records, Record
 class Evaluation:
     """The distance of generated to held-out real images, and the best that a run has reached.
 
-    Captions and noise are the same each time. name: of the number, with network, number of images and which images;
-    best: None before the first; best_step: where it was reached.
+    Captions and noise are the same each time.
+    name: of the score, with network, number of images and which images;
+    best: None before the first;
+    best_step: where it was reached.
     """
 
     def __init__(
@@ -90,13 +90,20 @@ class Evaluation:
         seed: int = 100,
         skip_broken: bool = False,
     ):
-        """Looks at the real images, so that what is missing shows before training. Raises UserError."""
+        """Extracts the real images' features, so that what is missing shows before training. Raises UserError."""
+        from eval.features.networks import WeightsError, load_network
+        from eval.features.reference import RealImages, reference
+        from eval.metric import distance_name
+
+        # The network of the score.
         name, resize = MEASURES[measure]
         try:
             self.network = load_network(name, resize=resize, device=device)
         except (UserError, ImportError) as error:
             reason = error.text if isinstance(error, WeightsError) else error
             raise ConfigError(f"TRAIN.EVAL_MEASURE: {measure} cannot be computed here: {reason}") from None
+
+        # The real images, and what is drawn.
         if num_images < 2:
             raise ConfigError(f"TRAIN.EVAL_IMAGES: must be 2 or more, not {num_images}")
         if skip_broken:
@@ -104,6 +111,7 @@ class Evaluation:
         self.real = reference(RealImages(held_out, image_size), self.network, batch_size=BATCH_SIZE).statistics
         self.requests = split_requests(held_out, num_images=num_images, seed=seed)
         self.seed, self.num_held_out = seed, len(held_out)
+
         self.title = distance_name("FID", self.network)
         plain = self.title.replace("[", "_").replace("]", "").replace(":", "_")  # TensorBoard knows no brackets
         self.name = f"evaluation/{plain}_{num_images}_images_of_held_out_classes"
@@ -132,22 +140,22 @@ class Evaluation:
         return said if self.best is None else f"{said} (best: {self.best:.6g})"
 
     def measure(self, pipeline: TextToImage) -> float:
-        """The number of a generator, lower is better. Nothing random is drawn from torch's global generators."""
-        streamed = StreamedStatistics(self.network.num_features, self.network.device)
+        """The score of a generator, lower is better. Nothing is drawn from torch's global random generators."""
+        from eval.FID import FrechetDistance
+        from eval.metric import ScoringBatch
+
+        metric = FrechetDistance(self.network, self.real)
         with tqdm(
             total=len(self.requests), desc="evaluating", unit="image", leave=False, disable=not sys.stderr.isatty()
         ) as bar:
-            for start in range(0, len(self.requests), BATCH_SIZE):
-                part = self.requests[start : start + BATCH_SIZE]
-                captions, indices = [r.caption for r in part], [r.index for r in part]
-                with quiet_pipeline():
-                    drawn = pipeline.generate(captions, self.seed, None, BATCH_SIZE, indices, with_masks=False)
-                streamed.update(self.network.look(list(drawn.images))[0])
-                bar.update(len(part))
-        return distance(self.real, streamed.result(self.network.protocol()))
+            for drawn in pipeline.generate_batches(self.requests, self.seed, None, BATCH_SIZE, with_masks=False):
+                features, _ = self.network.extract_features(list(drawn.images))  # (N, D)
+                metric.update(ScoringBatch(features=features))
+                bar.update(len(drawn.images))
+        return metric.compute()[0].value
 
-    def note(self, value: float, step: int) -> bool:
-        """Remember a number; whether it is the best until now, which what is no number never is."""
+    def update_best(self, value: float, step: int) -> bool:
+        """Record a value; return True if it is a new best (NaN never is)."""
         if not math.isfinite(value) or (self.best is not None and value >= self.best):
             return False
         self.best, self.best_step = value, step
@@ -158,19 +166,21 @@ class Evaluation:
         return {"name": self.name, "best": self.best, "best_step": self.best_step}
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Go on from a checkpoint's `state`; numbers of another name do not compare, so the best is then forgotten."""
+        """Continue from a checkpoint's `state`; scores of another name do not compare, so the best is then dropped."""
         if state and state["name"] == self.name:
             self.best, self.best_step = state["best"], state["best_step"]
 
 
 def _readable(records: Records, image_size: int) -> Records:
-    """The records whose images can be read; the others are named."""
+    """The records whose images can be read; the others are named in the log."""
+    from eval.features.reference import RealImages
+
     images, good = RealImages(records, image_size), []
-    for place in range(len(records)):
+    for index in range(len(records)):
         try:
-            images.read(place)
+            images.read(index)
         except DataError as error:
             logger.warning("not evaluated with: %s", error)
         else:
-            good.append(place)
+            good.append(index)
     return records.select(good)

@@ -303,7 +303,7 @@ class Trainer:
             with self._pipeline() as pipeline:
                 value = self.evaluation.measure(pipeline)
             progress.log(self.step, epoch, {self.evaluation.name: value})
-            better = self.evaluation.note(value, self.step)
+            better = self.evaluation.update_best(value, self.step)
             if better:
                 save_checkpoint(run.best, self.checkpoint("networks"))
             progress.say(self.evaluation.line(value, epoch, run.best if better else None))

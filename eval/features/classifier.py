@@ -1,7 +1,7 @@
-"""Classifiers of a data set's own classes, which judge `IS[cub]`: the networks, their file, and how they look at images.
+"""Classifiers of a data set's own classes, behind `IS[cub]`: the networks, their file, and their input.
 
-Training them is train_classifier.py's. StackGAN's fine-tuned Inception, by which the papers' scores on CUB were made, can
-no longer be downloaded; so the number says by whose classifier it was made, and compares with others by the same one.
+eval/train_classifier.py trains them. StackGAN's fine-tuned Inception, which the papers' scores on CUB are by, can no longer
+be downloaded; so a score says which classifier it is by, and compares with others by the same one.
 """
 
 from pathlib import Path
@@ -79,8 +79,8 @@ CLASSIFIERS: dict[str, type[nn.Module]] = {"inception": InceptionClassifier, "sm
 
 
 def classifier_input(images: Tensor, network: nn.Module) -> Tensor:
-    """(N, 3, H, W) in [-1, 1] -> what the classifier takes, through the filter that scoring uses, so that it learns from
-    images as it will see them."""
+    """(N, 3, H, W) in [-1, 1] -> what the classifier takes, through the filter that scoring uses, so that
+    training images look like scored ones."""
     mean, scale = NORMALISATION
     return (RESIZE[network.resize](images * scale + mean, network.input_size) - mean) / scale
 

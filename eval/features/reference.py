@@ -1,6 +1,6 @@
-"""The real images of a protocol: cropped as it says, their features looked at once and kept.
+"""The real images of a protocol: cropped as it says, their features extracted once and kept.
 
-Where the records come from is datasets'; what is done with the features is eval/protocol/measures.py's.
+Records come from datasets/; the metrics use the features.
 """
 
 import hashlib
@@ -80,7 +80,7 @@ class RealImages:
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated images are compared with. features (N, D) float32 where single images are compared, else None."""
+    """What generated images are compared with. features: (N, D) float32 where a metric compares single images, else None."""
 
     statistics: Statistics
     features: torch.Tensor | None
@@ -98,13 +98,17 @@ def reference(
 ) -> Reference:
     """Features of real images, or what a cache folder has of them under a hash of files, crop, network and resize.
 
-    with_features: single features for KID, precision and recall, which takes (N, D) float32 of memory and cache.
+    with_features: keep single features, for KID, precision and recall, which takes (N, D) float32 of memory and cache;
+    cache: None: keep nothing;
+    progress: whether to show a bar, None: on a terminal only.
     Raises DataError for fewer than two images, and for one that cannot be read.
     """
     if len(images) < 2:
         raise DataError(
             f"{images.records.split!r} holds {len(images)} image(s); a distance needs two, a fair one 2,000"
         )
+
+    # What an earlier run has kept.
     fingerprint = images.fingerprint()
     made_from = json.dumps([CACHE_FORMAT, "records", fingerprint, network.protocol()], sort_keys=True)
     key = hashlib.sha256(made_from.encode()).hexdigest()[:24]
@@ -114,45 +118,46 @@ def reference(
         found = _load(kept, network, len(images), fingerprint)
         if found is not None:
             return found
+
+    # One pass over the images.
     streamed = StreamedStatistics(network.num_features, network.device)
     rows = []
     hidden = not (sys.stderr.isatty() if progress is None else progress)
     with tqdm(total=len(images), desc="real images", unit="image", leave=False, disable=hidden) as bar:
         for batch in images.batches(batch_size):
-            features, _ = network.look(list(batch))
+            features, _ = network.extract_features(list(batch))
             if with_features:
                 rows.append(features.cpu())
             else:
                 streamed.update(features)
             bar.update(len(batch))
     features = torch.cat(rows) if with_features else None
-    statistics = _statistics(features, network) if with_features else streamed.result(network.protocol())
+    statistics = (
+        statistics_of_features(features, network.protocol()) if with_features else streamed.result(network.protocol())
+    )
+
     if kept is not None:
         try:
             if with_features:
                 write_atomically(kept, lambda stream: np.save(stream, features.numpy()))
             else:
                 save_statistics(kept, statistics)
-        except (OSError, UserError) as error:  # a full or read-only disk must not cost the score
+        except (OSError, UserError) as error:  # on a full or read-only disk the run goes on
             print(f"warning: the real images' {kind} are not kept ({error})", file=sys.stderr)
     return Reference(statistics, features, fingerprint, from_cache=False)
 
 
-def _statistics(features: torch.Tensor, network: FeatureNetwork) -> Statistics:
-    found = statistics_of_features(features)
-    return Statistics(found.mean, found.covariance, len(features), network.protocol())
-
-
-def _load(kept: Path, network: FeatureNetwork, number: int, fingerprint: str) -> Reference | None:
+def _load(kept: Path, network: FeatureNetwork, num_images: int, fingerprint: str) -> Reference | None:
     """None, and the file removed, where it is damaged."""
     try:
         if kept.suffix == ".npz":
             return Reference(load_statistics(kept, network), None, fingerprint, from_cache=True)
         array = np.load(kept, allow_pickle=False)
-        if array.shape != (number, network.num_features) or not np.isfinite(array).all():
+        if array.shape != (num_images, network.num_features) or not np.isfinite(array).all():
             raise ValueError("has another shape")
         features = torch.from_numpy(array)
-        return Reference(_statistics(features, network), features, fingerprint, from_cache=True)
+        statistics = statistics_of_features(features, network.protocol())
+        return Reference(statistics, features, fingerprint, from_cache=True)
     except (OSError, ValueError, EOFError, DataError):
         kept.unlink(missing_ok=True)
         return None

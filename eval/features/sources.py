@@ -1,7 +1,7 @@
-"""Where the scores' images come from: a folder, a list of files, a zip, an array. Looking at them is not done here.
+"""Image sources: a folder, a list of files, a zip, an array. What is computed from the images is the metrics' part.
 
-A source knows its images' names without reading them, hands them out in order as RGB, and has a fingerprint that
-changes when its content does.
+A source lists its images' names without reading them, yields the images in order as RGB, and has a fingerprint that
+changes with its content.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Features of many images, their mean and covariance gathered in one pass, and a cache of reference statistics.
 
-The networks themselves live in eval/features/networks.py, reading images in eval/features/sources.py, the scores in a file each.
+The networks are in eval/features/networks.py, reading images in eval/features/sources.py, the metrics in a file each.
 """
 
 import hashlib
@@ -69,6 +69,11 @@ class StreamedStatistics:
         self.mean += shift * (count / total)
         self.count = total
 
+    def __getstate__(self) -> dict:
+        """On the CPU, where another process can read it."""
+        device = torch.device("cpu")
+        return self.__dict__ | {"device": device, "mean": self.mean.to(device), "scatter": self.scatter.to(device)}
+
     def result(self, protocol: dict | None = None, skipped: tuple[str, ...] = ()) -> Statistics:
         """Raises DataError with fewer than two rows, for which there is no covariance."""
         if self.count < 2:
@@ -95,13 +100,13 @@ def extract(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Features (N, D) and class logits (N, K), float32 on the network's device, batch by batch in the source's order.
 
-    progress: a bar with the time left; None: only where someone is looking.
+    progress: whether to show a bar, None: on a terminal only.
     Raises DataError, naming the file, for an image that cannot be read.
     """
     hidden = not (sys.stderr.isatty() if progress is None else progress)
     with tqdm(total=len(source), desc=source.path.name, unit="image", leave=False, disable=hidden) as bar:
         for images in batches(source, batch_size, workers):
-            yield network.look(images)
+            yield network.extract_features(images)
             bar.update(len(images))
 
 
@@ -115,29 +120,33 @@ def collect_features(source: ImageSource, network: FeatureNetwork, **options) ->
     return features
 
 
-def statistics_of_features(features: torch.Tensor) -> Statistics:
+def statistics_of_features(features: torch.Tensor, protocol: dict | None = None) -> Statistics:
     """Mean and covariance of rows (N, D) that are already there."""
     streamed = StreamedStatistics(features.shape[1])
     for rows in features.split(4096):
         streamed.update(rows)
-    return streamed.result()
+    return streamed.result(protocol)
 
 
 def image_statistics(
     path: str | Path,
-    network: FeatureNetwork,
+    network: FeatureNetwork | None,
     skip_broken: bool = False,
     cache: str | Path | None = None,
     **options,
 ) -> Statistics:
     """Statistics of the images at `path`, or those that a .npz in pytorch-fid's format holds.
 
-    cache: a folder in which statistics are kept under a hash of the files (names, sizes, times), network, weights
-    and resize filter, so that a reference set is looked at once; None: no cache. options as `extract`.
+    network: may be None for a .npz of statistics;
+    cache: a folder in which statistics are kept under a hash of the files (names, sizes, times), network, weights and
+    resize filter, so that the features of a reference set are extracted once; None: no cache;
+    options: as `extract`.
     """
     path = Path(path)
     if holds_statistics(path):
         return load_statistics(path, network)
+
+    # Kept from an earlier run.
     if cache is not None:
         kept = _cache_file(cache, open_source(path), network, skip_broken)
         if kept.is_file():
@@ -145,6 +154,8 @@ def image_statistics(
                 return load_statistics(kept, network)
             except DataError:
                 kept.unlink(missing_ok=True)  # cut off or foreign: make it again
+
+    # One pass over the images.
     source, skipped = load_source(path, skip_broken)
     if len(source) < 2:
         raise DataError(f"{path}: holds a single image; a covariance needs at least two, and a fair one thousands")
@@ -152,6 +163,7 @@ def image_statistics(
     for features, _ in extract(source, network, **options):
         streamed.update(features)
     statistics = streamed.result(network.protocol(), skipped)
+
     if cache is not None:
         try:
             save_statistics(kept, statistics)
@@ -205,10 +217,13 @@ def load_statistics(path: str | Path, network: FeatureNetwork | None = None) -> 
             made_by = json.loads(str(arrays["made_by"])) if "made_by" in arrays else {}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: cannot be read as statistics with `mu` and `sigma` ({error})") from None
+
+    # Shapes and values.
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise DataError(f"{path}: mu {mean.shape} and sigma {covariance.shape} do not fit (D,) and (D, D)")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise DataError(f"{path}: mu or sigma is not finite; make the statistics again")
+
     protocol = made_by.get("protocol", {})
     statistics = Statistics(
         mean, covariance, count if count >= 0 else None, protocol, tuple(made_by.get("skipped", ()))
@@ -230,3 +245,16 @@ def _check_made_for(path: str | Path, statistics: Statistics, network: FeatureNe
                 f"{path}: was made with {key} {statistics.protocol.get(key)}, not {value}; "
                 "choose the same --network, --weights and --resize, or make the statistics again"
             )
+
+
+def check_comparable(path: str | Path, one: Statistics, other_path: str | Path, other: Statistics) -> None:
+    """Raises DataError for statistics of different networks, weights or resize filters, as far as both files say so."""
+    if one.mean.shape != other.mean.shape:
+        raise DataError(f"{path} has {len(one.mean)} features, {other_path} {len(other.mean)}: they do not compare")
+    known = one.protocol.keys() & other.protocol.keys()
+    different = [key for key in one.protocol if key in known and one.protocol[key] != other.protocol[key]]
+    if different:
+        key = different[0]
+        raise DataError(
+            f"{path} was made with {key} {one.protocol[key]}, {other_path} with {other.protocol[key]}: they do not compare"
+        )

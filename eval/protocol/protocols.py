@@ -1,34 +1,37 @@
 """Protocols: everything that makes two published scores of the same generator differ, as one named record each.
 
-Only what shall be measured stands here; measuring is eval/evaluate.py's.
+eval/evaluate.py runs them.
 """
 
 import difflib
 from dataclasses import dataclass
 
+from eval import METRICS
 from miscc.errors import ConfigError
 
-METRICS = ("FID", "KID", "IS", "precision_recall", "R_precision", "diversity", "attributes", "mask_iou")
 CROPS = ("middle", "augmented")
 CHOICES = ("random", "first", "all")
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What to draw, what to compare it with, and by which numbers. With the weights' hash and the files this repeats a score.
+    """What to draw, what to compare it with, and by which metrics. With the weights' hash and the files this repeats a score.
 
-    dataset: DATASET_NAME that the numbers are meant for, "" for any;
+    dataset: DATASET_NAME that the scores are meant for, "" for any;
     real_split, real_crop: the real images; "middle": box cut out, scaled, middle crop, as our test images; "augmented":
-    a random crop of the same and a flip, one of each image; num_real: so many of them, drawn by the seed, and in a quick
-    look no more than are drawn; None: always all;
+    a random crop of the same and a flip, one of each image;
+    num_real: so many of them, drawn by the seed, and in a quick run no more than are drawn; None: always all;
     caption_split, caption_choice: whose captions are drawn; "random": `num_images` captions of all, by the seed, again
     with other noise when they run out; "first": the first `captions_per_image` of every image; "all": every caption;
     num_images: generated images in all, None: what caption_choice comes to;
-    captions_per_image: of each real image, 0 for all that TEXT.CAPTIONS_PER_IMAGE leaves; images_per_caption: of each;
-    metrics: names of METRICS; network, resize: of FID, KID and IS, see eval/features/networks.py (its weights' hash is taken
-    when it is loaded);
-    quantisation: images become this before anything looks at them; truncation: of the noise, None: plain normal;
-    averaged: the generator's moving average (EMA) where the checkpoint has one; seed: of captions, noise and draws.
+    captions_per_image: of each real image, 0 for all that TEXT.CAPTIONS_PER_IMAGE leaves;
+    images_per_caption: of each;
+    metrics: names of METRICS in eval/__init__.py;
+    network, resize: of FID, KID and IS, see eval/features/networks.py (the hash of its weights is taken when it is loaded);
+    quantisation: of the images before any metric reads them;
+    truncation: of the noise, None: plain normal;
+    averaged: the generator's moving average (EMA) where the checkpoint has one;
+    seed: of captions, noise and draws.
     """
 
     name: str
@@ -61,6 +64,8 @@ class Protocol:
         wrong = [metric for metric in self.metrics if metric not in METRICS]
         if wrong or not self.metrics:
             raise ConfigError(f"protocol {self.name}: metrics {wrong}: choose from {', '.join(METRICS)}")
+
+        # What is drawn, and what it is compared with.
         if self.real_crop not in CROPS or self.caption_choice not in CHOICES:
             raise ConfigError(
                 f"protocol {self.name}: real_crop is one of {', '.join(CROPS)}, caption_choice of {', '.join(CHOICES)}"
@@ -72,7 +77,7 @@ class Protocol:
         if self.images_per_caption < 1 or (self.num_images or 2) < 2:
             raise ConfigError(f"protocol {self.name}: draw at least two images, at least one of each caption")
         if self.quantisation != "uint8":
-            raise ConfigError(f"protocol {self.name}: quantisation {self.quantisation}: images are judged as uint8")
+            raise ConfigError(f"protocol {self.name}: quantisation {self.quantisation}: images are scored as uint8")
 
 
 _LIGHT = {"network": "efficientnet-lite0", "resize": "clean", "kid_subset_size": 500, "num_real": 2000}
@@ -97,6 +102,11 @@ PROTOCOLS = {
             about="30,000 random test captions, antialiased bicubic resize as clean-fid's",
             metrics=("FID", "KID"),
             resize="clean",
+        ),
+        Protocol(
+            name="clip",
+            about="the papers' FID, and by CLIP how well images match their captions (needs the package transformers)",
+            metrics=("FID", "CLIP"),
         ),
         Protocol(
             name="toybirds",

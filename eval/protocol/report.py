@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from eval.protocol.scores import COUNTS, versions
+from eval.metric import COUNTS
+from eval.scripts import versions
 from miscc.errors import DataError, UserError
 from miscc.files import write_json
 

@@ -1,200 +1,227 @@
-"""Images and a protocol in, a record of scores out; whoever makes the images, a generator or the real world.
+"""The run of a protocol: a stream of images and a protocol in, a record of scores out.
 
-Drawing and the command are eval/evaluate.py's, the numbers eval/protocol/measures.py's, the report eval/protocol/report.py's.
+Drawing and the command are in eval/evaluate.py, the metrics in a file each, the report in eval/protocol/report.py.
 """
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from datasets.records import Records
-from eval.features.networks import WeightsError, load_network
+from eval import find_metric
+from eval.features.networks import FeatureNetwork, load_network
 from eval.features.reference import RealImages, reference
-from eval.protocol.measures import (
-    FROM_FEATURES,
-    OF_BIRDS,
-    SINGLE_FEATURES,
-    BirdMeasure,
-    DiversityMeasure,
-    FeatureMeasure,
-    Measure,
-    RetrievalMeasure,
-)
+from eval.metric import Metric, Needs, Run, Score, ScoringBatch, Tools
 from eval.protocol.protocols import Protocol
 from eval.protocol.report import environment
-from eval.protocol.scores import Score
-from miscc.distributed import World
-from miscc.errors import CheckpointError, DataError, UserError
+from miscc.distributed import World, gather
+from miscc.errors import DataError, UserError
 from miscc.vocabulary import Vocabulary
-from sampling.encoders import Encoders
 from sampling.pipeline import Generated
 from sampling.requests import Request
 
-MISSING = (UserError, ImportError)  # what costs one number and not the others: weights, packages, unsuitable images
+MISSING = (UserError, ImportError)  # what costs one metric and not the others: weights, packages, unsuitable images
 
 
 @dataclass(frozen=True)
-class Tools:
-    """What a protocol does not name because it changes no number, or because only the user can say where it is.
+class ImageStream:
+    """Images to score: what they are, the request behind each, and a way to get them in batches.
 
-    encoders: of R-precision; weights, lpips_weights: files in place of those in torch hub's cache; cache: folder of kept
-    features and judges, None: keep no features.
-    """
-
-    encoders: Encoders | None = None
-    weights: str | Path | None = None
-    lpips_weights: str | Path | None = None
-    cache: str | Path | None = None
-    batch_size: int = 32
-    progress: bool | None = None
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Images to be judged, whoever makes them: what they are, the request behind each, and a way to get them in batches.
-
-    text_encoder_hash: of the generator that draws them, None for real images; data_set: that they are of, or that the
-    generator was trained on, None where it is not known.
+    requests: one an image, in order;
+    draw: (some of the requests, whether masks are needed) -> their images in batches;
+    text_encoder_hash: of the generator that draws them, None for real images;
+    repeats: several requests of each of some captions, apart from the others, for metrics that need them;
+    data_set: that they are of, or that the generator was trained on, None where it is not known.
     """
 
     what: str
     requests: Sequence[Request]
-    batches: Callable[[range], Iterator[Generated]]
+    draw: Callable[[Sequence[Request], bool], Iterator[Generated]]
     image_size: int
     vocabulary: Vocabulary
     text_encoder_hash: str | None = None
-    diverse: Callable[[], tuple[list[str], Iterator[Generated]]] | None = None
+    repeats: Sequence[Request] = ()
     data_set: str | None = None
 
 
-def judge(
-    judged: Judged, protocol: Protocol, real: Records, device: torch.device, tools: Tools, world: World | None = None
+def run_protocol(
+    stream: ImageStream,
+    protocol: Protocol,
+    real: Records,
+    device: torch.device,
+    tools: Tools,
+    world: World | None = None,
 ) -> dict[str, Any] | None:
-    """All numbers of a protocol for some images: a record without what only their maker knows. Raises as `evaluate`."""
+    """All scores of a protocol for some images: a record without what only their maker knows.
+
+    None in all processes but the main one. Raises as `eval.evaluate.evaluate`.
+    """
     world = world or World(0, 1, device)
     started = time.monotonic()
-    total = len(judged.requests)
+    total = len(stream.requests)
     if total < max(2, world.size):
-        raise DataError(f"{total} image(s) to judge; give a larger --num-images")
-    rows = range(total * world.rank // world.size, total * (world.rank + 1) // world.size)
-    real_images = RealImages(real, judged.image_size, protocol.real_crop, protocol.seed)
-    measures, missing, about_real = _prepare(judged, protocol, real_images, rows, device, tools, world)
-    if not measures:
+        raise DataError(f"{total} image(s) to score; give a larger --num-images")
+
+    # Metrics, feature network and real images.
+    missing: dict[str, str] = {}
+    real_images = RealImages(real, stream.image_size, protocol.real_crop, protocol.seed)
+    run, about_real = _prepare(stream, protocol, real_images, device, tools, world, missing)
+    metrics = _build_metrics(run, stream, set(real.keys), world, missing)
+    if world.is_main and not metrics:
         raise UserError(f"protocol {protocol.name}: nothing can be computed: {_reasons(missing)}")
     ready = time.monotonic()
-    hidden = not (world.is_main and (sys.stderr.isatty() if tools.progress is None else tools.progress))
-    with tqdm(total=len(rows), desc=judged.what, unit="image", leave=False, disable=hidden) as bar:
-        for drawn in judged.batches(rows):
-            for measure in measures:
-                measure.update(drawn)
-            bar.update(len(drawn.images))
-    for measure in measures:
-        measure.gather(world)
+
+    # This process's share of the images, then those of the other processes, then images drawn for single metrics.
+    shared = {name: metric for name, metric in metrics.items() if not metric.needs.repeats}
+    rows = range(total * world.rank // world.size, total * (world.rank + 1) // world.size)
+    _update(list(shared.values()), stream, rows, run, real_images, progress=world.is_main)
+    for metric in shared.values():
+        for other in gather(metric, world)[1:]:
+            metric.merge(other)
     if not world.is_main:
         return None
-    if "diversity" in protocol.metrics:
-        measures += _diversity(judged, tools, device, missing)
-    drawn_at = time.monotonic()
-    scores = _finish(measures, protocol, missing)
+    repeated = [metric for metric in metrics.values() if metric.needs.repeats]
+    if repeated:
+        repeats = replace(stream, requests=stream.repeats)
+        _update(repeated, repeats, range(len(stream.repeats)), replace(run, network=None), real_images, progress=False)
+    drawn = time.monotonic()
+
+    # Scores in the protocol's order.
+    scores = _compute(metrics, missing)
     if not scores:
         raise UserError(f"protocol {protocol.name}: nothing can be computed: {_reasons(missing)}")
-    network = next((m.network.protocol() for m in measures if isinstance(m, FeatureMeasure)), None)
     return {
-        "judged": judged.what,
+        "judged": stream.what,
         "protocol": asdict(protocol),
         "overrides": {},
         "scores": [score.record() for score in scores],
         "not_computed": missing,
         "num_images": total,
-        "network": network,
+        "network": run.network.protocol() if run.network else None,
         "real": {"data_set": real.name, "split": real.split, "num_images": len(real), **about_real},
         "warnings": list(dict.fromkeys(warning for score in scores for warning in score.warnings)),
         "seconds": {
             "loading and real images": round(ready - started, 1),
-            "drawing and looking": round(drawn_at - ready, 1),
-            "scores": round(time.monotonic() - drawn_at, 1),
+            "drawing and looking": round(drawn - ready, 1),
+            "scores": round(time.monotonic() - drawn, 1),
         },
         **environment(device, world.size),
     }
 
 
 def _prepare(
-    judged: Judged,
+    stream: ImageStream,
     protocol: Protocol,
     real_images: RealImages,
-    rows: range,
     device: torch.device,
     tools: Tools,
     world: World,
-) -> tuple[list[Measure], dict[str, str], dict[str, Any]]:
-    """The measures, why others are missing, and what the real images were."""
-    measures: list[Measure] = []
-    missing: dict[str, str] = {}
-    about_real: dict[str, Any] = {}
-    wanted = [metric for metric in protocol.metrics if metric in FROM_FEATURES]
+    missing: dict[str, str],
+) -> tuple[Run, dict[str, Any]]:
+    """What metrics are built from, and what the real images were. Adds metrics that cannot be imported to `missing`."""
+    needs = needs_of(protocol, missing)
+    about_stream = (stream.requests, stream.image_size, stream.vocabulary, stream.text_encoder_hash)
+    run = Run(protocol, tools, device, *about_stream)
+
+    # The feature network, once for all metrics.
+    by_features = [name for name, need in needs.items() if need.features]
     try:
-        network = load_network(protocol.network, tools.weights, protocol.resize, device) if wanted else None
+        network = load_network(protocol.network, tools.weights, protocol.resize, device) if by_features else None
     except MISSING as error:
-        network = None
-        missing |= dict.fromkeys(wanted, str(error))
-    if network is not None:
-        found = None
-        if world.is_main and wanted != ["IS"]:
-            single = bool(set(wanted) & set(SINGLE_FEATURES))
-            found = reference(real_images, network, single, tools.cache, tools.batch_size, tools.progress)
-            about_real = {"fingerprint": found.fingerprint, "from_cache": found.from_cache}
-        measures.append(FeatureMeasure(network, protocol, found, rows, len(judged.requests)))
-    if "R_precision" in protocol.metrics:
+        missing |= dict.fromkeys(by_features, str(error))
+        return run, {}
+
+    # Features of the real images, where a metric compares with them.
+    real = {needs[name].real for name in by_features} - {""}
+    if not world.is_main or not real:
+        return replace(run, network=network), {}
+    found = reference(real_images, network, "features" in real, tools.cache, tools.batch_size, tools.progress)
+    about = {"fingerprint": found.fingerprint, "from_cache": found.from_cache}
+    return replace(run, network=network, reference=found), about
+
+
+def needs_of(protocol: Protocol, missing: dict[str, str]) -> dict[str, Needs]:
+    """What each metric of the protocol needs; those that cannot be imported are added to `missing`."""
+    needs = {}
+    for name in protocol.metrics:
         try:
-            if tools.encoders is None:
-                raise CheckpointError("no encoders; name a DAMSM checkpoint by --encoders")
-            arguments = (judged.vocabulary, judged.requests, protocol, judged.text_encoder_hash)
-            measures.append(RetrievalMeasure(tools.encoders, *arguments))
+            needs[name] = find_metric(name).needs
+        except ImportError as error:
+            missing[name] = str(error)
+    return needs
+
+
+def _build_metrics(
+    run: Run, stream: ImageStream, real_keys: Collection[str], world: World, missing: dict[str, str]
+) -> dict[str, Metric]:
+    """The metrics that can be computed; the others are added to `missing`."""
+    metrics = {}
+    for name in run.protocol.metrics:
+        if name in missing:
+            continue
+        metric, needs = find_metric(name), find_metric(name).needs
+        if needs.repeats and not world.is_main:
+            continue  # the main process alone draws for it
+        try:
+            if needs.data_set and stream.data_set not in (None, needs.data_set):
+                raise DataError(f"it reads images of {needs.data_set} alone, these are of {stream.data_set}")
+            if needs.repeats and not stream.repeats:
+                raise DataError("there is one image of each caption")
+            if needs.real_images and not all(request.key in real_keys for request in stream.requests):
+                raise DataError("the real image of some captions is not among the real images of the protocol")
+            metrics[name] = metric.from_run(replace(run, requests=stream.repeats) if needs.repeats else run)
         except MISSING as error:
-            missing["R_precision"] = str(error)
-    of_birds = [metric for metric in protocol.metrics if metric in OF_BIRDS]
-    if of_birds and judged.data_set not in (None, "toybirds"):
-        reason = f"the judges know drawn birds (toybirds) alone, these images are of {judged.data_set}"
-        missing |= dict.fromkeys(of_birds, reason)
-    elif of_birds:
-        measures.append(BirdMeasure(judged.requests, protocol, device, tools.cache))
-    return measures, missing, about_real
+            missing[name] = str(error)
+    return metrics
 
 
-def _diversity(judged: Judged, tools: Tools, device: torch.device, missing: dict[str, str]) -> list[Measure]:
-    """Draw several images of some captions and look at them."""
-    try:
-        if judged.diverse is None:
-            raise DataError("there is one image of each caption")
-        captions, batches = judged.diverse()
-        measure = DiversityMeasure(tools.lpips_weights, judged.image_size, captions, device)
-    except WeightsError as error:
-        missing["diversity"] = f"{error.text}, or give its place with --lpips-weights PATH"
-        return []
-    except MISSING as error:
-        missing["diversity"] = str(error)
-        return []
-    for drawn in batches:
-        measure.update(drawn)
-    return [measure]
+def _update(
+    metrics: Sequence[Metric],
+    stream: ImageStream,
+    rows: range,
+    run: Run,
+    real_images: RealImages,
+    progress: bool,
+) -> None:
+    """Draw the images of `rows` and update the metrics with them."""
+    requests = stream.requests[rows.start : rows.stop]
+    with_masks = any(metric.needs.masks for metric in metrics)
+    index_of = {}
+    if any(metric.needs.real_images for metric in metrics):
+        index_of = {key: index for index, key in enumerate(real_images.records.keys)}
+
+    done, hidden = 0, not (progress and (sys.stderr.isatty() if run.tools.progress is None else run.tools.progress))
+    with tqdm(total=len(rows), desc=stream.what, unit="image", leave=False, disable=hidden) as bar:
+        for drawn in stream.draw(requests, with_masks):
+            part = slice(done, done + len(drawn.images))
+            batch = _batch(drawn, rows[part], requests[part], run.network)
+            if index_of:
+                batch = replace(batch, real_images=[real_images.read(index_of[r.key]) for r in requests[part]])
+            for metric in metrics:
+                metric.update(batch)
+            done = part.stop
+            bar.update(len(drawn.images))
 
 
-def _finish(measures: Sequence[Measure], protocol: Protocol, missing: dict[str, str]) -> list[Score]:
-    """The scores in the protocol's order; what cannot be computed is added to `missing`."""
-    parts = {metric: part for measure in measures for metric, part in measure.parts.items()}
+def _batch(drawn: Generated, rows: range, requests: Sequence[Request], network: FeatureNetwork | None) -> ScoringBatch:
+    features, logits = network.extract_features(list(drawn.images)) if network else (None, None)
+    return ScoringBatch(drawn.images, np.array(rows), requests, drawn.masks, features, logits)
+
+
+def _compute(metrics: Mapping[str, Metric], missing: dict[str, str]) -> list[Score]:
+    """The scores, in the protocol's order; what cannot be computed is added to `missing`."""
     scores = []
-    for metric in protocol.metrics:
-        if metric in parts:
-            try:
-                scores += parts[metric]()
-            except MISSING as error:
-                missing[metric] = str(error)
+    for name, metric in metrics.items():
+        try:
+            scores += metric.compute()
+        except MISSING as error:
+            missing[name] = str(error)
     return scores
 
 

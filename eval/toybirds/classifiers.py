@@ -1,9 +1,9 @@
-"""What the two judges of ToyBirds share: drawings to learn from, the training loop, the cache of trained judges.
+"""What the classifier and the segmenter of ToyBirds share: drawings to train on, the training loop, the cache.
 
-The judges themselves are in attributes.py and mask_iou.py, the generated birds that they judge in toybirds_samples.py.
+The networks are in eval/attributes.py and eval/mask_iou.py, the generated birds in eval/toybirds/samples.py.
 
-A judge is a small network that is trained on real drawings only, as a generator's trainer sees them: the box is cut
-out, scaled and randomly cropped. There is one for 64 px and one for 32; images of other sizes are scaled down.
+Both are small networks, trained on real drawings alone, as a generator's trainer sees them: the box is cut out, scaled and
+randomly cropped. There is one for 64 px and one for 32; images of other sizes are scaled down.
 """
 
 import hashlib
@@ -34,14 +34,14 @@ from miscc.errors import CheckpointError, DataError, UserError
 from miscc.images import from_uint8
 from miscc.randomness import seed_everything, stream
 
-SIZES = (64, 32)  # pixels a side that judges look at
+SIZES = (64, 32)  # pixels a side of their input
 DRAWN_AT = 128  # pixels a side of the drawings before the crop, as `prepare toybirds` writes them
 FACING = list(ATTRIBUTES).index("facing")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides what a judge becomes; its hash names the file in which the trained judge is kept."""
+    """All that the trained network depends on; its hash names the file in which the network is kept."""
 
     kind: str
     image_size: int
@@ -56,7 +56,7 @@ class Recipe:
     weight_decay: float = 0.02
     most_tint: float = 0.06  # shift of each colour channel, and relative change of contrast
     seed: int = 0
-    version: int = 1  # raised when the same values give another judge
+    version: int = 1  # raised when the same values give another network
     drawings_version: int = VERSION
 
     def key(self) -> str:
@@ -66,7 +66,7 @@ class Recipe:
 
 class Drawings(NamedTuple):
     """N real drawings: pixels, N rectangles (h, w, 3) uint8 from which crops are taken, shorter side 76/64 of the image
-    size; masks, likewise (h, w) uint8; labels (N, 9) int64, the value's number for each of ATTRIBUTES."""
+    size; masks, likewise (h, w) uint8; labels (N, 9) int64, the value's index for each of ATTRIBUTES."""
 
     pixels: list[np.ndarray]
     masks: list[np.ndarray]
@@ -84,10 +84,10 @@ class Examples(NamedTuple):
         return Examples(*(value.to(device) for value in self))
 
 
-def judged_size(image_size: int) -> int:
-    """The size at which images of `image_size` are looked at. Raises DataError for images that are too small."""
+def classifier_size(image_size: int) -> int:
+    """The input size for images of `image_size`. Raises DataError for images that are too small."""
     if image_size < min(SIZES):
-        raise DataError(f"images of {image_size} px are too small to be judged; the smallest are {min(SIZES)} px")
+        raise DataError(f"images of {image_size} px are too small to read birds off; the smallest are {min(SIZES)} px")
     return next(size for size in SIZES if size <= image_size)
 
 
@@ -109,14 +109,14 @@ class _Drawer(Dataset):
 
     def _any_bird(self, index: int) -> ToyBird:
         """A bird whose attributes say nothing about each other. In the training split they do: its wings and bellies
-        come in 75 pairs, from which a judge would learn to guess the one by the other."""
+        come in 75 pairs, from which a classifier would learn to guess one by the other."""
         attributes = any_attributes(self.seed, index)
         image, mask = draw(attributes, stream(self.seed, "judge's drawings", index), DRAWN_AT)
         return ToyBird(image, mask, attributes, [])
 
 
 def any_attributes(seed: int, index: int) -> dict[str, str]:
-    """Attributes of bird `index` to learn from, each drawn for itself."""
+    """Attributes of training bird `index`, each drawn independently."""
     rng = stream(seed, "judge's attributes", index)
     return {name: values[int(rng.integers(len(values)))] for name, values in ATTRIBUTES.items()}
 
@@ -129,18 +129,18 @@ def _encoded(pixels: np.ndarray, file_format: str, **options) -> io.BytesIO:
     return file
 
 
-@lru_cache(maxsize=2)  # both judges learn from the same drawings
-def draw_birds(split: str, number: int, image_size: int, seed: int = 0, workers: int | None = None) -> Drawings:
-    """Drawings to learn from ("train": all combinations of attributes alike) or held-out ones ("test": ToyBirds' own).
+@lru_cache(maxsize=2)  # both networks train on the same drawings
+def draw_birds(split: str, num_drawings: int, image_size: int, seed: int = 0, workers: int | None = None) -> Drawings:
+    """Drawings to train on ("train": all combinations of attributes alike) or held-out ones ("test": ToyBirds' own).
 
     workers: processes, None: one a core where that pays.
     """
-    drawer = _Drawer(split, number, image_size, seed)
-    generator = torch.Generator()  # or the seeds drawn for workers, unused here, would move the global one on
-    workers = _workers(number, workers)
+    drawer = _Drawer(split, num_drawings, image_size, seed)
+    generator = torch.Generator()  # else seeds for workers, unused here, would be drawn from the global generator
+    workers = _workers(num_drawings, workers)
     loader = DataLoader(drawer, batch_size=50, num_workers=workers, collate_fn=list, generator=generator)
     items = []
-    with tqdm(total=number, desc=f"drawing {split} birds", unit="bird", leave=False) as bar:
+    with tqdm(total=num_drawings, desc=f"drawing {split} birds", unit="bird", leave=False) as bar:
         for chunk in loader:
             items += chunk
             bar.update(len(chunk))
@@ -148,10 +148,10 @@ def draw_birds(split: str, number: int, image_size: int, seed: int = 0, workers:
     return Drawings(list(pixels), list(masks), np.array(labels, dtype=np.int64))
 
 
-def _workers(number: int, workers: int | None) -> int:
+def _workers(num_drawings: int, workers: int | None) -> int:
     if workers is None:
         workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
-    return workers if workers > 1 and number >= 500 else 0  # starting processes takes longer than a few drawings
+    return workers if workers > 1 and num_drawings >= 500 else 0  # starting processes takes longer than a few drawings
 
 
 def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -180,7 +180,7 @@ def crops(drawings: Drawings, indices: Sequence[int], image_size: int, rng: np.r
 def disturb(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
     """(N, 3, S, S) in [-1, 1] -> the same blurred, tinted and with noise, each image to another degree.
 
-    So that a judge does not fail on generated images for being less sharp and clean than drawings.
+    So that the network also reads generated images, which are less sharp and clean than drawings.
     """
 
     def uniform(*shape: int) -> Tensor:
@@ -201,14 +201,17 @@ def train(
     device: torch.device,
 ) -> None:
     """Train in place: AdamW, one cycle of the learning rate (Smith and Topin 2018), disturbed random crops."""
-    network.train()
     per_epoch = len(drawings.pixels) // recipe.batch_size
     if not per_epoch:
         raise DataError(f"{len(drawings.pixels)} drawings do not fill a batch of {recipe.batch_size}")
+
+    # Optimizer and schedule.
+    network.train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     steps = recipe.epochs * per_epoch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps, pct_start=0.2)
     generator = torch.Generator().manual_seed(recipe.seed)
+
     with tqdm(total=steps, desc=f"training the {recipe.kind}", unit="step", leave=False) as bar:
         for epoch in range(recipe.epochs):
             order = stream(recipe.seed, "judge order", epoch).permutation(len(drawings.pixels))
@@ -216,6 +219,8 @@ def train(
             for rows in np.split(order[: per_epoch * recipe.batch_size], per_epoch):
                 clean = crops(drawings, rows, recipe.image_size, rng)
                 examples = clean._replace(images=disturb(clean.images, recipe, generator)).to(device)
+
+                # One step.
                 value = loss(network(examples.images.contiguous(memory_format=torch.channels_last)), examples)
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()
@@ -236,13 +241,14 @@ def held_out_examples(recipe: Recipe) -> Iterator[Examples]:
 def trained(
     recipe: Recipe,
     build: Callable[[Recipe], nn.Module],
-    teach: Callable[[nn.Module, Drawings, Recipe, torch.device], dict[str, Any]],
+    train_and_measure: Callable[[nn.Module, Drawings, Recipe, torch.device], dict[str, Any]],
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a recipe and what was measured on held-out drawings: from the cache, else trained and kept there.
 
-    build: an untrained network; teach: trains it in place and returns the measurements, numbers and tensors by name;
+    build: an untrained network;
+    train_and_measure: trains it in place and returns the measurements, numbers and tensors by name;
     cache: a folder, None: keep nothing. A kept file that is damaged is made again.
     """
     device = torch.device(device)
@@ -253,23 +259,25 @@ def trained(
             return network.to(device), measured
         except CheckpointError as error:
             print(f"warning: {error}; a new {recipe.kind} is trained, about a minute, and put there", file=sys.stderr)
+
     started = time.monotonic()
     drawings = draw_birds("train", recipe.num_drawings, recipe.image_size, recipe.seed)
-    with torch.random.fork_rng(devices=[]):  # nobody else's random numbers may change by it
+    with torch.random.fork_rng(devices=[]):  # the caller's random state stays
         seed_everything(recipe.seed)
         network = build(recipe).to(device, memory_format=torch.channels_last)
-    measured = teach(network, drawings, recipe, device) | {"seconds": round(time.monotonic() - started, 1)}
+    measured = train_and_measure(network, drawings, recipe, device) | {"seconds": round(time.monotonic() - started, 1)}
+
     if path is not None:
         state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
         try:
             save_checkpoint(path, {"networks": {recipe.kind: state}, "recipe": asdict(recipe), "measured": measured})
-        except (OSError, UserError) as error:  # a full or read-only disk must not cost the score
+        except (OSError, UserError) as error:  # on a full or read-only disk the run goes on
             print(f"warning: the {recipe.kind} is not kept ({error})", file=sys.stderr)
     return network, measured
 
 
 def kept_file(cache: str | Path, recipe: Recipe) -> Path:
-    """Where the judge of a recipe is kept below a cache folder."""
+    """Where the trained network of a recipe is kept below a cache folder."""
     return Path(cache) / "judges" / f"{recipe.kind}-{recipe.image_size}px-{recipe.key()}.pth"
 
 
@@ -283,7 +291,7 @@ def _load(path: Path, network: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:100]
         raise CheckpointError(
-            f"{path}: the kept judge does not fit this version of the project, or was replaced ({reason})"
+            f"{path}: the kept network does not fit this version of the project, or was replaced ({reason})"
         ) from None
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last), measured
 

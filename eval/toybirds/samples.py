@@ -1,13 +1,14 @@
-"""Generated ToyBirds to be judged: drawn by a checkpoint for the test captions, or read from a folder of samples; and
-the script, with its options and output, that attributes.py and mask_iou.py are."""
+"""Generated ToyBirds: drawn by a checkpoint for the test captions, or read from a folder of samples; and what the two metrics
+of ToyBirds, eval/attributes.py and eval/mask_iou.py, share: their base class, and their script with its options and output."""
 
 import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -15,23 +16,27 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets.toybirds.dataset import ToyBirds
-from eval.features.sources import batches, read_samples
-from eval.features.statistics import default_cache, load_source
-from eval.protocol.scores import add_arguments as add_score_arguments
-from eval.protocol.scores import named_device, seed_number, versions
+from eval.features.sources import batches
+from eval.features.statistics import default_cache
+from eval.metric import Metric, Run, ScoringBatch
+from eval.scripts import add_arguments, broken, open_samples, print_lines, versions
 from eval.toybirds.classifiers import Recipe
+from miscc.command_line import named_device, seed_number
 from miscc.errors import DataError
-from miscc.files import write_json
 from miscc.randomness import stream
 from sampling.pipeline import TextToImage
+from sampling.requests import Request
 
 
 class GeneratedBirds(NamedTuple):
     """N images with what they were made from.
 
-    images: (N, S, S, 3) uint8; captions: N; keys: of the real bird that a caption was written for, "" for none;
+    images: (N, S, S, 3) uint8;
+    captions: N;
+    keys: of the real bird that a caption was written for, "" for none;
     masks: the generator's, of each stage (N, h, w) float32 in [0, 1], coarse to fine, empty where there are none;
-    origin: where they come from, for reports; device: on which to judge them.
+    origin: where they come from, for reports;
+    device: where the networks that read them run.
     """
 
     images: np.ndarray
@@ -42,9 +47,54 @@ class GeneratedBirds(NamedTuple):
     device: torch.device
     warnings: tuple[str, ...] = ()
 
+
+class BirdMetric(Metric):
+    """A metric by a network that reads drawn birds. It keeps the images: the network is loaded, or trained, at the end,
+    and in the main process alone."""
+
+    accumulated: ClassVar[tuple[str, ...]] = ("images", "masks", "requests")
+
+    def __init__(self, device: str | torch.device, cache: str | Path | None = None, seed: int = 0) -> None:
+        """cache: folder of trained networks, None: the usual one, because training takes minutes."""
+        self.device, self.cache, self.seed = device, cache, seed
+        self.images: list[np.ndarray] = []
+        self.masks: list[Sequence[np.ndarray]] = []
+        self.requests: list[Request] = []
+
+    @classmethod
+    def from_run(cls, run: Run) -> "BirdMetric":
+        return cls(run.device, run.tools.cache, run.protocol.seed)
+
+    def update(self, batch: ScoringBatch) -> None:
+        self.images.append(np.asarray(batch.images))
+        self.masks.append(batch.masks)
+        self.requests += batch.requests
+
     @property
     def image_size(self) -> int:
-        return self.images.shape[1]
+        return self.images[0].shape[1]
+
+    def all_images(self) -> np.ndarray:
+        """(N, S, S, 3) uint8."""
+        return np.concatenate(self.images)
+
+    def all_masks(self) -> list[np.ndarray]:
+        """Of each stage (N, h, w); empty where there are none."""
+        return [np.concatenate(stage) for stage in zip(*self.masks, strict=True)]
+
+    @cached_property
+    def reader(self) -> Any:
+        """The network that reads the birds, with its `recipe`; loaded at first use."""
+        raise NotImplementedError
+
+    def about(self) -> dict:
+        """The field of a score's protocol that says by which network it is."""
+        recipe: Recipe = self.reader.recipe
+        return {"judge": dataclasses.asdict(recipe) | {"recipe_hash": recipe.key()}}
+
+    def report(self) -> Any:
+        """All that was counted: `lines()` for people, `record()` for JSON."""
+        raise NotImplementedError
 
 
 def captions_of_test_birds(number: int, seed: int = 0, per_caption: int = 1) -> tuple[list[str], list[str]]:
@@ -57,9 +107,11 @@ def captions_of_test_birds(number: int, seed: int = 0, per_caption: int = 1) -> 
     different = -(-number // per_caption)
     rounds = -(-different // (len(birds) * each))
     orders = [stream(seed, "toybirds test captions", n).permutation(len(birds) * each) for n in range(rounds)]
-    places = np.repeat(np.concatenate(orders)[:different], per_caption)[:number].tolist()
-    known = {index: birds.captions(index) for index in sorted({place // each for place in places})}
-    return [known[place // each][place % each] for place in places], [f"test/{place // each}" for place in places]
+    chosen = np.repeat(np.concatenate(orders)[:different], per_caption)[:number].tolist()
+
+    # Caption i % each of bird i // each.
+    known = {index: birds.captions(index) for index in sorted({i // each for i in chosen})}
+    return [known[i // each][i % each] for i in chosen], [f"test/{i // each}" for i in chosen]
 
 
 def generate_birds(
@@ -75,20 +127,24 @@ def generate_birds(
     if number < 1 or per_caption < 1:
         raise DataError(f"{number} images, {per_caption} a caption; ask for at least one")
     captions, keys = captions_of_test_birds(number, seed, per_caption)
+    requests = _requests(captions, keys)
+
     images, masks = [], []
     with tqdm(total=number, desc="generating", unit="image", leave=False) as bar:
-        for start in range(0, number, batch_size):
-            rows = range(start, min(start + batch_size, number))
-            texts = [captions[i] for i in rows]
-            drawn = pipeline.generate(texts, seed, truncation, batch_size, indices=rows, with_masks=with_masks)
+        for drawn in pipeline.generate_batches(requests, seed, truncation, batch_size, with_masks):
             images.append(drawn.images)
             masks.append(drawn.masks)
-            bar.update(len(rows))
+            bar.update(len(drawn.images))
+
     origin = {name: value for name, value in pipeline.origin.items() if name != "config"}
     origin |= {"seed": seed, "truncation": truncation, "per_caption": per_caption, "captions": "toybirds test"}
     stages = [np.concatenate(stage) for stage in zip(*masks, strict=True)]
     warnings = tuple(_foreign((pipeline.origin.get("config") or {}).get("DATASET_NAME")))
     return GeneratedBirds(np.concatenate(images), captions, keys, stages, origin, pipeline.device, warnings)
+
+
+def _requests(captions: Sequence[str], keys: Sequence[str]) -> list[Request]:
+    return [Request(index, *pair, 0, 0) for index, pair in enumerate(zip(captions, keys, strict=True))]
 
 
 def _foreign(name: str | None) -> Iterator[str]:
@@ -101,34 +157,34 @@ def read_birds(
 ) -> GeneratedBirds:
     """The images that main.py sampled into a folder, by name, with their masks if they all have them.
 
-    workers: threads that decode, None: one a core. Raises DataError when captions or images are missing or broken, or
-    images differ in size or are not square.
+    workers: threads that decode, None: one a core.
+    Raises DataError when captions or images are missing or broken, or images differ in size or are not square.
     """
     folder = Path(folder)
-    by_file = {sample.file: sample for sample in read_samples(folder)}
-    source, skipped = load_source(folder, skip_broken)
-    samples = [by_file[name] for name in source.names]
+    source, samples, skipped = open_samples(folder, skip_broken)
     images: list[np.ndarray] = []
     with tqdm(total=len(source), desc="reading", unit="image", leave=False) as bar:
         for some in batches(source, 256, workers):
             images += some
             bar.update(len(some))
+
+    # One size, square.
     for sample, image in zip(samples, images, strict=True):
         if image.shape != images[0].shape or image.shape[0] != image.shape[1]:
             raise DataError(
                 f"{folder / sample.file}: is {image.shape[1]} x {image.shape[0]}; the images must all be square and of "
                 f"one size: sample them again"
             )
+
     masks = _read_masks(folder, [sample.file for sample in samples]) if with_masks else []
     captions, keys = [sample.caption for sample in samples], [sample.key for sample in samples]
-    warnings = [f"{folder}: {len(skipped)} broken images were left out, e.g. {skipped[0]}"] if skipped else []
     about = _about(folder)
-    warnings += _foreign(about.get("dataset"))
-    return GeneratedBirds(np.stack(images), captions, keys, masks, about, torch.device("cpu"), tuple(warnings))
+    warnings = (*broken(folder, skipped), *_foreign(about.get("dataset")))
+    return GeneratedBirds(np.stack(images), captions, keys, masks, about, torch.device("cpu"), warnings)
 
 
 def _about(folder: Path) -> dict[str, Any]:
-    """What the sampler noted about the folder."""
+    """What the sampler wrote about the folder."""
     try:
         about = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -156,34 +212,41 @@ def _read_mask(path: Path) -> np.ndarray:
         raise DataError(f"{path}: cannot be read as a mask ({error}); sample again") from None
 
 
-def run_script(
-    name: str,
-    description: str,
-    score: Callable[[GeneratedBirds, argparse.Namespace], tuple[Any, Recipe]],
-    with_masks: bool = False,
-) -> None:
-    """A script that judges birds. name: of the report in the JSON; score: gives a report with `lines()` and `record()`,
-    and the recipe of the judge that made it."""
+def run_script(name: str, description: str, metric_class: type[BirdMetric]) -> None:
+    """The script of a metric of ToyBirds. name: of the report in the JSON."""
     parser = argparse.ArgumentParser(description=description)
     _add_arguments(parser)
     args = parser.parse_args()
+
+    # The birds, drawn or read.
+    with_masks = metric_class.needs.masks
     birds = _birds_of(args, with_masks)
-    report, recipe = score(birds, args)
-    _print_report(name, report.lines(), report.record(), birds, recipe, args.json)
+    if with_masks and not birds.masks:
+        hint = "sample it again with --masks" if args.samples else "SSA-GAN predicts them, AttnGAN and DF-GAN do not"
+        raise DataError(f"{args.samples or args.checkpoint}: there are no masks; {hint}")
+
+    # Their scores.
+    metric = metric_class(birds.device, args.cache, args.seed)
+    requests = _requests(birds.captions, birds.keys)
+    metric.update(ScoringBatch(birds.images, range(len(birds.images)), requests, birds.masks))
+    report = metric.report()
+    record = {name: report.record(), "origin": birds.origin, **metric.about()}
+    record |= {"versions": versions(), "warnings": list(birds.warnings)}
+    print_lines(report.lines(), record, args.json)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--checkpoint or --samples, how many to draw and how, where judges are kept, and what all scores have."""
+    """--checkpoint or --samples, how many to draw and how, where trained networks are kept, and what all metrics have."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", metavar="CKPT", help="draw with this generator for captions of the test birds")
-    source.add_argument("--samples", metavar="DIR", help="judge a folder that main.py sampled into instead")
+    source.add_argument("--samples", metavar="DIR", help="score a folder that main.py sampled into instead")
     parser.add_argument("--num-images", type=int, default=500, metavar="N", help="to draw (default 500)")
     parser.add_argument("--per-caption", type=int, default=1, metavar="N", help="images of each caption (default 1)")
     parser.add_argument("--seed", type=seed_number, default=0, help="of captions and noise (default 0)")
     parser.add_argument("--truncation", type=float, metavar="T", help="draw with truncated noise, e.g. 0.8")
     cache = default_cache()
-    parser.add_argument("--cache", type=Path, default=cache, help=f"folder where trained judges are kept ({cache})")
-    add_score_arguments(parser, network=False, weights=False)
+    parser.add_argument("--cache", type=Path, default=cache, help=f"folder where trained networks are kept ({cache})")
+    add_arguments(parser, network=False, weights=False)
 
 
 def _birds_of(args: argparse.Namespace, with_masks: bool) -> GeneratedBirds:
@@ -198,22 +261,3 @@ def _birds_of(args: argparse.Namespace, with_masks: bool) -> GeneratedBirds:
     for warning in birds.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return birds
-
-
-def _print_report(
-    name: str,
-    lines: Sequence[str],
-    record: dict[str, Any],
-    birds: GeneratedBirds,
-    recipe: Recipe,
-    json_path: str | None,
-) -> None:
-    """Print the table; with `json_path` also write everything as JSON there, "-" prints the JSON instead."""
-    judge = dataclasses.asdict(recipe) | {"recipe_hash": recipe.key()}
-    warnings = list(birds.warnings)
-    whole = {name: record, "origin": birds.origin, "judge": judge, "versions": versions(), "warnings": warnings}
-    print("\n".join(lines), file=sys.stderr if json_path == "-" else sys.stdout)
-    if json_path == "-":
-        print(json.dumps(whole, indent=1, ensure_ascii=False))
-    elif json_path:
-        write_json(json_path, whole)

@@ -1,0 +1,207 @@
+"""What a metric is: the batch that it reads, the statement of what it needs, and the scores that it gives.
+
+The metrics themselves stand in a file each, such as FID.py; `eval/__init__.py` lists them. Their scripts, the protocols, the
+evaluation during training and the benchmark use the same classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.features.networks import FeatureNetwork
+from eval.features.reference import Reference
+from eval.protocol.protocols import Protocol
+from miscc.vocabulary import Vocabulary
+from sampling.encoders import Encoders
+from sampling.requests import Request
+
+COUNTS = {  # fields of a score's protocol that stand beside the value
+    "num_real": "real",
+    "num_fake": "generated",
+    "num_images": "images",
+    "num_pairs": "pairs",
+    "num_captions": "captions",
+    "splits": "splits",
+    "subset_size": "a subset",
+    "folds": "folds",
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One value with everything that is needed to compute it again.
+
+    name: with the network that it is by, such as "FID[inception-tf]";
+    std: over splits, folds, subsets or images, as the protocol says;
+    interval: 95 %.
+    """
+
+    name: str
+    value: float
+    protocol: dict
+    std: float | None = None
+    interval: tuple[float, float] | None = None
+    details: dict = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        """`IS[imagenet] 4.361 ± 0.032  [30000 images, 10 splits, resize tf1]`"""
+        text = f"{self.name} {self.value:.6g}"
+        if self.std is not None:
+            text += f" ± {self.std:.3g}"
+        if self.interval is not None:
+            text += f" (95 %: {self.interval[0]:.6g} to {self.interval[1]:.6g})"
+
+        # Counts and filter in brackets.
+        said = [f"{self.protocol[key]} {word}" for key, word in COUNTS.items() if self.protocol.get(key) is not None]
+        if "resize" in self.protocol:
+            said.append(f"resize {self.protocol['resize']}")
+        return f"{text}  [{', '.join(said)}]" if said else text
+
+    def record(self) -> dict:
+        """The score as JSON can hold it."""
+        return {
+            "name": self.name,
+            "value": self.value,
+            "std": self.std,
+            "interval": list(self.interval) if self.interval else None,
+            "details": self.details,
+            "protocol": self.protocol,
+            "warnings": list(self.warnings),
+        }
+
+    def of(self, origin: Mapping[str, Any], warnings: Sequence[str] = ()) -> "Score":
+        """The same score, which also says what its images were."""
+        return replace(self, protocol={**self.protocol, **origin}, warnings=(*self.warnings, *warnings))
+
+
+@dataclass(frozen=True)
+class ScoringBatch:
+    """N generated images, with what the metrics need beside them.
+
+    images: N of (H, W, 3) uint8;
+    indices: N, of each image among all that are scored; in a single process the batches come in this order;
+    requests: N, caption and key of each image;
+    masks: the generator's, of each stage (N, h, w) float32 in [0, 1], coarse to fine;
+    features, logits: (N, D) and (N, K) of the feature network;
+    real_images: N of (H, W, 3) uint8, the real image of each request's key.
+    """
+
+    images: Sequence[np.ndarray] = ()
+    indices: Sequence[int] = ()
+    requests: Sequence[Request] = ()
+    masks: Sequence[np.ndarray] = ()
+    features: Tensor | None = None
+    logits: Tensor | None = None
+    real_images: Sequence[np.ndarray] = ()
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a metric must be given, beside generated images.
+
+    features: features and logits of the feature network;
+    real: "statistics" or single "features" of the real images by that network;
+    encoders: DAMSM's;
+    masks: the generator's;
+    repeats: several images of each caption, drawn apart from the others;
+    real_images: the real image of each generated one's key;
+    data_set: images of this data set alone.
+    """
+
+    features: bool = False
+    real: str = ""
+    encoders: bool = False
+    masks: bool = False
+    repeats: bool = False
+    real_images: bool = False
+    data_set: str = ""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a protocol does not name because it changes no score, or because only the user can say where it is.
+
+    encoders: of R-precision;
+    weights, lpips_weights: files in place of those in torch hub's cache;
+    clip: folder of a CLIP, or its name in Hugging Face's cache, None: the usual one;
+    cache: folder of kept features and classifiers, None: keep no features;
+    progress: whether to show bars, None: on a terminal only.
+    """
+
+    encoders: Encoders | None = None
+    weights: str | Path | None = None
+    lpips_weights: str | Path | None = None
+    clip: str | None = None
+    cache: str | Path | None = None
+    batch_size: int = 32
+    progress: bool | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run of a protocol, from which a metric takes what it needs.
+
+    requests: of all images that are scored, or of those drawn apart for a metric that needs repeats;
+    text_encoder_hash: of the generator, None for real images;
+    network, reference: None where no metric needs them; reference only in the main process.
+    """
+
+    protocol: Protocol
+    tools: Tools
+    device: torch.device
+    requests: Sequence[Request]
+    image_size: int
+    vocabulary: Vocabulary
+    text_encoder_hash: str | None = None
+    network: FeatureNetwork | None = None
+    reference: Reference | None = None
+
+
+class Metric:
+    """Reads images batch by batch and computes scores of them all.
+
+    needs: what the batches and the constructor must be given;
+    accumulated: the attributes that `update` fills; nothing else travels between processes. `merge` joins lists; a metric
+    that accumulates something else has a `merge` of its own.
+    """
+
+    needs: ClassVar[Needs] = Needs()
+    accumulated: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def from_run(cls, run: Run) -> "Metric":
+        """The metric as a protocol asks for it. Raises UserError or ImportError where it cannot be computed."""
+        return cls()
+
+    def update(self, batch: ScoringBatch) -> None:
+        """Read the next images of this process."""
+        raise NotImplementedError
+
+    def merge(self, other: "Metric") -> None:
+        """Add what the same metric has accumulated in another process."""
+        for name in self.accumulated:
+            getattr(self, name).extend(getattr(other, name))
+
+    def compute(self) -> list[Score]:
+        """The scores of all images. Raises UserError where there are none."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.accumulated}
+
+
+def distance_name(prefix: str, network: FeatureNetwork) -> str:
+    """`FID[inception-tf]`, but `FD[efficientnet-lite0]`: only an Inception with its published weights gives an FID."""
+    inception = network.name.startswith("inception") and network.published
+    return f"{prefix if inception else prefix.replace('I', '')}[{network.label}]"
+
+
+def score_name(network: FeatureNetwork) -> str:
+    """`IS[imagenet]` for the network of the original score, else `IS[<network>]`."""
+    return f"IS[{'imagenet' if network.label == 'inception-tf' else network.label}]"
