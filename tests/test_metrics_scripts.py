@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from metrics_help import write_pictures
 
-import eval
+from eval.features.statistics import Statistics, save_statistics
 from eval.FID import main as fid_main
 from miscc.errors import run_command
 
@@ -25,14 +26,6 @@ def shell(command, folder):
     return subprocess.run(
         [sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
     )
-
-
-def test_every_metric_of_the_registry_has_a_main_and_every_score_file_is_in_it():
-    for name in eval.METRICS:
-        assert callable(importlib.import_module(f"eval.{name}").main)
-    scripts = {path.stem for path in (ROOT / "eval").glob("*.py") if "-> Score" in path.read_text(encoding="utf-8")}
-    assert {"FID", "IS", "KID", "LPIPS", "R_precision"} <= set(eval.METRICS)
-    assert scripts <= set(eval.METRICS)
 
 
 def test_fid_as_a_script_from_another_folder_prints_json_and_keeps_the_real_statistics(tmp_path):
@@ -85,6 +78,35 @@ def test_options_of_fid(tmp_path, monkeypatch, capsys):
     assert code == 2 and "was made with resize clean, not bilinear" in err
     code, _, err = run(monkeypatch, capsys, fid_main, *common, "--device", "cuda:77")
     assert code == 2 and err.startswith("error: --device cuda:77: cannot be used here")
+
+
+def test_two_files_of_statistics_need_no_network(tmp_path, monkeypatch, capsys):
+    """By hand: (3 - 0)² + 0, and one variance of 4 against one of 1: 4 + 1 - 2 · 2."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    np.savez(tmp_path / "real.npz", mu=np.zeros(2), sigma=np.diag([1.0, 1.0]))
+    np.savez(tmp_path / "fake.npz", mu=np.array([3.0, 0.0]), sigma=np.diag([4.0, 1.0]))
+    code, out, err = run(monkeypatch, capsys, fid_main, tmp_path / "real.npz", tmp_path / "fake.npz", "--device", "cpu")
+    assert code == 0 and out == "FD[unknown network] 10\n"
+    assert err.count("does not say with which network") == 2
+
+    # What made them is known, and must be the same.
+    made_by = {"network": "inception-tf", "weights_hash": "0123456789", "published_weights": True, "resize": "tf1"}
+    for name, resize in (("real", "tf1"), ("fake", "tf1"), ("other", "clean")):
+        found = Statistics(np.zeros(2), np.eye(2), 5000, made_by | {"resize": resize})
+        save_statistics(tmp_path / f"{name}.npz", found)
+    code, out, err = run(monkeypatch, capsys, fid_main, tmp_path / "real.npz", tmp_path / "fake.npz")
+    assert code == 0 and re.fullmatch(r"FID\[inception-tf\] [-\d.e]+  \[5000 real, 5000 generated, resize tf1\]\n", out)
+    assert err == ""
+    code, _, err = run(monkeypatch, capsys, fid_main, tmp_path / "real.npz", tmp_path / "other.npz")
+    assert code == 2 and "was made with resize tf1" in err and "with clean: they do not compare" in err
+
+
+def test_without_inceptions_weights_the_error_names_the_network_that_works_offline(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = write_pictures(tmp_path / "set", 3)
+    code, out, err = run(monkeypatch, capsys, fid_main, folder, folder, "--device", "cpu")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "--weights PATH" in err and err.rstrip().endswith("--network efficientnet-lite0")
 
 
 @pytest.mark.parametrize("package", ["lpips", "torch_fidelity", "efficientnet_lite_pytorch"])
