@@ -9,11 +9,18 @@ from models.types import TextFeatures
 from sampling.pipeline import TextToImage
 
 
-@torch.inference_mode()
 def interpolate(
     pipeline: TextToImage, first: str, second: str, steps: int = 8, seed: int = 0, truncation: float | None = None
 ) -> np.ndarray:
-    """A strip (H, steps·W, 3) uint8 from one caption to another under the same noise: text features mixed linearly.
+    """The images of `interpolated` side by side: a strip (H, steps·W, 3) uint8."""
+    return grid([list(interpolated(pipeline, first, second, steps, seed, truncation))])
+
+
+@torch.inference_mode()
+def interpolated(
+    pipeline: TextToImage, first: str, second: str, steps: int = 8, seed: int = 0, truncation: float | None = None
+) -> np.ndarray:
+    """Images (steps, H, W, 3) uint8 from one caption to another under the same noise: text features mixed linearly.
 
     With the same caption twice: from one noise to another, along the arc between them.
 
@@ -30,9 +37,7 @@ def interpolate(
         mixed_noise, text = _along_arc(noise[0], noise[1], weights), text.select([0] * steps)
     else:
         mixed_noise, text = noise[:1].expand(steps, -1), _mix(text, weights)
-
-    images = to_uint8(pipeline.synthesize(text, mixed_noise).images[-1])
-    return grid([list(images)])
+    return to_uint8(pipeline.synthesize(text, mixed_noise).images[-1])
 
 
 def _mix(text: TextFeatures, weights: torch.Tensor) -> TextFeatures:

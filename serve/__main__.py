@@ -1,0 +1,92 @@
+"""`python -m serve --checkpoint CKPT`: a page and an API for one or several models, on this machine unless --host says else.
+
+python -m serve --checkpoint output/00003-bird-ssa_gan/checkpoints/last.pth
+python -m serve --checkpoint A --checkpoint B             to compare two models
+python -m serve --onnx model.onnx --no-page               without PyTorch, without Gradio
+python -m serve --onnx model.onnx --caption "a red bird" --out bird.png       one image, no server
+"""
+
+import argparse
+import os
+import sys
+
+from miscc.command_line import not_negative, positive, truncation
+from miscc.errors import UserError, run_command
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m serve", description=__doc__.splitlines()[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--checkpoint", action="append", default=[], metavar="CKPT", help="a checkpoint, or a published model's folder")
+    add("--onnx", action="append", default=[], metavar="FILE", help="a model that serve.export wrote")
+    add("--gpu", type=int, metavar="N", help="number of the GPU, -1: CPU (without it: a GPU if there is one)")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: anybody who can reach this machine may draw")
+    add("--port", type=not_negative, default=7860, metavar="N", help="0: any free one")
+    add("--no-page", action="store_true", help="the API alone, which does not need Gradio")
+    add("--batch-size", type=positive, default=16, metavar="N", help="images drawn at once")
+    add("--queue", type=positive, default=256, metavar="N", help="images that may wait")
+    add("--max-caption", type=positive, default=500, metavar="N", help="characters of a caption")
+    add("--max-body", type=positive, default=64, metavar="KB", help="of a request")
+    add("--images-mb", type=positive, default=256, metavar="MB", help="of images kept for /bird and /birds")
+    add("--rate", type=not_negative, metavar="N", help="drawing requests a minute of a client, 0: no limit (without it: no "
+        "limit on this machine, 120 from elsewhere)")  # fmt: skip
+    add("--allow-host", action="append", default=[], metavar="NAME", help="another name that this server answers to")
+    add("--cors", action="append", default=[], metavar="ORIGIN", help="let scripts of this origin call the API")
+    one = parser.add_argument_group("one image instead of a server")
+    one.add_argument("--caption", metavar="TEXT", help="what to draw")
+    one.add_argument("--out", metavar="FILE", help="the PNG file")
+    one.add_argument("--seed", type=not_negative, default=0, metavar="N", help="of the noise")
+    one.add_argument("--truncation", type=truncation, metavar="T", help="cut the noise at +-2 and scale it by T")
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> None:
+    options = parse_arguments(words)
+    if bool(options.caption) != bool(options.out):
+        raise UserError("--caption and --out draw one image: give both, or neither to start the server")
+    from serve.models import load_models
+
+    models = load_models(options.checkpoint, options.onnx, options.gpu)
+    if options.caption:
+        draw_one(models, options)
+        return
+    try:
+        from serve.app import TOKEN_VARIABLE, Settings, serve
+    except ImportError as error:
+        raise UserError(f"{error.name} is missing; pip install -r requirements-serve.txt") from None
+
+    settings = Settings(
+        host=options.host, port=options.port, page=not options.no_page, batch_size=options.batch_size,
+        queue_size=options.queue, caption_length=options.max_caption, body_bytes=options.max_body * 1024,
+        images_bytes=options.images_mb * 2**20, rate=options.rate, hosts=tuple(options.allow_host),
+        cors=tuple(options.cors), token=os.environ.get(TOKEN_VARIABLE, ""),
+    )  # fmt: skip
+    if options.queue < options.batch_size:
+        raise UserError(f"--queue {options.queue}: must hold at least one batch of {options.batch_size}")
+    try:
+        serve(models, settings)
+    except ImportError as error:
+        raise UserError(f"{error.name} is missing; pip install -r requirements-serve.txt, or give --no-page") from None
+    except OSError as error:
+        raise UserError(f"--port {options.port}: cannot be listened on ({error.strerror}); take another") from None
+
+
+def draw_one(models: dict, options: argparse.Namespace) -> None:
+    """--caption: one image into a file, of the first model."""
+    from miscc.pictures import save_image
+    from serve.batcher import Batcher
+    from serve.drawing import Studio
+
+    studio = Studio(models, Batcher())
+    picture = studio.submit([options.caption], 1, options.seed, options.truncation).pictures()[0]
+    if picture.unknown:
+        print(f"words that the model does not know are left out: {', '.join(picture.unknown)}", file=sys.stderr)
+    save_image(picture.image, options.out)
+    print(options.out)
+
+
+if __name__ == "__main__":
+    run_command(main)

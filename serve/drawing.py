@@ -1,0 +1,171 @@
+"""From what a client asks to jobs for the batcher, and from their results to pixels; page and API share it. No HTTP here."""
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+
+from miscc.errors import UserError
+from miscc.pictures import attention_picture, unit_to_uint8
+from miscc.randomness import noise_array
+from miscc.vocabulary import encode_rows
+from serve.batcher import Batcher, Call, Job
+from serve.models import Drawn, Model
+
+MAX_SEED = 2**32 - 1
+WALK_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may ask for at once."""
+
+    caption_length: int = 500  # characters
+    captions: int = 64
+    per_caption: int = 16
+    images: int = 64  # captions times images of each
+    truncation: float = 5.0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image that was asked for: which caption, which noise, and what was drawn."""
+
+    caption: str
+    seed: int
+    index: int  # of the noise, as in TextToImage.generate
+    truncation: float | None
+    words: list[str]  # as the model read them
+    unknown: list[str]
+    drawn: Drawn
+
+    @property
+    def image(self) -> np.ndarray:
+        """(H, W, 3) uint8, of the last stage."""
+        return self.drawn.images[-1]
+
+    def mask(self, stage: int) -> np.ndarray:
+        """(h, w) uint8."""
+        return unit_to_uint8(self.drawn.masks[stage])
+
+    def attention_strip(self, stage: int) -> np.ndarray:
+        """The image and, word by word, where the caption looks: (.., .., 3) uint8."""
+        return attention_picture([self.image], [self.words], [self.drawn.attention[stage]], cell_size=128)
+
+    def maps(self) -> list[np.ndarray]:
+        """At most two pictures of where the text acts: AttnGAN's attention, SSA-GAN's last masks; [] without either."""
+        if self.drawn.attention:
+            return [self.attention_strip(stage) for stage in range(len(self.drawn.attention))][-2:]
+        return [self.mask(stage) for stage in range(len(self.drawn.masks))][-2:]
+
+
+class Studio:
+    """The models, the batcher that draws with them, and what may be asked of them."""
+
+    def __init__(self, models: Mapping[str, Model], batcher: Batcher, limits: Limits | None = None):
+        self.models, self.batcher, self.limits = dict(models), batcher, limits or Limits()
+
+    @property
+    def first(self) -> Model:
+        return next(iter(self.models.values()))
+
+    def model(self, name: str | None = None) -> Model:
+        """The model of this name, None: the first. Raises UserError."""
+        if name is None:
+            return self.first
+        if name not in self.models:
+            raise UserError(f"model: there is none of this name; take one of {', '.join(self.models)}")
+        return self.models[name]
+
+    def check_caption(self, caption: str) -> str:
+        """The caption with single spaces between its words. Raises UserError where it is empty, too long or no text."""
+        if len(caption) > self.limits.caption_length:
+            raise UserError(
+                f"caption: has {len(caption)} characters; write at most {self.limits.caption_length}, of which the model "
+                f"reads the first words"
+            )
+        caption = " ".join(caption.split())
+        if not caption:
+            raise UserError("caption: is empty; write one such as 'a small red bird with black wings'")
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in caption):
+            raise UserError("caption: holds control characters or half a character; write plain text")
+        return caption
+
+    def submit(
+        self,
+        captions: Sequence[str],
+        per_caption: int = 1,
+        seed: int = 0,
+        truncation: float | None = None,
+        model: str | None = None,
+    ) -> "Order":
+        """Queue `per_caption` images of each caption; the i-th has the noise of (seed, i), as TextToImage.generate gives.
+
+        Raises UserError for what the limits or the vocabulary forbid, QueueFullError.
+        """
+        chosen, limits = self.model(model), self.limits
+        if not 1 <= len(captions) <= limits.captions:
+            raise UserError(f"captions: give 1 to {limits.captions}, not {len(captions)}")
+        if not 1 <= per_caption <= limits.per_caption:
+            raise UserError(f"n: give 1 to {limits.per_caption} images of a caption, not {per_caption}")
+        if len(captions) * per_caption > limits.images:
+            raise UserError(
+                f"n: {len(captions)} captions times {per_caption} are more than {limits.images} images at once"
+            )
+        if not 0 <= seed <= MAX_SEED:
+            raise UserError(f"seed: give a whole number from 0 to {MAX_SEED}")
+        if truncation is not None and not 0 < truncation <= limits.truncation:
+            raise UserError(f"truncation: give a number above 0 and up to {limits.truncation:g}, or none")
+        repeated = [self.check_caption(caption) for caption in captions for _ in range(per_caption)]
+        tokens, lengths, unknown = encode_rows(repeated, chosen.vocabulary, chosen.max_words)
+        noise = noise_array(seed, 0, range(len(repeated)), chosen.noise_dim, truncation)
+        jobs = [Job(chosen, tokens[i], int(lengths[i]), noise[i]) for i in range(len(repeated))]
+        futures = self.batcher.submit(jobs)
+        return Order(chosen, repeated, seed, truncation, jobs, unknown, futures)
+
+    def submit_walk(
+        self, first: str, second: str, seed: int = 0, truncation: float | None = None, model: str | None = None
+    ) -> Future:
+        """Queue a walk from one caption to another: a future of WALK_STEPS images (H, W, 3). Raises as `submit`."""
+        chosen = self.model(model)
+        captions = [self.check_caption(caption) for caption in (first, second)]
+        encode_rows(captions, chosen.vocabulary, chosen.max_words)  # raises where no word is known
+        if not 0 <= seed <= MAX_SEED:
+            raise UserError(f"seed: give a whole number from 0 to {MAX_SEED}")
+        call = Call(lambda: chosen.walk(*captions, WALK_STEPS, seed, truncation), images=WALK_STEPS)
+        return self.batcher.submit([call])[0]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Images that are queued; `pictures` once their futures are done."""
+
+    model: Model
+    captions: list[str]
+    seed: int
+    truncation: float | None
+    jobs: list[Job]
+    unknown: list[list[str]]
+    futures: list[Future]
+
+    def pictures(self) -> list[Picture]:
+        """Waits until all are drawn. Raises what drawing raised."""
+        return [
+            Picture(
+                caption=self.captions[index],
+                seed=self.seed,
+                index=index,
+                truncation=self.truncation,
+                words=self.model.words_of(self.jobs[index].tokens, self.jobs[index].length),
+                unknown=self.unknown[index],
+                drawn=future.result(),
+            )
+            for index, future in enumerate(self.futures)
+        ]
+
+    def cancel(self) -> None:
+        """Drop what has not begun: nobody waits for it any more."""
+        for future in self.futures:
+            future.cancel()

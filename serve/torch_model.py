@@ -1,0 +1,67 @@
+"""A checkpoint or a published model behind the server's interface."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from miscc.distributed import choose_device
+from miscc.images import to_uint8
+from models.registry import network_name
+from sampling.interpolate import interpolated
+from sampling.pipeline import TextToImage
+from sampling.publish import example_captions
+from serve.models import Drawn, Model, told_of
+
+
+class TorchModel(Model):
+    """Draws with a TextToImage."""
+
+    mixes_captions = True
+
+    def __init__(self, name: str, pipeline: TextToImage):
+        config = pipeline.origin.get("config") or {}
+        probe = pipeline.generator.noise_dim
+        super().__init__(
+            name=name,
+            system=network_name(pipeline.generator),
+            image_size=pipeline.image_size,
+            noise_dim=probe,
+            max_words=pipeline.text_encoder.max_words,
+            vocabulary=pipeline.vocabulary,
+            mask_sizes=[],
+            attends=pipeline.attends,
+            truncation=(config.get("GAN") or {}).get("TRUNCATION"),
+            examples=example_captions(pipeline),
+            origin=told_of(config, pipeline.origin.get("step"), pipeline.origin.get("epoch")),
+        )
+        self.pipeline = pipeline
+        # Drawing once tells the sizes of the masks, and makes the first request as fast as the others.
+        some = np.ones((1, self.max_words), dtype=np.int64), np.ones(1, dtype=np.int64)
+        drawn = self.draw(*some, np.zeros((1, self.noise_dim), dtype=np.float32))
+        self.mask_sizes = [mask.shape[1] for mask in drawn.masks]
+
+    @torch.inference_mode()
+    def draw(self, tokens: np.ndarray, lengths: np.ndarray, noise: np.ndarray) -> Drawn:
+        pipeline = self.pipeline
+        text = pipeline.text_encoder(torch.from_numpy(tokens).to(pipeline.device), torch.from_numpy(lengths))
+        output = pipeline.synthesize(text, torch.from_numpy(noise))
+        return Drawn(
+            images=[to_uint8(images) for images in output.images],
+            masks=[mask[:, 0].float().cpu().numpy() for mask in output.masks],
+            attention=[maps.float().cpu().numpy() for maps in output.attention],
+        )
+
+    def walk(self, first: str, second: str, steps: int, seed: int, truncation: float | None) -> list[np.ndarray]:
+        return list(interpolated(self.pipeline, first, second, steps, seed, truncation))
+
+
+def load_torch_model(path: str, gpu: int | None = None) -> TorchModel:
+    """From a checkpoint of ours, or the folder or the online name of a published model. Raises CheckpointError."""
+    device = choose_device(gpu)
+    found = Path(path)
+    looks_online = not found.exists() and found.suffix == "" and path.count("/") == 1
+    pipeline = TextToImage.from_pretrained(path, device) if looks_online else TextToImage.load(path, device)
+    # A run's file is called last.pth: its folder says more.
+    is_run = found.parent.name == "checkpoints"
+    return TorchModel(found.parent.parent.name if is_run else found.resolve().stem, pipeline)
