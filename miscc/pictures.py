@@ -119,6 +119,13 @@ def attention_picture(
     return np.asarray(canvas)
 
 
+def overlay(pixels: np.ndarray, weights: np.ndarray, strength: float = 1.0) -> np.ndarray:
+    """(H, W, 3) uint8, darkened where weights (h, w) in [0, 1] are low and reddish where they are high; strength 0: as it is."""
+    heated = np.asarray(_heat(Image.fromarray(pixels), weights), dtype=np.float32)
+    mixed = pixels + strength * (heated - pixels)
+    return mixed.round().clip(0, 255).astype(np.uint8)
+
+
 def _heat(picture: Image.Image, attention: np.ndarray) -> Image.Image:
     """The picture, dark where attention (h, w) in [0, 1] is low and reddish where it is high."""
     coarse = Image.fromarray(attention.astype(np.float32))

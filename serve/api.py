@@ -74,6 +74,10 @@ def build_api(studio: Studio, store: ImageStore, metrics: Metrics, page: str | N
             return RedirectResponse(page, status_code=307)
         return PlainTextResponse(f"Version {VERSION}\n")
 
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        return Response(status_code=204)
+
     @app.get("/health", summary="Whether the server draws")
     async def health() -> Response:
         alive = studio.batcher.alive

@@ -20,6 +20,7 @@ from serve.guards import App, BearerToken, BodyLimit, KnownHosts, RateLimit, Sec
 from serve.image_store import ImageStore
 from serve.metrics import Metrics
 from serve.models import Model
+from serve.page_guard import PageGuard
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 PAGE = "/page"
@@ -83,6 +84,8 @@ def build_app(models: dict[str, Model], settings: Settings, folder: Path) -> tup
 
     # From the inside out: the first to see a request stands last.
     app: App = api
+    if settings.page:
+        app = PageGuard(app, PAGE, folder / "page", bool(settings.token))
     if settings.token:
         app = BearerToken(app, settings.token)
     app = BodyLimit(RateLimit(app, settings.requests_per_minute), settings.body_bytes)

@@ -366,8 +366,9 @@ def test_images_are_kept_up_to_a_size_and_under_names_nobody_can_guess(tmp_path,
 # -- as a process ----------------------------------------------------------------------------------------------------------
 
 
-def start(arguments, **environment):
-    command = [sys.executable, "-m", "serve", "--gpu", "-1", "--port", "0", "--no-page", *arguments]
+def start(arguments, page=False, **environment):
+    options = [] if page else ["--no-page"]
+    command = [sys.executable, "-m", "serve", "--gpu", "-1", "--port", "0", *options, *arguments]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
