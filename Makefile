@@ -7,7 +7,7 @@ DEMO   := output/demo
 GPU    ?=
 DEVICE := $(if $(GPU),--gpu $(GPU),)
 
-.PHONY: demo test slow-test check house clean-demo environment
+.PHONY: demo serve test slow-test check house clean-demo environment
 
 environment: $(VENV)/installed
 
@@ -30,6 +30,18 @@ demo: environment
 
 clean-demo:
 	rm -rf $(DEMO)
+
+# The page and the API on MODEL: a checkpoint or a published model's folder; without it the one that ships with the
+# repository, else the demo's.
+MODEL  ?= $(firstword $(wildcard pretrained/*/config.json) $(wildcard $(DEMO)/*/checkpoints/last.pth))
+
+serve: $(VENV)/installed-serve
+	@test -n "$(MODEL)" || { echo "no model to serve; run 'make demo' first, or give MODEL=path"; exit 2; }
+	$(RUN) -m serve --checkpoint $(patsubst %/config.json,%,$(MODEL))
+
+$(VENV)/installed-serve: requirements-serve.txt $(VENV)/installed
+	$(RUN) -m pip install --quiet -r requirements-serve.txt
+	touch $@
 
 test: environment
 	$(RUN) -m pytest
