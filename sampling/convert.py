@@ -71,24 +71,23 @@ def convert(
     if actual != expected:
         raise CheckpointError(f"{encoder_path}: gives features of length {actual}, the generator expects {expected}")
 
-    # Collect the networks, and write them as training would.
-    networks = {"generator": generator, "text_encoder": encoders.text_encoder}
-    if encoders.image_encoder is not None:
-        networks["image_encoder"] = encoders.image_encoder
-    discriminator = _discriminator(generator, content, discriminator_path)
-    if discriminator is not None:
-        networks["discriminator"] = discriminator
-    name = network_name(generator)
+    # Write them as training would.
+    networks = {
+        "generator": generator,
+        "text_encoder": encoders.text_encoder,
+        "image_encoder": encoders.image_encoder,
+        "discriminator": _discriminator(generator, content, discriminator_path),
+    }
     checkpoint = {
         "config": {
             "CONFIG_NAME": out.stem,
             "DATASET_NAME": dataset or Path(data_dir).resolve().name,
             "DATA_DIR": str(data_dir),
-            "GAN": {"NAME": name},
+            "GAN": {"NAME": network_name(generator)},
             "TEXT": {"WORDS_NUM": encoders.max_words},
         },
         "vocabulary": vocabulary.words,
-        "networks": {part: to_state(network_name(network), network) for part, network in networks.items()},
+        "networks": {part: to_state(network_name(net), net) for part, net in networks.items() if net is not None},
         "step": 0,
         "epoch": 0,
         "released": {

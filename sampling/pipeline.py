@@ -1,4 +1,4 @@
-"""TextToImage: one checkpoint -> captions in, images and masks out. main.py, the scores and the web page all use it."""
+"""TextToImage: a checkpoint's generator with all that it needs: captions in, images and masks out."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,9 +30,13 @@ logger = logging.getLogger(__name__)
 
 
 class Generated(NamedTuple):
-    """images: (N, H, W, 3) uint8; masks: of each stage (N, h, w) float32 in [0, 1], coarse to fine, empty where the
-    system predicts none or nobody asked for them; where asked for, attention: of each stage that attends (N, T, h, w)
-    float32, coarse to fine, and stages: the images (N, h', w', 3) uint8 that were drawn with it."""
+    """N images, and what else was requested. Lists have an array for each stage, coarse to fine.
+
+    images: (N, H, W, 3) uint8
+    masks: (N, h, w) float32 in [0, 1]; empty where the system predicts none
+    attention: (N, T, h, w) float32, of the stages that attend to words
+    stages: (N, h', w', 3) uint8, the images of these stages
+    """
 
     images: np.ndarray
     masks: list[np.ndarray]
@@ -41,10 +45,10 @@ class Generated(NamedTuple):
 
 
 class TextToImage:
-    """A generator with all that it needs to draw: text encoder and vocabulary.
+    """A generator with its text encoder and vocabulary.
 
-    The same seed gives the same images, whatever the batch size and whatever was drawn before: the noise is the same, and
-    rounding may move single values by one level of 255.
+    The same seed gives the same images, whatever the batch size and whatever was drawn before. (The noise is the same;
+    rounding may change single values by one level of 255.)
     """
 
     def __init__(
@@ -54,7 +58,13 @@ class TextToImage:
         vocabulary: Vocabulary,
         origin: dict[str, Any] | None = None,
     ):
-        """Networks in eval mode. origin: where the weights come from (file, step, epoch, config), for reports."""
+        """
+        generator, text_encoder: in eval mode
+        vocabulary: what the text encoder was trained with
+        origin: where the weights come from (file, step, epoch, config), for reports
+
+        Raises CheckpointError where text encoder and vocabulary are of different sizes.
+        """
         known = text_encoder.embedding.num_embeddings
         if known != len(vocabulary):
             raise CheckpointError(
@@ -75,6 +85,7 @@ class TextToImage:
         device None: a GPU if there is one. averaged False: G itself, not its average.
         Raises CheckpointError for a file that is missing, broken, of another kind or without a generator.
         """
+        # The text encoder, and the averaged generator where there is one.
         device = choose_device() if device is None else torch.device(device)
         checkpoint = load_model(path)
         if "text_encoder" not in checkpoint["networks"]:
@@ -85,6 +96,7 @@ class TextToImage:
             raise CheckpointError(
                 f"{path}: holds no generator but {', '.join(checkpoint['networks'])}; train one first"
             )
+
         origin = {
             "checkpoint": str(path),
             "averaged": wanted == "generator_ema",
@@ -123,14 +135,18 @@ class TextToImage:
         max_words: int = 18,
         transformer: str = "",
     ) -> "TextToImage":
-        """From the authors' loose files: netG*.pth, text_encoder*.pth and the captions.pickle in data_dir.
+        """From the authors' loose files.
 
-        Also takes one of our encoder checkpoints instead of text_encoder*.pth; data_dir then is not read.
-        transformer: folder of a Transformer that gives half of the sentence, as models.mixed_text has it.
+        generator_path: netG*.pth
+        text_encoder_path: text_encoder*.pth, or one of our encoder checkpoints
+        data_dir: the folder of captions.pickle; not read for our encoders, which hold their vocabulary
+        max_words: words of a caption at most; for the authors' encoders, which do not say
+        transformer: folder of a Transformer that gives half of the sentence, see models/mixed_text.py
         """
         device = choose_device() if device is None else torch.device(device)
         encoders = load_encoders(text_encoder_path, device, max_words)
         vocabulary = encoders.vocabulary or released_vocabulary(data_dir)
+
         with naming(generator_path):
             generator = load_generator(load_file(generator_path)).to(device)
         text_encoder = encoders.text_encoder
@@ -157,16 +173,20 @@ class TextToImage:
         return self.generator.predicts_masks
 
     def tokens(self, captions: Sequence[str]) -> EncodedCaptions:
-        """Captions as indices; unknown words and cut captions are named in a warning, once each.
+        """Captions as indices. A warning names each unknown word once, and once that captions are shortened.
 
-        Raises DataError where no word is left.
+        Raises DataError for a caption without a known word.
         """
-        encoded = encode_batch(captions, self.vocabulary, self.text_encoder.max_words)
         most = self.text_encoder.max_words
+        encoded = encode_batch(captions, self.vocabulary, most)
+
+        # Captions that are shortened.
         longest = max((len(self.vocabulary.encode(caption)[0]) for caption in captions), default=0)
         if longest > most and not self._named_length:
             self._named_length = True
             logger.warning("captions of up to %d words: the model reads the first %d that it knows", longest, most)
+
+        # Words that are left out.
         unknown = sorted({word for words in encoded.unknown for word in words} - self._named)
         if unknown:
             self._named.update(unknown)
@@ -174,12 +194,12 @@ class TextToImage:
         return encoded
 
     def check(self, captions: Sequence[str]) -> None:
-        """Say once for all captions which words are unknown. Raises DataError where no word is left."""
+        """Warn of unknown words in any of the captions, once. Raises DataError for a caption without a known word."""
         self.tokens(captions)
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> TextFeatures:
-        """Captions -> text features on the generator's device. Raises DataError as `tokens`."""
+        """Captions -> text features on the generator's device. Raises DataError as `tokens` does."""
         encoded = self.tokens(captions)
         return self.text_encoder(encoded.tokens.to(self.device), encoded.lengths)
 
@@ -204,17 +224,24 @@ class TextToImage:
     ) -> Generated:
         """Draw one image for each caption.
 
-        seed: the i-th image's noise is a function of (seed, i), or of (seed, indices[i]), so that a long list can be drawn
-        in parts; truncation: cut the noise at ±2 and scale it by this; with_attention: keep the word attention; with_masks
-        False: leave the masks, which are more bytes than the images, where they are.
+        seed: the i-th image's noise is a function of (seed, i)
+        truncation: cut the noise at ±2 and scale it by this
+        batch_size: images drawn at once
+        indices: use (seed, indices[i]) instead, so that a long list can be drawn in parts
+        with_attention: return the word attention
+        with_masks: return the masks; False saves copying more bytes than the images have
+
         Raises DataError for an empty list, and for a caption of which no word is known.
         """
+        # Captions to indices, all at once.
         if isinstance(captions, str):
             captions = [captions]
         if not captions:
             raise DataError("there is no caption to draw")
         indices = range(len(captions)) if indices is None else indices
         encoded = self.tokens(captions)
+
+        # Batch by batch: images, and what was requested beside them.
         images, masks, attention, stages = [], [], [], []
         for start in range(0, len(captions), batch_size):
             rows = slice(start, start + batch_size)
@@ -224,11 +251,15 @@ class TextToImage:
             images.append(to_uint8(output.images[-1]))
             if with_masks:
                 masks.append([mask[:, 0].float().cpu().numpy() for mask in output.masks])
+
+            # AttnDCGAN attends at every stage, but draws at the last alone.
             if with_attention:
                 attention.append([maps.float().cpu().numpy() for maps in output.attention])
-                last = len(output.images) - 1  # AttnDCGAN attends at every stage, but draws at the last alone
+                last = len(output.images) - 1
                 shown = [output.images[min(stage, last)] for stage in range(1, len(output.attention) + 1)]
                 stages.append([to_uint8(image) for image in shown])
+
+        # Lists of batches of stages -> lists of stages.
         parts = (masks, attention, stages)
         return Generated(
             np.concatenate(images), *([np.concatenate(stage) for stage in zip(*part, strict=True)] for part in parts)
