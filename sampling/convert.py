@@ -51,8 +51,7 @@ def convert(
     data_dir: the folder with the captions.pickle that the encoder was trained with
     discriminator_path: AttnGAN's first, others lie beside it; None: the one in the generator's file, if any
     dataset: our name for the data; empty: the folder's
-    max_words: words of a caption at most
-    overwrite: replace `out`
+    max_words, overwrite: words of a caption at most; replace `out`
 
     Returns the checkpoint. Raises UserError where parts do not belong together, or `out` exists.
     """
