@@ -19,7 +19,7 @@ from datasets.pickles import load_legacy_pickle
 from datasets.records import Records
 from miscc.errors import DataError
 from miscc.files import write_text
-from miscc.vocabulary import Vocabulary
+from miscc.vocabulary import Vocabulary, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -163,10 +163,12 @@ def read_metadata(name: str, root: Path, split: str, vocabulary: Vocabulary | No
     own, keys, captions = _read_captions(captions_path, root / split / "filenames.pickle", split)
     paths, boxes = locate(root, keys)
 
-    # Captions in the caller's vocabulary: spelled out with the pickle's and encoded anew.
+    # Captions in the caller's vocabulary: spelled out with the pickle's, or as their authors wrote them, and encoded anew.
     texts = None
     if vocabulary is not None and vocabulary != own:
         texts = [[own.decode(caption) for caption in group] for group in captions]
+        if vocabulary.reads_whole_captions:
+            texts = _as_written(root, keys, texts)
         captions = _encode(texts, vocabulary, f"{name}, {split}")
 
     records = Records(
@@ -205,6 +207,28 @@ def _read_captions(captions_path: Path, names_path: Path, split: str) -> tuple[V
             f"{captions_path}: word {highest} is beyond its vocabulary of {len(vocabulary)}; copy the file again"
         )
     return vocabulary, keys, [captions[start : start + each] for start in range(0, len(captions), each)]
+
+
+def _as_written(root: Path, keys: Sequence[str], spelled: list[list[str]]) -> list[list[str]]:
+    """The captions in text/<key>.txt, one a line, where AttnGAN's words come from; what is spelled out where they are not.
+
+    The pickle has the words alone, in lower case and without signs.
+    """
+    texts, missing = [], []
+    for key, group in zip(keys, spelled, strict=True):
+        path = root / "text" / f"{key}.txt"
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+        written = [line.strip() for line in lines if tokenize(line)][: len(group)]
+        if len(written) < len(group):
+            missing.append(key)
+        texts.append(written if len(written) == len(group) else group)
+    if missing:
+        logger.warning(
+            "%s: captions of %d of %d images are read from captions.pickle, without capitals and signs, since they are not "
+            "in text/ (%s)",
+            *(root, len(missing), len(keys), ", ".join(missing[:3])),
+        )
+    return texts
 
 
 def _expect_list(value: object, path: Path) -> list:

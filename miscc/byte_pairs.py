@@ -51,6 +51,8 @@ class BytePairs(Vocabulary):
     padding; it is also the token of an exclamation mark, but only padding stands behind the end token.
     """
 
+    reads_whole_captions = True
+
     def __init__(self, words: Iterable[str]):
         self.words = list(words)
         if not is_byte_pairs(self.words):

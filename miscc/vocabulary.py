@@ -28,7 +28,12 @@ def tokenize(caption: str) -> list[str]:
 
 
 class Vocabulary:
-    """The words that an encoder knows, each at its index; index 0 is `<end>`, the padding."""
+    """The words that an encoder knows, each at its index; index 0 is `<end>`, the padding.
+
+    reads_whole_captions: whether capitals, signs and unknown words make a difference, so that captions are wanted as written.
+    """
+
+    reads_whole_captions = False
 
     def __init__(self, words: Iterable[str]):
         """words: in the order of their indices, `<end>` first. Raises DataError if it is not, or a word occurs twice."""

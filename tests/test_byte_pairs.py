@@ -106,3 +106,25 @@ def test_as_transformers():
     theirs = tokenizer_class(vocab=pieces, merges=[tuple(merge.split(" ")) for merge in MERGES])
     for caption in ("A small bird's band, 12 and 3", "!'s ?'ll x'd", "naïve ½ 日本 🐦"):
         assert pairs.encode(caption)[0] == theirs(caption)["input_ids"]
+
+
+def test_metadata_gives_captions_as_they_were_written(tmp_path, caplog):
+    from test_datasets import CLASSES, write_cub, write_metadata
+
+    from datasets import load_records
+
+    write_cub(tmp_path, CLASSES)
+    write_metadata(tmp_path, {"001.Finch/Finch_0000": [[2, 3], [1, 3]], "003.Jay/Jay_0001": [[5, 4, 2], [3]]}, {})
+    written = tmp_path / "text" / "001.Finch" / "Finch_0000.txt"
+    written.write_text("A Red bird, isn't it?\n\n!?\nthe Bird's 2 wings.\na third one\n")
+    pairs = BytePairs.of_merges(MERGES)
+    records, vocabulary = load_records("birds", tmp_path, "train", pairs)
+    assert vocabulary is pairs
+    assert records.texts[0] == ["A Red bird, isn't it?", "the Bird's 2 wings."]
+    assert records.captions[0][0].tolist() == pairs.encode("A Red bird, isn't it?")[0]
+    # Where the file is missing, the pickle's words are all there is, and a warning says so.
+    (tmp_path / "text" / "003.Jay" / "Jay_0001.txt").unlink()
+    records, _ = load_records("birds", tmp_path, "train", pairs)
+    words = load_records("birds", tmp_path, "train")[0]
+    assert records.texts[1] == [words.text(1, 0), words.text(1, 1)]
+    assert "1 of 2 images are read from captions.pickle" in caplog.text and "Jay_0001" in caplog.text
