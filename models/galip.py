@@ -2,8 +2,8 @@
 
 Written from the paper and from what is known of the released code's behaviour; where the two differ the released code is
 followed: images of CLIP's own 224 pixels, no tanh, pixels scaled twice (a switch), mismatched pairs by rolling the sentences.
-Not followed where it only costs: D's step sends no gradient through CLIP, real images go no further than the last block that
-D reads, and the fake images' features are computed once for both steps.
+Not followed where it only costs: D's step sends no gradient through CLIP, and real images go no further than the last block
+that D reads.
 """
 
 from collections.abc import Iterator, Sequence
