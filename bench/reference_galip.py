@@ -4,6 +4,7 @@ Real images carry a gradient through the whole ViT, which nobody reads; captions
 upsampled before a block's fusion; D's weights take gradients in G's step. Written by us for bench/ alone.
 """
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from miscc.batch import Batch
 from models.clip_features import Attention, ClipTextEncoder, TransformerBlock
-from models.galip import GALIP
+from models.galip import GALIP, PromptedViT
 from models.layers import AffineFusion, ConditionalAffine, FusionBlock
 from models.types import TextFeatures, Update
 
@@ -22,7 +23,7 @@ class PlainAttention(Attention):
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         x = x.transpose(0, 1)  # (T, N, C)
-        mask = torch.full((len(x), len(x)), -torch.inf, device=x.device).triu_(1) if causal else None
+        mask = x.new_full((len(x), len(x)), -torch.inf).triu_(1) if causal else None
         attended, _ = F.multi_head_attention_forward(
             x, x, x, x.shape[-1], self.num_heads, self.in_proj_weight, self.in_proj_bias, None, None, False, 0.0,
             self.out_proj.weight, self.out_proj.bias, training=False, need_weights=False, attn_mask=mask,
@@ -107,3 +108,23 @@ class PlainGALIP(GALIP):
         similarity = F.cosine_similarity(fake_codes, text.sentence).mean()
         adversarial = -discriminator(fake_maps, text.sentence).mean()
         yield Update("generator", {"adversarial": adversarial, "similarity": -4.0 * similarity})
+
+
+def plain_galip(system: GALIP) -> PlainGALIP:
+    """The plain form of a system of ours, on copies of its networks: same settings, same weights."""
+    plain = copy.copy(system)
+    plain.__class__ = PlainGALIP
+    plain.networks = {name: copy.deepcopy(network) for name, network in system.networks.items()}
+
+    # Copies of a generator share its ViT; here each needs its own.
+    vit = system.networks["generator"].vit
+    own = PromptedViT(len(vit.class_embedding), len(vit.transformer.resblocks)).to(vit.class_embedding)
+    own.load_state_dict(vit.state_dict())
+    plain.networks["generator"].vit = own
+
+    # The plain classes add no state, so a copied part becomes plain by taking on the other class.
+    for network in plain.networks.values():
+        for part in network.modules():
+            part.__class__ = PLAIN.get(type(part), type(part))
+    plain.train()
+    return plain

@@ -274,10 +274,10 @@ def untrained_clip(
     state = {f"visual.{name}": value for name, value in image.state_dict().items()} | text.state_dict()
     generator = torch.Generator().manual_seed(0)
     for name, value in sorted(state.items()):
-        if value.dim() > 1:
-            state[name] = torch.randn(value.shape, generator=generator) / value[0].numel() ** 0.5
+        if "ln_" in name or name.endswith("bias"):
+            state[name] = torch.full_like(value, float(name.endswith("weight")))
         else:
-            state[name] = torch.full_like(value, float("ln_" in name and name.endswith("weight")))
+            state[name] = torch.randn(value.shape, generator=generator) / value[0].numel() ** 0.5
     return load_clip(state, **options)
 
 

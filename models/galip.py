@@ -67,7 +67,7 @@ class PromptedViT(nn.Module):
 
     @property
     def is_filled(self) -> bool:
-        return bool(self.class_embedding.any())
+        return bool(self.ln_pre.weight.any())  # a norm without scale gives nothing
 
     def fill(self, encoder: ClipImageEncoder) -> None:
         """Take an image tower's weights, without a copy: they are in memory and in a checkpoint once. Raises ValueError."""
@@ -77,6 +77,11 @@ class PromptedViT(nn.Module):
                 raise ValueError(f"GALIP's generator was made for another CLIP than this one ({name} differs)")
             module, _, last = name.rpartition(".")
             setattr(self.get_submodule(module), last, given[name])
+
+    def equals(self, encoder: ClipImageEncoder) -> bool:
+        """Whether these are an image tower's weights."""
+        given = encoder.state_dict()
+        return all(name in given and torch.equal(given[name], own) for name, own in self.state_dict().items())
 
     def forward(self, bridge: Tensor, prompts: Tensor) -> Tensor:
         """bridge (N, C, 7, 7), prompts (N, P, C), one for each of the blocks 1 to P -> patch features (N, C, 7, 7)."""
@@ -233,6 +238,11 @@ def block_sizes(image_size: int) -> list[int]:
     return [2**power for power in range(3, (image_size - 1).bit_length())] + [image_size]
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """16-bit values are widened, others stay as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class GALIP(AdversarialSystem):
     """The objective: matching-aware hinge and MA-GP on CLIP's features in one step of D; then D's and CLIP's opinion for G.
 
@@ -257,6 +267,9 @@ class GALIP(AdversarialSystem):
         super().__init__(networks, generator_lr, discriminator_lr, betas)
         self.penalty = {"weight": penalty_weight, "power": penalty_power}
         self.similarity_weight = similarity_weight
+        # A fresh generator's ViT, and one that is the same, are the encoder's: in memory once.
+        if not networks["generator"].vit.is_filled or networks["generator"].vit.equals(networks["image_encoder"]):
+            networks["generator"].vit.fill(networks["image_encoder"])
 
     def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
         """Discriminator, then generator."""
@@ -264,18 +277,18 @@ class GALIP(AdversarialSystem):
         image_encoder = self.networks["image_encoder"]
 
         # What CLIP sees. The fake images' features serve both steps: CLIP does not change between them.
-        sentence = self.networks["text_encoder"](batch.captions, batch.lengths).detach()
-        fake_images = generator(noise, sentence).images[-1]
+        text = self.networks["text_encoder"](batch.captions, batch.lengths).detach()
+        fake_images = generator(noise, text).images[-1]
         fake_maps, fake_codes = image_encoder(fake_images)
         with torch.no_grad():
             real_maps = image_encoder.patches(batch.images)
 
-        losses, stats = self.discriminator_losses(real_maps, [m.detach() for m in fake_maps], sentence.sentence)
+        losses, stats = self.discriminator_losses(real_maps, [m.detach() for m in fake_maps], text.sentence)
         yield Update("discriminator", losses, stats)
 
         with no_parameter_grad(discriminator):
-            adversarial = hinge_generator_loss(discriminator(fake_maps, sentence.sentence))
-            similarity = F.cosine_similarity(fake_codes.float(), sentence.sentence.float()).mean()
+            adversarial = hinge_generator_loss(discriminator(fake_maps, text.sentence))
+            similarity = F.cosine_similarity(at_least_float32(fake_codes), at_least_float32(text.sentence)).mean()
             losses = {"adversarial": adversarial, "similarity": -self.similarity_weight * similarity}
             yield Update("generator", losses, {"similarity": similarity.detach()})
 
@@ -287,8 +300,8 @@ class GALIP(AdversarialSystem):
         The penalty is taken for the maps and the sentence, not for pixels, and shares its forward pass with the hinge.
         """
         discriminator = self.networks["discriminator"]
-        maps = torch.stack(list(real_maps), dim=1).detach().float().requires_grad_()  # (N, maps, C, 7, 7)
-        own = sentence.detach().float().requires_grad_()
+        maps = at_least_float32(torch.stack(list(real_maps), dim=1).detach()).requires_grad_()  # (N, maps, C, 7, 7)
+        own = at_least_float32(sentence.detach()).requires_grad_()
         with full_precision(maps.device):
             features = discriminator.features(maps.unbind(dim=1))
             real_logits = discriminator.logits(features, own)

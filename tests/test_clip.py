@@ -6,19 +6,18 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_clip import tiny_clip
 
 from miscc.byte_pairs import BytePairs
 from miscc.errors import CheckpointError
-from models.clip_features import load_clip, untrained_clip
+from models.clip_features import load_clip
 from models.clip_files import MODEL, find_clip, load_clip_weights, load_tokenizer, openai_names, read_tensors
 from models.registry import from_state, to_state
-
-SIZES = {"image_size": 56, "patch_size": 8, "width": 64, "num_blocks": 10, "text_dim": 16, "vocabulary_size": 520}
 
 
 @pytest.fixture(scope="module")
 def clip():
-    return untrained_clip(**SIZES)
+    return tiny_clip()
 
 
 def openai_state(clip):
