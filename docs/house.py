@@ -18,7 +18,7 @@ ENTRANCE = "entry scripts"  # drawn like a room
 # Sizes in pixels.
 WIDTH, MARGIN, GAP = 1180, 24, 56  # of the picture; GAP between two floors, where the arrows are
 COLUMN, LINE, TITLE = 196, 16, 34  # a column of files, a line of text, the head of a room
-MAX_LINES = 9  # in a column
+MIN_LINES = 9  # in a column; longer where a floor would be too wide
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,9 @@ class Box:
 def place(rooms: Mapping[str, Room]) -> dict[str, Box]:
     """A box for each room: the floors stacked with the entry scripts on top, the rooms of a floor side by side."""
     boxes, y = {}, float(MARGIN)
+    num_lines = column_length(rooms)
     for names in reversed(floors(rooms)):
-        sizes = {name: _box_size(rooms[name]) for name in names}
+        sizes = {name: _box_size(rooms[name], num_lines) for name in names}
         free = WIDTH - 2 * MARGIN - sum(width for width, _ in sizes.values())
         space = free / (len(names) + 1)
         x = MARGIN + space
@@ -126,17 +127,27 @@ def place(rooms: Mapping[str, Room]) -> dict[str, Box]:
     return boxes
 
 
-def _box_size(room: Room) -> tuple[float, float]:
-    columns = list(_columns(room))
+def column_length(rooms: Mapping[str, Room]) -> int:
+    """The smallest number of lines a column with which every floor fits the picture's width."""
+    num_lines = MIN_LINES
+    while True:
+        widths = [sum(_box_size(rooms[name], num_lines)[0] + MARGIN for name in names) for names in floors(rooms)]
+        if max(widths) + MARGIN <= WIDTH or num_lines > max(len(room.files) for room in rooms.values()):
+            return num_lines
+        num_lines += 1
+
+
+def _box_size(room: Room, num_lines: int) -> tuple[float, float]:
+    columns = list(_columns(room, num_lines))
     return len(columns) * COLUMN + 16, TITLE + max(map(len, columns)) * LINE + 10
 
 
-def _columns(room: Room) -> Iterator[list[str]]:
-    """The room's files in columns; empty package files are left out."""
+def _columns(room: Room, num_lines: int) -> Iterator[list[str]]:
+    """The room's files in columns of num_lines; empty package files are left out."""
     names = [name for name, lines in room.files.items() if lines > 1]
     names.sort(key=lambda name: (name.count("/"), name))
-    for start in range(0, len(names), MAX_LINES):
-        yield names[start : start + MAX_LINES]
+    for start in range(0, len(names), num_lines):
+        yield names[start : start + num_lines]
 
 
 def draw(rooms: Mapping[str, Room]) -> str:
@@ -153,12 +164,13 @@ def draw(rooms: Mapping[str, Room]) -> str:
 
     # Arrows first, so that a room covers the end of a line that would run into it.
     parts += [_arrow(boxes[importing], boxes[imported]) for importing, imported in direct_imports(rooms)]
+    num_lines = column_length(rooms)
     for name, box in boxes.items():
-        parts += _draw_room(rooms[name], box)
+        parts += _draw_room(rooms[name], box, num_lines)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _draw_room(room: Room, box: Box) -> Iterator[str]:
+def _draw_room(room: Room, box: Box, num_lines: int) -> Iterator[str]:
     yield (
         f'<rect x="{box.x:.0f}" y="{box.y:.0f}" width="{box.width:.0f}" height="{box.height:.0f}" rx="6" '
         f'fill="#f4f7fb" stroke="#345"/>'
@@ -168,7 +180,7 @@ def _draw_room(room: Room, box: Box) -> Iterator[str]:
         f'<text x="{box.x + 12:.0f}" y="{box.y + 21:.0f}" font-size="15" font-weight="bold" fill="#123">{title}'
         f'<tspan font-size="11" font-weight="normal" fill="#678" dx="8">{room.num_lines:,} lines</tspan></text>'
     )
-    for index, names in enumerate(_columns(room)):
+    for index, names in enumerate(_columns(room, num_lines)):
         x = box.x + 12 + index * COLUMN
         for row, name in enumerate(names):
             y = box.y + TITLE + row * LINE + 10

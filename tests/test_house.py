@@ -50,6 +50,15 @@ def test_every_file_is_drawn_inside_its_room(small_house):
     assert boxes["eval"].y + boxes["eval"].height < boxes["models"].y
 
 
+def test_no_two_rooms_overlap_and_all_lie_within_the_picture():
+    boxes = list(house.place(house.read_rooms()).values())
+    for index, box in enumerate(boxes):
+        assert 0 < box.x and box.x + box.width < house.WIDTH
+        for other in boxes[index + 1 :]:
+            beside = box.x + box.width <= other.x or other.x + other.width <= box.x
+            assert beside or box.y + box.height <= other.y or other.y + other.height <= box.y
+
+
 def test_the_rooms_are_those_whose_imports_are_checked():
     present = {room for room in ROOMS if (ROOT / room).is_dir()}
     assert set(house.read_rooms()) == present | {house.ENTRANCE}
