@@ -68,14 +68,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    from miscc.config import load_config, without_effect
     from miscc.distributed import refuse_several_processes  # torch comes with the rest: --help should not wait for it
-    from models import SYSTEMS
-    from training.build import system_keys
+    from training.settings import keys_without_effect, load_config
 
     changes = settings_from(options)
-    cfg = load_config(options.cfg, changes, command="gan", systems=SYSTEMS)
-    for key in without_effect(options.cfg, "gan", system_keys(cfg.GAN.NAME), changes):
+    cfg = load_config(options.cfg, changes)
+    for key in keys_without_effect(options.cfg, changes):
         logger.warning("%s: %s has no effect for %s", options.cfg, key, cfg.GAN.NAME)
     if options.dry_run:
         from training.dry_run import describe
@@ -214,7 +212,7 @@ def find_pipeline(cfg: Mapping, options: argparse.Namespace, device) -> tuple:
         run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
         return pipeline, run / "samples" / f"{path.stem}-step{pipeline.origin['step']}"
     pipeline = TextToImage.from_released(
-        path, cfg.TEXT.DAMSM_NAME, cfg.DATA_DIR, device, cfg.TEXT.WORDS_NUM, **text_settings(cfg)
+        path, cfg.TEXT.DAMSM_NAME, cfg.DATA_DIR, device, cfg.TEXT.WORDS_NUM, text_settings(cfg).transformer
     )
     return pipeline, Path(cfg.OUTPUT_DIR) / "samples" / path.stem
 

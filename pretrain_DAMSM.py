@@ -27,14 +27,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    from miscc.config import load_config, without_effect  # torch comes with the rest: --help should not wait for it
-    from miscc.distributed import refuse_several_processes, start
+    from miscc.distributed import refuse_several_processes, start  # torch comes with it: --help should not wait for it
     from training.damsm import pretrain
+    from training.settings import keys_without_effect, load_config
 
     refuse_several_processes("pretraining the encoders")
     changes = settings_from(options)
     cfg = load_config(options.cfg, changes, command="damsm")
-    for key in without_effect(options.cfg, "damsm", (), changes):
+    for key in keys_without_effect(options.cfg, changes, command="damsm"):
         logger.warning("%s: %s has no effect for the encoders", options.cfg, key)
     device = start(cfg.GPU_ID, cfg.CUDA).device
     folder = Path(options.out or Path("DAMSMencoders") / cfg.DATASET_NAME)

@@ -55,7 +55,7 @@ class PlainGenerator(SSAGenerator):
     """Features are doubled before they go into a block."""
 
     def _sized_for_block(self, x: Tensor) -> Tensor:
-        if self.upsample == "nearest":
+        if self.settings.upsample == "nearest":
             return F.interpolate(x, scale_factor=2, mode="nearest")
         return super()._sized_for_block(x)
 
@@ -175,8 +175,8 @@ class PlainSSAGAN(SSAGAN):
         yield Update("discriminator", {"penalty": self._plain_penalty(images, sentence)}, is_penalty=True)
 
         losses = {"adversarial": -discriminator.logits(discriminator.features(fake), sentence).mean()}
-        if self.damsm_weight > 0:
-            losses |= {name: self.damsm_weight * loss for name, loss in self.damsm_losses(fake, text, batch).items()}
+        if (weight := self.settings.whole_damsm_weight) > 0:
+            losses |= {name: weight * loss for name, loss in self.damsm_losses(fake, text, batch).items()}
         yield Update("generator", losses)
 
     def _plain_penalty(self, images: Tensor, sentence: Tensor) -> Tensor:
@@ -188,12 +188,12 @@ class PlainSSAGAN(SSAGAN):
         )
         flat = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
         norm = flat.square().sum(dim=1).sqrt()
-        return self.penalty["weight"] * norm.pow(self.penalty["power"]).mean()
+        return self.settings.penalty_weight * norm.pow(self.settings.penalty_power).mean()
 
     def damsm_losses(self, images: Tensor, text: TextFeatures, batch: Batch) -> dict[str, Tensor]:
         regions, code = self.networks["image_encoder"](images)
-        words = plain_word_loss(regions, text.words, batch.lengths, batch.class_ids, **self.gammas)
-        sentence = plain_sentence_loss(code, text.sentence, batch.class_ids, self.gammas["gamma3"])
+        words = plain_word_loss(regions, text.words, batch.lengths, batch.class_ids, **self.settings.gammas)
+        sentence = plain_sentence_loss(code, text.sentence, batch.class_ids, self.settings.gamma3)
         return {"words": sum(words), "sentence": sum(sentence)}
 
 

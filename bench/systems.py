@@ -11,11 +11,11 @@ import torch
 
 from bench import common
 from bench.train_step import Step, step_of
-from miscc.config import load_config
 from miscc.errors import ConfigError, run_command
-from models import IMAGE_ENCODERS, SYSTEMS
+from models import IMAGE_ENCODERS
 from models.modes import eval_mode
 from models.registry import count_parameters
+from training.settings import load_config
 
 
 class Drawing:
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not paths:
         raise ConfigError("there is no cfg/toybirds_*.yml here; start this in the project's folder, or give --cfg")
     device = common.start(options)
-    configs = {Path(path).stem: load_config(path, systems=SYSTEMS) for path in paths}
+    configs = {Path(path).stem: load_config(path) for path in paths}
     results = {
         "machine": common.machine(device),
         "batch": options.batch,

@@ -18,15 +18,16 @@ from bench import common
 from bench.common import Clock
 from bench.reference import REFERENCES
 from miscc.batch import Batch
-from miscc.config import load_config
 from miscc.distributed import World
 from miscc.errors import ConfigError, run_command
 from models import IMAGE_ENCODERS, SYSTEMS, TEXT_ENCODERS
 from models.adversarial import AdversarialSystem
+from models.choice import keys_of, system_parts
 from models.types import System, Update
-from training.build import build_networks, build_system, system_keys
+from training.build import build_networks, build_system
 from training.compute import checkpoint_activations, compile_networks, use_channels_last
 from training.ema import EMA
+from training.settings import load_config
 from training.step import Stepper, make_optimizers
 
 NUM_WORDS, NUM_CLASSES = 5450, 200  # CUB's
@@ -136,7 +137,7 @@ def watched(system: System, clock: Clock) -> Iterator[None]:
 
 def build(options: argparse.Namespace, device: torch.device, changed: list[tuple[str, str]]) -> Step:
     """Fresh networks, random images and captions, the objective, as the options say."""
-    keys = system_keys(options.system)
+    keys = keys_of(system_parts(options.system))
     widths = [key for key in ("TRAIN.NF", "GAN.GF_DIM", "GAN.DF_DIM") if key in keys]
     # A system of stages starts at a quarter of the size: three stages.
     stages = [("TREE.BRANCH_NUM", "3")] if "TREE.BRANCH_NUM" in keys else []
@@ -146,7 +147,7 @@ def build(options: argparse.Namespace, device: torch.device, changed: list[tuple
     with tempfile.TemporaryDirectory() as folder:
         empty = Path(folder) / "bench.yml"
         empty.write_text("")
-        cfg = load_config(empty, [*changes, *changed], systems=SYSTEMS)
+        cfg = load_config(empty, [*changes, *changed])
     return step_of(cfg, options.encoder, options.batch, device)
 
 

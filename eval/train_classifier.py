@@ -23,15 +23,16 @@ from tqdm import tqdm
 from datasets import load_records
 from datasets.loading import ordered_loader, training_loader
 from datasets.records import Records
+from datasets.settings import DataSettings
 from datasets.text_image import TextImageDataset
 from eval.features.classifier import CLASSIFIERS, classifier_input
 from eval.features.networks import TORCHVISION_FILES, find_weights
 from miscc.checkpoint import load_file, save_checkpoint
 from miscc.command_line import add_device_option, named_device, positive, setting_pairs
-from miscc.config import load_config
+from miscc.config import OutputSettings, RunSettings
 from miscc.errors import CheckpointError, ConfigError, DataError, TrainingError, run_command
 from miscc.randomness import seed_everything, stream
-from models import SYSTEMS
+from models.choice import load_for_system, schema_with_systems
 from models.modes import eval_mode
 from models.registry import to_state
 
@@ -203,7 +204,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if not 0 < args.held_out < 1 or args.learning_rate < 0:
         raise ConfigError("--held-out must lie between 0 and 1, --learning-rate must be above 0")
 
-    cfg = load_config(args.cfg, setting_pairs(args.set), systems=SYSTEMS)
+    parts = [RunSettings, OutputSettings, DataSettings]
+    cfg = load_for_system(args.cfg, setting_pairs(args.set), parts, schema_with_systems(parts), skip_unknown=True)
     out = Path(args.out or Path(cfg.OUTPUT_DIR) / f"classifier-{cfg.DATASET_NAME}.pth")
     if out.exists() and not args.overwrite:
         raise ConfigError(f"{out}: is there already; give --overwrite, or another file with --out")

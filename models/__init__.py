@@ -1,19 +1,15 @@
-"""The registries: plain dicts from name to class. A new system is one file here and one line in each dict it serves."""
+"""The systems, by the name that GAN.NAME has: a new one is its file here and one line in SYSTEMS."""
 
-from collections.abc import Mapping
-
-from models.attn_discriminator import AttnDCDiscriminator, AttnDiscriminator, StageDiscriminator
-from models.attn_gan import AttnDCGAN, AttnDCGenerator, AttnGAN, AttnGenerator
+from models.attn_discriminator import StageDiscriminator
+from models.attn_gan import AttnDCGAN, AttnGAN
 from models.clip_features import ClipImageEncoder, ClipTextEncoder
 from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder
-from models.df_gan import DFGAN, DFDiscriminator, DFGenerator
+from models.df_gan import DFGAN
 from models.galip import GALIPDiscriminator, GALIPGenerator
-from models.layers import OneWayDiscriminator
 from models.mixed_text import MixedTextEncoder
-from models.sema import SEMA, SEMAGenerator
-from models.sema_modules import FeatureExtractor, Redescriber
-from models.ssa_gan import SSAGAN, SSAGenerator
-from models.types import Discriminator, Generator, Network, System
+from models.sema import SEMA
+from models.ssa_gan import SSAGAN
+from models.types import Network, System
 
 SYSTEMS: dict[str, type[System]] = {
     "ssa_gan": SSAGAN,
@@ -22,23 +18,6 @@ SYSTEMS: dict[str, type[System]] = {
     "attn_gan": AttnGAN,
     "attn_dcgan": AttnDCGAN,
 }
-GENERATORS: dict[str, type[Generator]] = {
-    "ssa_gan": SSAGenerator,
-    "df_gan": DFGenerator,
-    "sema": SEMAGenerator,
-    "galip": GALIPGenerator,
-    "attn_gan": AttnGenerator,
-    "attn_dcgan": AttnDCGenerator,
-}
-DISCRIMINATORS: dict[str, type[Discriminator]] = {
-    "ssa_gan": OneWayDiscriminator,
-    "df_gan": DFDiscriminator,
-    "sema": OneWayDiscriminator,
-    "galip": GALIPDiscriminator,
-    "attn_gan": AttnDiscriminator,
-    "attn_dcgan": AttnDCDiscriminator,
-    "attn_stage": StageDiscriminator,  # one of AttnGAN's, as its authors' files have it
-}
 TEXT_ENCODERS: dict[str, type[Network]] = {"rnn": TextEncoder, "mixed": MixedTextEncoder, "clip": ClipTextEncoder}
 IMAGE_ENCODERS: dict[str, type[Network]] = {
     "inception": InceptionEncoder,
@@ -46,13 +25,26 @@ IMAGE_ENCODERS: dict[str, type[Network]] = {
     "clip": ClipImageEncoder,
 }
 
-# The registry that a network's place in a checkpoint is looked up in.
-NETWORKS: dict[str, Mapping[str, type[Network]]] = {
-    "generator": GENERATORS,
-    "generator_ema": GENERATORS,
-    "discriminator": DISCRIMINATORS,
-    "text_encoder": TEXT_ENCODERS,
-    "image_encoder": IMAGE_ENCODERS,
-    "redescriber": {"sema": Redescriber},
-    "feature_extractor": {"sema": FeatureExtractor},
+# Networks that checkpoints and released files hold, and that no system above trains under this name.
+OTHER_NETWORKS: dict[str, dict[str, type[Network]]] = {
+    "generator": {"galip": GALIPGenerator},
+    "discriminator": {
+        "galip": GALIPDiscriminator,
+        "attn_stage": StageDiscriminator,  # one of AttnGAN's, as its authors' files have it
+    },
+    "text_encoder": dict(TEXT_ENCODERS),
+    "image_encoder": dict(IMAGE_ENCODERS),
 }
+
+
+def networks_of(part: str) -> dict[str, type[Network]]:
+    """{name: class} of what a part of a checkpoint may be, e.g. "generator": every system's, by the system's name."""
+    part = "generator" if part == "generator_ema" else part
+    trained = {name: system.NETWORKS[part] for name, system in SYSTEMS.items() if part in system.NETWORKS}
+    return trained | OTHER_NETWORKS.get(part, {})
+
+
+def parts() -> list[str]:
+    """The names of all parts that some system has."""
+    trained = [part for system in SYSTEMS.values() for part in system.NETWORKS]
+    return list(dict.fromkeys([*trained, *OTHER_NETWORKS]))

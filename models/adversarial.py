@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from miscc.batch import Batch
 from models.damsm import matching_losses
+from models.settings import AdversarialSettings
 from models.types import OptimizerSpec, System, TextFeatures
 
 ENCODERS = ("text_encoder", "image_encoder")
@@ -17,25 +18,14 @@ class AdversarialSystem(System):
     networks: by part, see models.types.System; encoders among them stay as they are.
     """
 
-    gammas: Mapping[str, float]  # DAMSM's γ1, γ2, γ3, of systems with that loss
-
-    def __init__(
-        self,
-        networks: dict[str, nn.Module],
-        generator_lr: float,
-        discriminator_lr: float,
-        betas: tuple[float, float],
-    ):
-        self.networks = networks
-        self.image_sizes = [networks["generator"].image_size]
-        self.generator_lr, self.discriminator_lr, self.betas = generator_lr, discriminator_lr, tuple(betas)
+    Settings = AdversarialSettings
 
     def optimizers(self) -> dict[str, OptimizerSpec]:
         """Those of D and G."""
-        generator, discriminator = self.networks["generator"], self.networks["discriminator"]
+        rates = {"discriminator": self.settings.discriminator_lr, "generator": self.settings.generator_lr}
         return {
-            "discriminator": OptimizerSpec(list(discriminator.parameters()), self.discriminator_lr, self.betas),
-            "generator": OptimizerSpec(list(generator.parameters()), self.generator_lr, self.betas),
+            part: OptimizerSpec(list(self.networks[part].parameters()), rate, self.settings.betas)
+            for part, rate in rates.items()
         }
 
     def train(self) -> None:
@@ -50,7 +40,7 @@ class AdversarialSystem(System):
 
     def damsm_losses(self, images: Tensor, text: TextFeatures, batch: Batch) -> dict[str, Tensor]:
         """How well images (N, 3, H, W) in [-1, 1] fit their captions: {"words", "sentence"}, without their weight."""
-        return matching_losses(self.networks["image_encoder"], images, text, batch, **self.gammas)
+        return matching_losses(self.networks["image_encoder"], images, text, batch, **self.settings.gammas)
 
 
 def logit_stats(logits: Mapping[str, Tensor]) -> dict[str, Tensor]:

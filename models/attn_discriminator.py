@@ -1,13 +1,16 @@
 """AttnGAN's discriminators (Xu et al., CVPR 2018): one for the images of a stage, and all of a training as one network."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from miscc.settings import setting
 from models.layers import num_upsamples
+from models.settings import SpectralSettings, StageSettings
 from models.types import Discriminator
 
 ENCODER_STEPS = 4  # halvings in which the channels grow to 8·df_dim; larger images take further ones
@@ -24,21 +27,19 @@ class StageDiscriminator(Discriminator):
     slow_start = True  # orthogonal weights
     compiled_methods = ("features", "logits", "unconditional")
 
-    def __init__(
-        self,
-        df_dim: int = 64,
-        image_size: int = 64,
-        sentence_dim: int = 256,
-        judges_alone: bool = True,
-        spectral_normalisation: bool = False,
-    ):
-        super().__init__()
-        self.arguments = {
-            "df_dim": df_dim, "image_size": image_size, "sentence_dim": sentence_dim,
-            "judges_alone": judges_alone, "spectral_normalisation": spectral_normalisation,
-        }  # fmt: skip
-        self.image_size, self.judges_alone = image_size, judges_alone
-        steps = num_upsamples(image_size)
+    @dataclass(frozen=True)
+    class Settings:
+        df_dim: int = 64
+        image_size: int = 64
+        sentence_dim: int = 256
+        judges_alone: bool = True
+        spectral_normalisation: bool = False
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        df_dim, sentence_dim = self.settings.df_dim, self.settings.sentence_dim
+        self.image_size, self.judges_alone = self.settings.image_size, self.settings.judges_alone
+        steps = num_upsamples(self.image_size)
         width = 8 * df_dim
         # Images below 64 px take the last of the four convolutions: what arrives at 4×4 is always 8·df_dim wide.
         channels = [df_dim * 2**number for number in range(ENCODER_STEPS)][-min(steps, ENCODER_STEPS) :]
@@ -51,9 +52,9 @@ class StageDiscriminator(Discriminator):
         self.back = nn.Sequential(*(_normalised(_keeping(wide, narrow)) for narrow, wide in reversed(pairs)))
         self.joint = _normalised(_keeping(width + sentence_dim, width))
         self.conditional_head = nn.Conv2d(width, 1, 4)
-        self.unconditional_head = nn.Conv2d(width, 1, 4) if judges_alone else None
+        self.unconditional_head = nn.Conv2d(width, 1, 4) if self.judges_alone else None
         initialise(self)
-        if spectral_normalisation:
+        if self.settings.spectral_normalisation:
             for module in list(self.modules()):
                 if isinstance(module, nn.Conv2d):
                     spectral_norm(module)
@@ -84,22 +85,16 @@ class AttnDiscriminator(Discriminator):
     judges_alone: ClassVar[bool] = True
     every_stage: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        df_dim: int = 64,
-        base_size: int = 64,
-        num_stages: int = 3,
-        sentence_dim: int = 256,
-        spectral_normalisation: bool = False,
-    ):
-        super().__init__()
-        self.arguments = {
-            "df_dim": df_dim, "base_size": base_size, "num_stages": num_stages, "sentence_dim": sentence_dim,
-            "spectral_normalisation": spectral_normalisation,
-        }  # fmt: skip
-        sizes = [base_size * 2**number for number in range(num_stages)]
+    @dataclass(frozen=True)
+    class Settings(SpectralSettings, StageSettings):
+        df_dim: int = setting("GAN.DF_DIM", 64, "AttnGAN: base number of channels of D", above=0)
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        shared = {name: getattr(self.settings, name) for name in ("df_dim", "sentence_dim", "spectral_normalisation")}
+        sizes = [self.settings.base_size * 2**number for number in range(self.settings.num_stages)]
         self.stages = nn.ModuleList(
-            StageDiscriminator(df_dim, size, sentence_dim, self.judges_alone, spectral_normalisation)
+            StageDiscriminator(image_size=size, judges_alone=self.judges_alone, **shared)
             for size in (sizes if self.every_stage else sizes[-1:])
         )
 

@@ -4,19 +4,22 @@ Several stages, each twice as large as the one before; from the second on every 
 the paper and from what is known of the released code's behaviour. The discriminators are in attn_discriminator.py.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from miscc.batch import Batch
 from miscc.losses import binary_discriminator_loss, binary_generator_loss, kl_to_standard_normal
+from miscc.settings import setting
 from models.adversarial import AdversarialSystem
-from models.attn_discriminator import StageDiscriminator, initialise
+from models.attn_discriminator import AttnDCDiscriminator, AttnDiscriminator, StageDiscriminator, initialise
 from models.kernels import Upsample2x, conv_after_upsample_2x
 from models.layers import num_upsamples
 from models.modes import no_parameter_grad
+from models.settings import AdversarialSettings, DamsmSettings, NoiseSettings, StageSettings
 from models.types import Generator, GeneratorOutput, TextFeatures, Update
 
 WIDEST = 16  # channels at 4×4 are at most this times gf_dim, as at the published 64 px
@@ -130,30 +133,26 @@ class AttnGenerator(Generator):
 
     draws_every_stage: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        gf_dim: int = 32,
-        z_dim: int = 100,
-        condition_dim: int = 100,
-        sentence_dim: int = 256,
-        r_num: int = 2,
-        base_size: int = 64,
-        num_stages: int = 3,
-        attention: bool = True,
-    ):
-        super().__init__()
-        self.arguments = {
-            "gf_dim": gf_dim, "z_dim": z_dim, "condition_dim": condition_dim, "sentence_dim": sentence_dim,
-            "r_num": r_num, "base_size": base_size, "num_stages": num_stages, "attention": attention,
-        }  # fmt: skip
-        self.z_dim = z_dim
-        self.noise_dim = z_dim + condition_dim
+    @dataclass(frozen=True)
+    class Settings(StageSettings, NoiseSettings):
+        gf_dim: int = setting("GAN.GF_DIM", 32, "AttnGAN: base number of channels of G", above=0)
+        condition_dim: int = setting("GAN.CONDITION_DIM", 100, "AttnGAN: length of the augmented condition")
+        r_num: int = setting("GAN.R_NUM", 2, "AttnGAN: residual blocks a stage")
+        attention: bool = setting("GAN.B_ATTENTION", True, "AttnGAN: word attention")
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        gf_dim, sentence_dim = self.settings.gf_dim, self.settings.sentence_dim
+        base_size, num_stages = self.settings.base_size, self.settings.num_stages
+        self.z_dim, self.condition_dim = self.settings.z_dim, self.settings.condition_dim
+        self.noise_dim = self.z_dim + self.condition_dim
         self.image_size = base_size * 2 ** (num_stages - 1)
         self.num_attending = num_stages - 1
-        self.augmentation = ConditioningAugmentation(sentence_dim, condition_dim)
+        self.augmentation = ConditioningAugmentation(sentence_dim, self.condition_dim)
         self.first = FirstStage(self.noise_dim, gf_dim, base_size)
         self.refinements = nn.ModuleList(
-            Refinement(gf_dim, sentence_dim, r_num, attention) for _ in range(num_stages - 1)
+            Refinement(gf_dim, sentence_dim, self.settings.r_num, self.settings.attention)
+            for _ in range(num_stages - 1)
         )
         self.to_rgb = nn.ModuleList(
             nn.Sequential(conv3x3(gf_dim, 3), nn.Tanh()) for _ in range(num_stages if self.draws_every_stage else 1)
@@ -181,10 +180,6 @@ class AttnGenerator(Generator):
     def activation_blocks(self) -> list[nn.Module]:
         return [*self.refinements, *self.to_rgb]
 
-    @property
-    def condition_dim(self) -> int:
-        return self.noise_dim - self.z_dim
-
 
 class AttnDCGenerator(AttnGenerator):
     """AttnDCGAN's: the same stages, but only the last one draws."""
@@ -196,43 +191,26 @@ class AttnGAN(AdversarialSystem):
     """The objective: every stage's D judges images alone and with their caption; G adds KL and the DAMSM loss.
 
     networks: generator, discriminator (of all stages), text_encoder and, where the DAMSM loss has a weight,
-    image_encoder. Other arguments: the settings named in OBJECTIVE_SETTINGS, see miscc/config.py. One Adam for all the
+    image_encoder. One Adam for all the
     discriminators is one for each: they share no parameter.
     """
 
-    GENERATOR_SETTINGS: ClassVar[Mapping[str, str]] = {
-        "gf_dim": "GAN.GF_DIM", "z_dim": "GAN.Z_DIM", "condition_dim": "GAN.CONDITION_DIM",
-        "sentence_dim": "TEXT.EMBEDDING_DIM", "r_num": "GAN.R_NUM", "base_size": "TREE.BASE_SIZE",
-        "num_stages": "TREE.BRANCH_NUM", "attention": "GAN.B_ATTENTION",
-    }  # fmt: skip
-    DISCRIMINATOR_SETTINGS: ClassVar[Mapping[str, str]] = {
-        "df_dim": "GAN.DF_DIM", "base_size": "TREE.BASE_SIZE", "num_stages": "TREE.BRANCH_NUM",
-        "sentence_dim": "TEXT.EMBEDDING_DIM", "spectral_normalisation": "USE_SN",
-    }  # fmt: skip
-    SHOWN: ClassVar[tuple[str, ...]] = ("loss/discriminator", "loss/adversarial", "loss/words", "loss/kl")
-    OBJECTIVE_SETTINGS: ClassVar[Mapping[str, str]] = {
-        "generator_lr": "TRAIN.GENERATOR_LR", "discriminator_lr": "TRAIN.DISCRIMINATOR_LR", "betas": "TRAIN.BETAS",
-        "damsm_weight": "TRAIN.DAMSM_WEIGHT", "damsm_factor": "TRAIN.SMOOTH.LAMBDA",
-        "gamma1": "TRAIN.SMOOTH.GAMMA1", "gamma2": "TRAIN.SMOOTH.GAMMA2", "gamma3": "TRAIN.SMOOTH.GAMMA3",
-    }  # fmt: skip
+    @dataclass(frozen=True)
+    class Settings(DamsmSettings, AdversarialSettings):
+        generator_lr: float = 2e-4
+        discriminator_lr: float = 2e-4
+        betas: tuple[float, float] = (0.5, 0.999)
+        damsm_weight: float | None = 1.0
+        damsm_factor: float = 5.0
+        gamma1: float = 4.0
 
-    def __init__(
-        self,
-        networks: dict[str, nn.Module],
-        *,
-        generator_lr: float = 2e-4,
-        discriminator_lr: float = 2e-4,
-        betas: tuple[float, float] = (0.5, 0.999),
-        damsm_weight: float = 1.0,
-        damsm_factor: float = 5.0,
-        gamma1: float = 4.0,
-        gamma2: float = 5.0,
-        gamma3: float = 10.0,
-    ):
-        super().__init__(networks, generator_lr, discriminator_lr, betas)
+    NETWORKS = {"generator": AttnGenerator, "discriminator": AttnDiscriminator}
+    DEFAULTS = {"TRAIN.BATCH_SIZE": 20}
+    SHOWN: ClassVar[tuple[str, ...]] = ("loss/discriminator", "loss/adversarial", "loss/words", "loss/kl")
+
+    def __init__(self, networks: dict[str, nn.Module], **arguments: Any):
+        super().__init__(networks, **arguments)
         self.image_sizes = [stage.image_size for stage in networks["discriminator"].stages]
-        self.damsm_weight = damsm_weight * damsm_factor
-        self.gammas = {"gamma1": gamma1, "gamma2": gamma2, "gamma3": gamma3}
 
     def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
         """Discriminators of all stages, then the generator."""
@@ -254,9 +232,9 @@ class AttnGAN(AdversarialSystem):
             losses = [adversarial_loss(stage, images, text.sentence) for stage, images in stages]
             stats = self._by_size("adversarial", losses) | {"sigma_mean": (fake.logvar.detach() / 2).exp().mean()}
             total = {"adversarial": torch.stack(losses).sum(), "kl": kl_to_standard_normal(fake.mu, fake.logvar)}
-            if self.damsm_weight > 0:
+            if self.settings.whole_damsm_weight > 0:
                 damsm = self.damsm_losses(fake.images[-1], text, batch)
-                total |= {name: self.damsm_weight * loss for name, loss in damsm.items()}
+                total |= {name: self.settings.whole_damsm_weight * loss for name, loss in damsm.items()}
             yield Update("generator", total, stats)
 
     def _by_size(self, name: str, losses: list[Tensor]) -> dict[str, Tensor]:
@@ -266,6 +244,9 @@ class AttnGAN(AdversarialSystem):
 
 class AttnDCGAN(AttnGAN):
     """The same objective with AttnDCGAN's networks: one discriminator, which judges images with their captions alone."""
+
+    NETWORKS = {"generator": AttnDCGenerator, "discriminator": AttnDCDiscriminator}
+    DEFAULTS = AttnGAN.DEFAULTS | {"GAN.B_DCGAN": True}
 
 
 def discriminator_loss(

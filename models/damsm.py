@@ -1,5 +1,8 @@
 """DAMSM's encoders (Xu et al., CVPR 2018, arXiv 1711.10485): captions and images into one space."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,6 +11,8 @@ from torchvision.models import inception_v3
 from miscc.batch import Batch
 from miscc.distributed import all_gather_with_grad
 from miscc.losses import sentence_loss, word_loss
+from miscc.settings import setting
+from models.settings import sentence_dim_setting
 from models.types import ImageEncoder, Network, TextFeatures
 
 
@@ -20,26 +25,28 @@ class TextEncoder(Network):
 
     compiled_methods = ()  # the compiler cannot follow packed sequences
 
-    def __init__(
-        self,
-        vocabulary_size: int,
-        text_dim: int = 256,
-        rnn_type: str = "LSTM",
-        max_words: int = 18,
-        embedding_dim: int = 300,
-        dropout: float = 0.5,
-    ):
-        super().__init__()
-        self.arguments = {
-            "vocabulary_size": vocabulary_size, "text_dim": text_dim, "rnn_type": rnn_type, "max_words": max_words,
-            "embedding_dim": embedding_dim, "dropout": dropout,
-        }  # fmt: skip
-        self.max_words = max_words
+    @dataclass(frozen=True)
+    class Settings:
+        vocabulary_size: int
+        text_dim: int = sentence_dim_setting()
+        rnn_type: str = setting("RNN_TYPE", "LSTM", "recurrent cell of the text encoder", ("LSTM", "GRU"))
+        max_words: int = 18
+        embedding_dim: int = 300
+        dropout: float = 0.5
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        vocabulary_size, embedding_dim = self.settings.vocabulary_size, self.settings.embedding_dim
         self.embedding = nn.Embedding(vocabulary_size, embedding_dim)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
-        self.dropout = nn.Dropout(dropout)
-        cell = {"LSTM": nn.LSTM, "GRU": nn.GRU}[rnn_type]
-        self.rnn = cell(embedding_dim, text_dim // 2, batch_first=True, bidirectional=True)
+        self.dropout = nn.Dropout(self.settings.dropout)
+        cell = {"LSTM": nn.LSTM, "GRU": nn.GRU}[self.settings.rnn_type]
+        self.rnn = cell(embedding_dim, self.settings.text_dim // 2, batch_first=True, bidirectional=True)
+
+    @property
+    def max_words(self) -> int:
+        """Words of a caption at most."""
+        return self.settings.max_words
 
     def train(self, mode: bool = True) -> "TextEncoder":
         super().train(mode)
@@ -66,9 +73,13 @@ class InceptionEncoder(ImageEncoder):
 
     image_size = 299
 
-    def __init__(self, text_dim: int = 256):
-        super().__init__()
-        self.arguments = {"text_dim": text_dim}
+    @dataclass(frozen=True)
+    class Settings:
+        text_dim: int = sentence_dim_setting()
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        text_dim = self.settings.text_dim
         trunk = inception_v3(weights=None, transform_input=False, aux_logits=False, init_weights=False)
         del trunk.fc
         self.trunk = trunk.requires_grad_(False)
@@ -108,10 +119,15 @@ class SmallImageEncoder(ImageEncoder):
     image_size: a power of two from 16 on; other images are resized to it. Regions are an 8×8 grid.
     """
 
-    def __init__(self, text_dim: int = 256, image_size: int = 64, nf: int = 32):
-        super().__init__()
-        self.arguments = {"text_dim": text_dim, "image_size": image_size, "nf": nf}
-        self.image_size = image_size
+    @dataclass(frozen=True)
+    class Settings(InceptionEncoder.Settings):
+        image_size: int = 64
+        nf: int = 32
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        text_dim, nf = self.settings.text_dim, self.settings.nf
+        self.image_size = image_size = self.settings.image_size
         layers, channels, size = [], 3, image_size
         while size > 8:
             wider = nf if channels == 3 else min(2 * channels, 8 * nf)

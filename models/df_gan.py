@@ -4,8 +4,9 @@ Written from the paper and from what is known of the released code's behaviour; 
 followed: γ and β see the noise beside the sentence, and the mismatched pairs are the batch's rolled by one.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, matchin
 from models.adversarial import AdversarialSystem, logit_stats
 from models.layers import FusionBlock, OneWayDiscriminator, num_upsamples
 from models.modes import full_precision, no_parameter_grad
+from models.settings import AdversarialSettings, NoiseSettings, PenaltySettings, SentenceSettings, SizeSettings
 from models.types import Generator, GeneratorOutput, TextFeatures, Update
 
 CHANNELS = (8, 8, 8, 8, 4, 2, 1)  # of nf: of the 4×4 features, then after each block at 256 px
@@ -26,11 +28,15 @@ class DFGenerator(Generator):
     nf: base number of channels; image_size: a power of two from 8 on.
     """
 
-    def __init__(self, nf: int = 32, z_dim: int = 100, image_size: int = 256, sentence_dim: int = 256):
-        super().__init__()
-        self.arguments = {"nf": nf, "z_dim": z_dim, "image_size": image_size, "sentence_dim": sentence_dim}
-        self.z_dim, self.noise_dim, self.image_size = z_dim, z_dim, image_size
-        num_blocks = num_upsamples(image_size)
+    @dataclass(frozen=True)
+    class Settings(NoiseSettings, SentenceSettings, SizeSettings):
+        nf: int = 32
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        nf, z_dim, sentence_dim = self.settings.nf, self.settings.z_dim, self.settings.sentence_dim
+        self.z_dim, self.noise_dim, self.image_size = z_dim, z_dim, self.settings.image_size
+        num_blocks = num_upsamples(self.image_size)
         multipliers = ([CHANNELS[0]] * num_blocks + list(CHANNELS))[-num_blocks - 1 :]
         channels = [nf * multiplier for multiplier in multipliers]
         self.fc = nn.Linear(z_dim, channels[0] * 4 * 4)
@@ -53,51 +59,30 @@ class DFGenerator(Generator):
 class DFDiscriminator(OneWayDiscriminator):
     """The one-way discriminator with DF-GAN's channels: nf·2, 4, 8, and 8 from there on."""
 
-    def __init__(
-        self,
-        nf: int = 32,
-        image_size: int = 256,
-        sentence_dim: int = 256,
-        multipliers: tuple[int, ...] = (2, 4, 8, 8, 8, 8),
-        spectral_normalisation: bool = False,
-    ):
-        super().__init__(nf, image_size, sentence_dim, multipliers, spectral_normalisation)
+    @dataclass(frozen=True)
+    class Settings(OneWayDiscriminator.Settings):
+        nf: int = 32
+        multipliers: Sequence[int] = (2, 4, 8, 8, 8, 8)
 
 
 class DFGAN(AdversarialSystem):
     """The objective: matching-aware hinge and MA-GP in one step of D, then the adversarial loss of G. No DAMSM loss.
 
-    networks: generator, discriminator, text_encoder (frozen; another encoder that is there is not looked at). Other
-    arguments: the settings named in OBJECTIVE_SETTINGS, see miscc/config.py.
+    networks: generator, discriminator, text_encoder (frozen; another encoder that is there is not looked at).
     """
 
-    GENERATOR_SETTINGS: ClassVar[Mapping[str, str]] = {
-        "nf": "TRAIN.NF", "z_dim": "GAN.Z_DIM", "image_size": "TREE.BASE_SIZE", "sentence_dim": "TEXT.EMBEDDING_DIM",
-    }  # fmt: skip
-    DISCRIMINATOR_SETTINGS: ClassVar[Mapping[str, str]] = {
-        "nf": "TRAIN.NF", "image_size": "TREE.BASE_SIZE", "sentence_dim": "TEXT.EMBEDDING_DIM",
-        "spectral_normalisation": "USE_SN",
-    }  # fmt: skip
-    SHOWN: ClassVar[tuple[str, ...]] = ("loss/hinge", "loss/penalty", "loss/adversarial", "logits/real", "logits/fake")
-    OBJECTIVE_SETTINGS: ClassVar[Mapping[str, str]] = {
-        "loss": "loss",
-        "generator_lr": "TRAIN.GENERATOR_LR", "discriminator_lr": "TRAIN.DISCRIMINATOR_LR", "betas": "TRAIN.BETAS",
-        "penalty_weight": "TRAIN.PENALTY_WEIGHT", "penalty_power": "TRAIN.PENALTY_POWER",
-    }  # fmt: skip
+    @dataclass(frozen=True)
+    class Settings(PenaltySettings, AdversarialSettings):
+        pass
 
-    def __init__(
-        self,
-        networks: dict[str, nn.Module],
-        *,
-        loss: str = "hinge",  # the only one there is; the key is in the released files
-        generator_lr: float = 1e-4,
-        discriminator_lr: float = 4e-4,
-        betas: tuple[float, float] = (0.0, 0.9),
-        penalty_weight: float = 2.0,
-        penalty_power: float = 6.0,
-    ):
-        super().__init__(networks, generator_lr, discriminator_lr, betas)
-        self.penalty = {"weight": penalty_weight, "power": penalty_power}
+    NETWORKS = {"generator": DFGenerator, "discriminator": DFDiscriminator}
+    DEFAULTS = {
+        "TRAIN.BATCH_SIZE": 32,
+        "TRAIN.MAX_EPOCH": 1300,
+        "TRAIN.DAMSM_WEIGHT": 0.0,
+        "GAN.TRUNCATION": 0.88,
+    }
+    SHOWN: ClassVar[tuple[str, ...]] = ("loss/hinge", "loss/penalty", "loss/adversarial", "logits/real", "logits/fake")
 
     def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
         """Discriminator, then generator."""
@@ -123,7 +108,7 @@ class DFGAN(AdversarialSystem):
         with full_precision(images.device):
             features = discriminator.features(images)
             real_logits = discriminator.logits(features, own)
-            penalty = matching_aware_gradient_penalty(real_logits, images, own, **self.penalty)
+            penalty = matching_aware_gradient_penalty(real_logits, images, own, **self.settings.penalty)
         # Mismatched pairs: each caption with the image of the next one, the last with the first's.
         mismatched_logits = discriminator.logits(features.roll(-1, dims=0), sentence)
         fake_logits = discriminator(fake_images, sentence)

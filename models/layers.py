@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from models.kernels import Conv2d, LeakyReLU, avg_pool_2x, conv_after_upsample_2x, upsample_2x
+from models.settings import SentenceSettings, SizeSettings, SpectralSettings
 from models.types import Discriminator
 
 
@@ -44,30 +47,24 @@ class OneWayDiscriminator(Discriminator):
 
     compiled_methods = ("features", "logits")
 
-    def __init__(
-        self,
-        nf: int = 64,
-        image_size: int = 256,
-        sentence_dim: int = 256,
-        multipliers: Sequence[int] = (2, 4, 8, 16, 16, 16),
-        spectral_normalisation: bool = False,
-    ):
-        super().__init__()
-        self.arguments = {
-            "nf": nf, "image_size": image_size, "sentence_dim": sentence_dim,
-            "multipliers": list(multipliers), "spectral_normalisation": spectral_normalisation,
-        }  # fmt: skip
-        num_blocks = num_upsamples(image_size)
+    @dataclass(frozen=True)
+    class Settings(SpectralSettings, SentenceSettings, SizeSettings):
+        multipliers: Sequence[int] = (2, 4, 8, 16, 16, 16)
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        nf, multipliers = self.settings.nf, self.settings.multipliers
+        num_blocks = num_upsamples(self.settings.image_size)
         multipliers = [1, *multipliers] + [multipliers[-1]] * num_blocks
         channels = [nf * multiplier for multiplier in multipliers[: num_blocks + 1]]
         self.from_rgb = Conv2d(3, nf, 3, padding=1)
         self.blocks = nn.ModuleList(DownBlock(a, b) for a, b in zip(channels, channels[1:], strict=False))
         self.head = nn.Sequential(
-            Conv2d(channels[-1] + sentence_dim, 2 * nf, 3, padding=1, bias=False),
+            Conv2d(channels[-1] + self.settings.sentence_dim, 2 * nf, 3, padding=1, bias=False),
             LeakyReLU(),
             Conv2d(2 * nf, 1, 4, bias=False),
         )
-        if spectral_normalisation:
+        if self.settings.spectral_normalisation:
             for module in list(self.modules()):
                 if isinstance(module, nn.Conv2d):
                     spectral_norm(module)

@@ -7,6 +7,7 @@ word pieces of each word can be looked up and a checkpoint draws without BERT's 
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +33,34 @@ class MixedTextEncoder(Network):
 
     compiled_methods = ()
 
-    def __init__(
-        self,
-        *,
-        transformer: Mapping[str, Any],
-        pieces: Sequence[Sequence[int]],
-        first: int,
-        last: int,
-        module: nn.Module | None = None,
-        **recurrent: Any,
-    ):
-        super().__init__()
-        self.arguments = {
-            "transformer": dict(transformer), "pieces": [list(own) for own in pieces], "first": first, "last": last,
-            **recurrent,
-        }  # fmt: skip
-        self.recurrent = TextEncoder(**recurrent)
-        self.arguments |= self.recurrent.arguments
-        self.max_words = self.recurrent.max_words
+    @dataclass(frozen=True, kw_only=True)
+    class Settings(TextEncoder.Settings):
+        transformer: Mapping[str, Any]
+        pieces: Sequence[Sequence[int]]
+        first: int
+        last: int
+
+    def __init__(self, module: nn.Module | None = None, **arguments: Any):
+        super().__init__(**arguments)
+        pieces, transformer = self.settings.pieces, self.settings.transformer
+        own = ("transformer", "pieces", "first", "last")
+        self.recurrent = TextEncoder(**{name: value for name, value in arguments.items() if name not in own})
         self.transformer = (_untrained(transformer) if module is None else module).eval().requires_grad_(False)
-        self.first, self.last = first, last
+        self.first, self.last = self.settings.first, self.settings.last
         longest = max(map(len, pieces), default=0)
         table = [[*own, *[-1] * (longest - len(own))] for own in pieces]
         self.register_buffer("table", torch.tensor(table, dtype=torch.int64), persistent=False)
-        width, text_dim = self.transformer.config.hidden_size, recurrent["text_dim"]
+        width, text_dim = self.transformer.config.hidden_size, self.settings.text_dim
         projection = None
         if width != text_dim:
             generator = torch.Generator().manual_seed(0)
             projection = nn.init.orthogonal_(torch.empty(text_dim, width), generator=generator)
         self.register_buffer("projection", projection)
+
+    @property
+    def max_words(self) -> int:
+        """Words of a caption at most."""
+        return self.settings.max_words
 
     @property
     def embedding(self) -> nn.Embedding:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from miscc.errors import CheckpointError
-from models import NETWORKS
+from models import networks_of, parts
 from models.types import Network
 
 
@@ -47,4 +47,4 @@ def count_parameters(module: nn.Module) -> int:
 
 def network_name(module: nn.Module) -> str:
     """The name under which our registries know a network's class."""
-    return next(name for registry in NETWORKS.values() for name, kind in registry.items() if kind is type(module))
+    return next(name for part in parts() for name, kind in networks_of(part).items() if kind is type(module))

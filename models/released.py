@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from miscc.checkpoint import load_file
 from miscc.errors import CheckpointError
-from models import DISCRIMINATORS, GENERATORS, IMAGE_ENCODERS, TEXT_ENCODERS
+from models import networks_of
 from models.registry import skip_init
 from models.released_formats import FORMATS, Format, State
 from models.types import Discriminator, Network
@@ -34,12 +34,12 @@ def naming(path: str | Path) -> Iterator[None]:
 
 def load_generator(state_dict: Mapping[str, Any]) -> nn.Module:
     """A generator of ours, in eval mode, with the released weights. Raises CheckpointError naming what does not fit."""
-    return _load(state_dict, "generator", GENERATORS)
+    return _load(state_dict, "generator")
 
 
 def load_discriminator(state_dict: Mapping[str, Any]) -> nn.Module:
     """A discriminator of ours, in eval mode, with the released weights. Raises CheckpointError."""
-    return _load(state_dict, "discriminator", DISCRIMINATORS)
+    return _load(state_dict, "discriminator")
 
 
 def load_discriminator_files(path: str | Path, like: Discriminator) -> nn.Module:
@@ -68,12 +68,12 @@ def load_discriminator_files(path: str | Path, like: Discriminator) -> nn.Module
 
 def load_text_encoder(state_dict: Mapping[str, Any]) -> nn.Module:
     """DAMSM's text encoder, in eval mode, with the released weights. Raises CheckpointError."""
-    return _load(state_dict, "text_encoder", TEXT_ENCODERS)
+    return _load(state_dict, "text_encoder")
 
 
 def load_image_encoder(state_dict: Mapping[str, Any]) -> nn.Module:
     """DAMSM's image encoder, in eval mode, with the released weights. Raises CheckpointError."""
-    return _load(state_dict, "image_encoder", IMAGE_ENCODERS)
+    return _load(state_dict, "image_encoder")
 
 
 # How each part of a released file is loaded.
@@ -124,7 +124,7 @@ def holds(value: Any, part: str) -> bool:
     return form is not None and form.part == part
 
 
-def _load(state_dict: Mapping[str, Any], part: str, registry: Mapping[str, type[Network]]) -> Network:
+def _load(state_dict: Mapping[str, Any], part: str) -> Network:
     state = unwrap(state_dict, part)
     form = recognise(state)
     if form is None or form.part != part:
@@ -132,7 +132,7 @@ def _load(state_dict: Mapping[str, Any], part: str, registry: Mapping[str, type[
         what = f"of {article} {form.title}" if form else f"unknown (the first: {_first(state)})"
         raise CheckpointError(f"a {part} is wanted, but the tensors are {what}; give the {part}'s own file")
     try:
-        module = skip_init(registry[form.network], form.arguments(state))
+        module = skip_init(networks_of(part)[form.network], form.arguments(state))
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{form.title}: its sizes cannot be read, tensors are missing ({error})") from None
     renamed = {rename(name, form): tensor for name, tensor in state.items() if not re.match(form.ignored, name)}

@@ -12,7 +12,8 @@ their learning rate, D's; the order of the steps; D, which is DF-GAN's of the sa
 up to 16·nf), with its hinge and MA-GP.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -21,10 +22,14 @@ from torch import Tensor, nn
 
 from miscc.batch import Batch
 from miscc.losses import hinge_generator_loss, semantic_distance
-from models.df_gan import CHANNELS, DFGAN
-from models.layers import FusionBlock, num_upsamples
+from miscc.settings import setting
+from models.df_gan import CHANNELS, DFGAN, DFGenerator
+from models.layers import FusionBlock, OneWayDiscriminator, num_upsamples
 from models.modes import no_parameter_grad
+from models.sema_modules import FeatureExtractor, Redescriber
 from models.types import Generator, GeneratorOutput, OptimizerSpec, TextFeatures, Update
+
+ADVERSARIES = ("redescriber", "feature_extractor")  # of G, beside D
 
 
 class SEMAGenerator(Generator):
@@ -33,20 +38,21 @@ class SEMAGenerator(Generator):
     nf: base number of channels; image_size: a power of two from 8 on; hidden: width of the layers that predict γ and β.
     """
 
-    def __init__(
-        self, nf: int = 32, z_dim: int = 100, image_size: int = 256, sentence_dim: int = 256, hidden: int = 256
-    ):
-        super().__init__()
-        self.arguments = {
-            "nf": nf, "z_dim": z_dim, "image_size": image_size, "sentence_dim": sentence_dim, "hidden": hidden,
-        }  # fmt: skip
-        self.z_dim, self.noise_dim, self.image_size = z_dim, z_dim, image_size
-        num_blocks = num_upsamples(image_size) + 1
+    @dataclass(frozen=True)
+    class Settings(DFGenerator.Settings):
+        hidden: int = 256
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        nf, z_dim, sentence_dim = self.settings.nf, self.settings.z_dim, self.settings.sentence_dim
+        self.z_dim, self.noise_dim, self.image_size = z_dim, z_dim, self.settings.image_size
+        num_blocks = num_upsamples(self.image_size) + 1
         multipliers = ([CHANNELS[0]] * num_blocks + list(CHANNELS))[-num_blocks:]
         channels = [nf * multiplier for multiplier in [multipliers[0], *multipliers]]
         self.fc = nn.Linear(z_dim, channels[0] * 4 * 4)
         self.blocks = nn.ModuleList(
-            FusionBlock(a, b, z_dim + sentence_dim, hidden) for a, b in zip(channels, channels[1:], strict=False)
+            FusionBlock(a, b, z_dim + sentence_dim, self.settings.hidden)
+            for a, b in zip(channels, channels[1:], strict=False)
         )
         self.to_rgb = nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(channels[-1], 3, 3, padding=1), nn.Tanh())
 
@@ -65,43 +71,43 @@ class SEMA(DFGAN):
     """The objective: DF-GAN's, with R and F as two more adversaries of G, each with an optimizer of its own.
 
     networks: as DFGAN, with redescriber and feature_extractor. A weight of 0 leaves out that distance and the training of
-    its network. Other arguments: the settings named in OBJECTIVE_SETTINGS, see miscc/config.py.
+    its network.
     """
 
-    GENERATOR_SETTINGS: ClassVar[Mapping[str, str]] = DFGAN.GENERATOR_SETTINGS
-    EXTRA_NETWORKS: ClassVar[Mapping[str, Mapping[str, str]]] = {
-        "redescriber": {
-            "nf": "TRAIN.NF", "image_size": "TREE.BASE_SIZE", "sentence_dim": "TEXT.EMBEDDING_DIM",
-            "steps": "SEMA.STEPS",
-        },
-        "feature_extractor": {"nf": "TRAIN.NF", "image_size": "TREE.BASE_SIZE", "feature_dim": "SEMA.FEATURE_DIM"},
-    }  # fmt: skip
-    TEXT_SETTINGS: ClassVar[Mapping[str, str]] = {"transformer": "TEXT.TRANSFORMER"}
-    OBJECTIVE_SETTINGS: ClassVar[Mapping[str, str]] = DFGAN.OBJECTIVE_SETTINGS | {
-        "redescription_weight": "SEMA.REDESCRIPTION_WEIGHT",
-        "feature_weight": "SEMA.FEATURE_WEIGHT",
-        "margin": "SEMA.MARGIN",
+    @dataclass(frozen=True)
+    class Settings(DFGAN.Settings):
+        redescription_weight: float = setting(
+            "SEMA.REDESCRIPTION_WEIGHT", 1.0, "weight of SEM(R(fake), sentence) in G's loss; 0: without R"
+        )
+        feature_weight: float = setting(
+            "SEMA.FEATURE_WEIGHT", 1.0, "weight of SEM(F(fake), F(real)) in G's loss; 0: without F"
+        )
+        margin: float = setting("SEMA.MARGIN", 0.5, "distance up to which R pushes what it writes of fake images away")
+
+    @dataclass(frozen=True)
+    class TextSettings:
+        transformer: str = setting(
+            "TEXT.TRANSFORMER",
+            "",
+            "SEMA: folder of a Hugging Face BERT that gives half of the sentence; empty: the LSTM alone",
+        )
+
+    NETWORKS = {
+        "generator": SEMAGenerator,
+        "discriminator": OneWayDiscriminator,
+        "redescriber": Redescriber,
+        "feature_extractor": FeatureExtractor,
     }
+    DEFAULTS = DFGAN.DEFAULTS | {"TRAIN.BATCH_SIZE": 48, "TRAIN.MAX_EPOCH": 121, "GAN.TRUNCATION": 0.8}
     SHOWN: ClassVar[tuple[str, ...]] = (
         "loss/hinge", "loss/adversarial", "loss/redescription", "loss/feature", "logits/real", "logits/fake",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        networks: dict[str, nn.Module],
-        *,
-        redescription_weight: float = 1.0,
-        feature_weight: float = 1.0,
-        margin: float = 0.5,
-        **settings: Any,
-    ):
-        super().__init__(networks, **settings)
-        self.redescription_weight, self.feature_weight, self.margin = redescription_weight, feature_weight, margin
-
     def optimizers(self) -> dict[str, OptimizerSpec]:
         groups = super().optimizers()
-        for part in self.EXTRA_NETWORKS:
-            groups[part] = OptimizerSpec(list(self.networks[part].parameters()), self.discriminator_lr, self.betas)
+        for part in ADVERSARIES:
+            parameters = list(self.networks[part].parameters())
+            groups[part] = OptimizerSpec(parameters, self.settings.discriminator_lr, self.settings.betas)
         return groups
 
     def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
@@ -111,13 +117,13 @@ class SEMA(DFGAN):
         fake_images = networks["generator"](noise, text).images[-1]
         losses, stats = self.discriminator_losses(real_images, fake_images.detach(), text.sentence)
         yield Update("discriminator", losses, stats)
-        if self.redescription_weight > 0:
+        if self.settings.redescription_weight > 0:
             losses, stats = self.redescriber_losses(real_images, fake_images.detach(), text.sentence)
             yield Update("redescriber", losses, stats)
-        if self.feature_weight > 0:
+        if self.settings.feature_weight > 0:
             losses, stats = self.feature_extractor_losses(real_images, fake_images.detach())
             yield Update("feature_extractor", losses, stats)
-        with no_parameter_grad(networks["discriminator"], *(networks[part] for part in self.EXTRA_NETWORKS)):
+        with no_parameter_grad(networks["discriminator"], *(networks[part] for part in ADVERSARIES)):
             yield Update("generator", self.generator_losses(real_images, fake_images, text.sentence))
 
     def redescriber_losses(
@@ -127,7 +133,7 @@ class SEMA(DFGAN):
         redescriber = self.networks["redescriber"]
         real = semantic_distance(redescriber(real_images), sentence)
         fake = semantic_distance(redescriber(fake_images), sentence)
-        losses = {"redescribe_real": real.mean(), "redescribe_fake": F.relu(self.margin - fake).mean()}
+        losses = {"redescribe_real": real.mean(), "redescribe_fake": F.relu(self.settings.margin - fake).mean()}
         return losses, {"distance/redescribed_fake": fake.detach().mean()}
 
     def feature_extractor_losses(
@@ -144,12 +150,12 @@ class SEMA(DFGAN):
         """G's: −D(x̂, s), and weighted SEM(R(x̂), s) and SEM(F(x̂), F(x)), x the real image of the same caption."""
         networks = self.networks
         losses = {"adversarial": hinge_generator_loss(networks["discriminator"](fake_images, sentence))}
-        if self.redescription_weight > 0:
+        if self.settings.redescription_weight > 0:
             distance = semantic_distance(networks["redescriber"](fake_images), sentence)
-            losses["redescription"] = self.redescription_weight * distance.mean()
-        if self.feature_weight > 0:
+            losses["redescription"] = self.settings.redescription_weight * distance.mean()
+        if self.settings.feature_weight > 0:
             extractor = networks["feature_extractor"]
             with torch.no_grad():
                 real = extractor(real_images)
-            losses["feature"] = self.feature_weight * semantic_distance(extractor(fake_images), real).mean()
+            losses["feature"] = self.settings.feature_weight * semantic_distance(extractor(fake_images), real).mean()
         return losses

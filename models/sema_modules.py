@@ -3,11 +3,16 @@
 The paper (Yuan et al., IEEE TMM 2024) says what they do; their layers are ours, as the authors released none.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miscc.settings import setting
 from models.layers import num_upsamples
+from models.settings import SentenceSettings, SizeSettings
 from models.types import Network
 
 GRID = 8  # the trunk's features are GRID × GRID
@@ -39,11 +44,15 @@ class Redescriber(Network):
     on; sentence_dim: of what it writes, and width of keys, values and LSTM; steps: how often it looks.
     """
 
-    def __init__(self, nf: int = 32, image_size: int = 256, sentence_dim: int = 256, steps: int = 8):
-        super().__init__()
-        self.arguments = {"nf": nf, "image_size": image_size, "sentence_dim": sentence_dim, "steps": steps}
-        self.steps = steps
-        self.trunk = ImageTrunk(nf, image_size)
+    @dataclass(frozen=True)
+    class Settings(SentenceSettings, SizeSettings):
+        nf: int = 32
+        steps: int = setting("SEMA.STEPS", 8, "how often R's LSTM looks at an image", above=0)
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        sentence_dim, self.steps = self.settings.sentence_dim, self.settings.steps
+        self.trunk = ImageTrunk(self.settings.nf, self.settings.image_size)
         channels = self.trunk.channels
         self.place = nn.Parameter(0.02 * torch.randn(1, channels, GRID, GRID))  # so that keys may say where
         self.keys = nn.Conv2d(channels, sentence_dim, 1)
@@ -73,12 +82,16 @@ class FeatureExtractor(Network):
 
     compiled_methods = ("logits", "forward")
 
-    def __init__(self, nf: int = 32, image_size: int = 256, feature_dim: int = 256):
-        super().__init__()
-        self.arguments = {"nf": nf, "image_size": image_size, "feature_dim": feature_dim}
-        self.trunk = ImageTrunk(nf, image_size)
-        self.project = nn.Linear(self.trunk.channels, feature_dim)
-        self.classify = nn.Linear(feature_dim, 2)
+    @dataclass(frozen=True)
+    class Settings(SizeSettings):
+        nf: int = 32
+        feature_dim: int = setting("SEMA.FEATURE_DIM", 256, "length of F's features", above=0)
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self.trunk = ImageTrunk(self.settings.nf, self.settings.image_size)
+        self.project = nn.Linear(self.trunk.channels, self.settings.feature_dim)
+        self.classify = nn.Linear(self.settings.feature_dim, 2)
 
     def forward(self, images: Tensor) -> Tensor:  # (N, 3, S, S) in [-1, 1] -> features (N, feature_dim)
         return self.project(self.trunk(images).mean(dim=(2, 3)))

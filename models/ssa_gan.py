@@ -4,8 +4,9 @@ Written from the paper and from what is known of the released code's behaviour; 
 code is the default, and the paper's form a setting.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,19 @@ from torch import Tensor, nn
 
 from miscc.batch import Batch
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, matching_aware_gradient_penalty
+from miscc.settings import setting
 from models.adversarial import AdversarialSystem, logit_stats
 from models.kernels import batch_norm_before_upsample_2x, masked_affine, upsample_2x
-from models.layers import num_upsamples
+from models.layers import OneWayDiscriminator, num_upsamples
 from models.modes import full_precision, no_parameter_grad
+from models.settings import (
+    AdversarialSettings,
+    DamsmSettings,
+    NoiseSettings,
+    PenaltySettings,
+    SentenceSettings,
+    SizeSettings,
+)
 from models.types import Generator, GeneratorOutput, OptimizerSpec, TextFeatures, Update
 
 CHANNELS = (8, 8, 8, 8, 4, 2, 1)  # of nf, block by block at 256 px
@@ -96,30 +106,41 @@ class SSAGenerator(Generator):
 
     predicts_masks = True
 
-    def __init__(
-        self,
-        nf: int = 64,
-        z_dim: int = 100,
-        image_size: int = 256,
-        sentence_dim: int = 256,
-        sscbn: str = "code",
-        upsample: str = "nearest",
-        mask: str = "predicted",
-    ):
-        super().__init__()
-        self.arguments = {
-            "nf": nf, "z_dim": z_dim, "image_size": image_size, "sentence_dim": sentence_dim,
-            "sscbn": sscbn, "upsample": upsample, "mask": mask,
-        }  # fmt: skip
+    @dataclass(frozen=True)
+    class Settings(NoiseSettings, SentenceSettings, SizeSettings):
+        sscbn: str = setting(
+            "GAN.SSCBN",
+            "code",
+            "form of the SSCBN: as in the authors' code or as in the paper's text",
+            ("code", "paper"),
+        )
+        upsample: str = setting(
+            "GAN.UPSAMPLE",
+            "nearest",
+            "upsampling between blocks: nearest (code) or bilinear (paper)",
+            ("nearest", "bilinear"),
+        )
+        mask: str = setting(
+            "GAN.MASK", "predicted", "SSA-GAN's masks; ones: all ones, for ablations", ("predicted", "ones")
+        )
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        nf, z_dim, image_size = self.settings.nf, self.settings.z_dim, self.settings.image_size
         self.z_dim, self.noise_dim, self.image_size = z_dim, z_dim, image_size
-        self.upsample, self.mask = upsample, mask
         num_blocks = num_upsamples(image_size) + 1
         multipliers = ([CHANNELS[0]] * num_blocks + list(CHANNELS))[-num_blocks:]
         channels = [nf * multiplier for multiplier in [multipliers[0], *multipliers]]
         self.fc = nn.Linear(z_dim, channels[0] * 4 * 4)
         self.first_mask_predictor = mask_predictor(channels[0])
         self.blocks = nn.ModuleList(
-            SSABlock(channels[i], channels[i + 1], sentence_dim, sscbn, predicts_mask=i < num_blocks - 1)
+            SSABlock(
+                channels[i],
+                channels[i + 1],
+                self.settings.sentence_dim,
+                self.settings.sscbn,
+                predicts_mask=i < num_blocks - 1,
+            )
             for i in range(num_blocks)
         )
         self.to_rgb = nn.Sequential(
@@ -138,7 +159,7 @@ class SSAGenerator(Generator):
             if number > 0:
                 x = self._sized_for_block(x)
                 mask_logits = F.interpolate(mask_logits, scale_factor=2, mode="bilinear", align_corners=True)
-            masks.append(torch.ones_like(mask_logits) if self.mask == "ones" else torch.sigmoid(mask_logits))
+            masks.append(torch.ones_like(mask_logits) if self.settings.mask == "ones" else torch.sigmoid(mask_logits))
             x = block(x, sentence, masks[-1])
             mask_logits = block.mask_predictor(x) if block.mask_predictor is not None else mask_logits
         return GeneratorOutput(images=[self.to_rgb(x)], masks=masks)
@@ -151,7 +172,7 @@ class SSAGenerator(Generator):
 
     def _sized_for_block(self, x: Tensor) -> Tensor:
         """What a block is given: features at the size of its mask, or as they are, where it doubles them itself."""
-        if self.upsample == "nearest":
+        if self.settings.upsample == "nearest":
             return x
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
@@ -159,73 +180,55 @@ class SSAGenerator(Generator):
 class SSAGAN(AdversarialSystem):
     """The objective: hinge with mismatched captions, MA-GP in a step of its own, DAMSM; optional fine-tuning.
 
-    networks: generator, discriminator, text_encoder and, where the DAMSM loss has a weight, image_encoder. Other
-    arguments: the settings named in OBJECTIVE_SETTINGS, see miscc/config.py.
+    networks: generator, discriminator, text_encoder and, where the DAMSM loss has a weight, image_encoder.
     """
 
-    GENERATOR_SETTINGS: ClassVar[Mapping[str, str]] = {
-        "nf": "TRAIN.NF", "z_dim": "GAN.Z_DIM", "image_size": "TREE.BASE_SIZE", "sentence_dim": "TEXT.EMBEDDING_DIM",
-        "sscbn": "GAN.SSCBN", "upsample": "GAN.UPSAMPLE", "mask": "GAN.MASK",
-    }  # fmt: skip
-    DISCRIMINATOR_SETTINGS: ClassVar[Mapping[str, str]] = {
-        "nf": "TRAIN.NF", "image_size": "TREE.BASE_SIZE", "sentence_dim": "TEXT.EMBEDDING_DIM",
-        "spectral_normalisation": "USE_SN",
-    }  # fmt: skip
-    SHOWN: ClassVar[tuple[str, ...]] = ("loss/hinge", "loss/adversarial", "loss/words", "logits/real", "logits/fake")
-    OBJECTIVE_SETTINGS: ClassVar[Mapping[str, str]] = {
-        "loss": "loss",
-        "generator_lr": "TRAIN.GENERATOR_LR", "discriminator_lr": "TRAIN.DISCRIMINATOR_LR", "betas": "TRAIN.BETAS",
-        "damsm_weight": "TRAIN.DAMSM_WEIGHT", "damsm_factor": "TRAIN.SMOOTH.LAMBDA",
-        "gamma1": "TRAIN.SMOOTH.GAMMA1", "gamma2": "TRAIN.SMOOTH.GAMMA2", "gamma3": "TRAIN.SMOOTH.GAMMA3",
-        "penalty_weight": "TRAIN.PENALTY_WEIGHT", "penalty_power": "TRAIN.PENALTY_POWER",
-        "penalty_step": "TRAIN.PENALTY_STEP", "finetune_encoders": "TRAIN.FINETUNE_ENCODERS",
-        "finetune_lr": "TRAIN.FINETUNE_LR", "finetune_mode": "TRAIN.FINETUNE_MODE",
-    }  # fmt: skip
+    @dataclass(frozen=True)
+    class Settings(PenaltySettings, DamsmSettings, AdversarialSettings):
+        penalty_step: str = setting(
+            "TRAIN.PENALTY_STEP",
+            "separate",
+            "the penalty in an optimizer step of its own, or jointly with the hinge",
+            ("separate", "joint"),
+        )
+        finetune_encoders: bool = setting(
+            "TRAIN.FINETUNE_ENCODERS", False, "train the encoders along with G and D (SSA-GAN, section 3.4)"
+        )
+        finetune_lr: float = setting("TRAIN.FINETUNE_LR", 4e-5, "Adam's learning rate for that")
+        finetune_mode: str = setting(
+            "TRAIN.FINETUNE_MODE",
+            "eval",
+            "mode of the encoders meanwhile; train: with dropout and batch statistics, as the authors did",
+            ("eval", "train"),
+        )
 
-    def __init__(
-        self,
-        networks: dict[str, nn.Module],
-        *,
-        loss: str = "hinge",  # the only one there is; the key is in the released files
-        generator_lr: float = 1e-4,
-        discriminator_lr: float = 4e-4,
-        betas: tuple[float, float] = (0.0, 0.9),
-        damsm_weight: float = 0.05,
-        damsm_factor: float = 1.0,
-        gamma1: float = 5.0,
-        gamma2: float = 5.0,
-        gamma3: float = 10.0,
-        penalty_weight: float = 2.0,
-        penalty_power: float = 6.0,
-        penalty_step: str = "separate",
-        finetune_encoders: bool = False,
-        finetune_lr: float = 4e-5,
-        finetune_mode: str = "eval",
-    ):
-        super().__init__(networks, generator_lr, discriminator_lr, betas)
-        self.damsm_weight = damsm_weight * damsm_factor
-        self.gammas = {"gamma1": gamma1, "gamma2": gamma2, "gamma3": gamma3}
-        self.penalty = {"weight": penalty_weight, "power": penalty_power}
-        self.joint_penalty = penalty_step == "joint"
-        self.finetune_encoders, self.finetune_lr = finetune_encoders, finetune_lr
-        self.finetune_mode = finetune_mode
+        @property
+        def usual_damsm_weight(self) -> float:
+            return 0.1 if self.finetune_encoders else 0.05
+
+        @property
+        def needs_image_encoder(self) -> bool:
+            return self.finetune_encoders or self.whole_damsm_weight > 0
+
+    NETWORKS = {"generator": SSAGenerator, "discriminator": OneWayDiscriminator}
+    SHOWN: ClassVar[tuple[str, ...]] = ("loss/hinge", "loss/adversarial", "loss/words", "logits/real", "logits/fake")
 
     def optimizers(self) -> dict[str, OptimizerSpec]:
         groups = super().optimizers()
-        if self.finetune_encoders:
+        if self.settings.finetune_encoders:
             text_encoder, image_encoder = self.networks["text_encoder"], self.networks["image_encoder"]
             trained = [*text_encoder.parameters(), *image_encoder.head_parameters()]
-            groups["encoders"] = OptimizerSpec(trained, self.finetune_lr, self.betas)
+            groups["encoders"] = OptimizerSpec(trained, self.settings.finetune_lr, self.settings.betas)
         return groups
 
     def train(self) -> None:
         super().train()
-        batch_statistics = self.finetune_encoders and self.finetune_mode == "train"
+        batch_statistics = self.settings.finetune_encoders and self.settings.finetune_mode == "train"
         if "image_encoder" in self.networks:
             self.networks["image_encoder"].batch_statistics = batch_statistics
         for encoder in self.encoders():
             encoder.train(batch_statistics)
-        if self.finetune_encoders:
+        if self.settings.finetune_encoders:
             self.networks["text_encoder"].requires_grad_(True)
             for parameter in self.networks["image_encoder"].head_parameters():
                 parameter.requires_grad_(True)
@@ -235,13 +238,13 @@ class SSAGAN(AdversarialSystem):
         generator, discriminator = self.networks["generator"], self.networks["discriminator"]
         real_images = batch.images
         encoded = self.networks["text_encoder"](batch.captions, batch.lengths)
-        if self.finetune_encoders:
+        if self.settings.finetune_encoders:
             yield Update("encoders", self.damsm_losses(real_images, encoded, batch))
         text = encoded.detach()
         fake = generator(noise, text)
 
         losses, stats = self._discriminator_losses(real_images, fake.images[-1].detach(), text.sentence)
-        if self.joint_penalty:
+        if self.settings.penalty_step == "joint":
             losses["penalty"] = self._penalty(real_images, text.sentence)
             yield Update("discriminator", losses, stats)
         else:
@@ -250,9 +253,9 @@ class SSAGAN(AdversarialSystem):
 
         with no_parameter_grad(discriminator, *self.encoders()):
             losses = {"adversarial": hinge_generator_loss(discriminator(fake.images[-1], text.sentence))}
-            if self.damsm_weight > 0:
+            if self.settings.whole_damsm_weight > 0:
                 damsm = self.damsm_losses(fake.images[-1], text, batch)
-                losses |= {name: self.damsm_weight * loss for name, loss in damsm.items()}
+                losses |= {name: self.settings.whole_damsm_weight * loss for name, loss in damsm.items()}
             yield Update("generator", losses, {"mask_mean": fake.masks[-1].detach().mean()})
 
     def _discriminator_losses(
@@ -273,4 +276,4 @@ class SSAGAN(AdversarialSystem):
         sentence = sentence.detach().to(real_images.dtype).requires_grad_()
         with full_precision(real_images.device):
             logits = self.networks["discriminator"](real_images, sentence)
-            return matching_aware_gradient_penalty(logits, real_images, sentence, **self.penalty)
+            return matching_aware_gradient_penalty(logits, real_images, sentence, **self.settings.penalty)

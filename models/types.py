@@ -1,7 +1,7 @@
 """Contracts: what passes between networks, systems and trainer, and what each of them must declare. No maths here."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -82,16 +82,36 @@ class OptimizerSpec(NamedTuple):
 class Network(nn.Module):
     """What every network declares.
 
-    arguments: of its constructor; with the state dict they are all that a checkpoint keeps of a network.
+    Settings: a frozen dataclass of its constructor's arguments; fields that are settings carry their keys.
+    settings: the arguments themselves.
+    arguments: the same as a plain dict; with the state dict they are all that a checkpoint keeps of a network.
     slow_start: True where drawing initial weights takes seconds; a network that is loaded is then built without values
         (all its tensors must be in its state dict).
     compiled_methods: what TRAIN.COMPILE compiles: the methods that training calls. A network made of other Networks
         leaves that to them.
     """
 
+    @dataclass(frozen=True)
+    class Settings:
+        pass
+
+    settings: Any
     arguments: dict[str, Any]
     slow_start: ClassVar[bool] = False
     compiled_methods: ClassVar[tuple[str, ...]] = ("forward",)
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__()
+        self._keep(self.Settings(*arguments, **named))
+
+    def change_settings(self, **changes: Any) -> None:
+        """Change arguments that shape no tensor: the network, and what a checkpoint keeps of it."""
+        self._keep(replace(self.settings, **changes))
+
+    def _keep(self, settings: Any) -> None:
+        self.settings = settings
+        values = {one.name: getattr(settings, one.name) for one in fields(settings)}
+        self.arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def gates(self) -> Sequence[nn.Parameter]:
         """Learned factors of residual branches that start at zero: until they move, the branch has no effect."""
@@ -162,25 +182,35 @@ class ImageEncoder(Network):
 class System:
     """One paper: its networks and its objective. The trainer knows a system by this and nothing else.
 
-    The settings of its parts are {argument: key}; a key that no part names has no effect.
-
-    EXTRA_NETWORKS: {part: {argument: key}}, networks beyond G and D that are built, trained and saved alike (their
-        registries are in models.NETWORKS).
-    TEXT_SETTINGS: what is made of the text encoder for this system.
+    Settings: a frozen dataclass of the objective's arguments; fields that are settings carry their keys.
+    TextSettings: the same of what is made of the text encoder for this system.
+    NETWORKS: {part: class} of the networks that are built, trained and saved, "generator" and "discriminator" among them.
+    DEFAULTS: {key: value} of the loops' settings that this system has otherwise.
     SHOWN: logged values that also stand behind the progress bar.
-    networks: "generator", "discriminator", "text_encoder", "image_encoder", and others: what is saved.
+    settings: the objective's arguments.
+    networks: by part; the encoders beside those of NETWORKS.
     image_sizes: of the real images that a step needs, pixels, coarse to fine.
     """
 
-    GENERATOR_SETTINGS: ClassVar[Mapping[str, str]] = {}
-    DISCRIMINATOR_SETTINGS: ClassVar[Mapping[str, str]] = {}
-    EXTRA_NETWORKS: ClassVar[Mapping[str, Mapping[str, str]]] = {}
-    TEXT_SETTINGS: ClassVar[Mapping[str, str]] = {}
-    OBJECTIVE_SETTINGS: ClassVar[Mapping[str, str]] = {}
+    @dataclass(frozen=True)
+    class Settings:
+        needs_image_encoder: ClassVar[bool] = False  # whether a loss looks at images with the image encoder
+
+    @dataclass(frozen=True)
+    class TextSettings:
+        transformer: ClassVar[str] = ""  # folder of a Transformer that gives half of the sentence
+
+    NETWORKS: ClassVar[Mapping[str, type[Network]]] = {}
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
     SHOWN: ClassVar[tuple[str, ...]] = ()
 
     networks: dict[str, nn.Module]
     image_sizes: list[int]
+
+    def __init__(self, networks: dict[str, nn.Module], **arguments: Any):
+        self.networks = networks
+        self.settings = self.Settings(**arguments)
+        self.image_sizes = [networks["generator"].image_size]
 
     def optimizers(self) -> Mapping[str, OptimizerSpec]:
         """The optimizers that `updates` names."""

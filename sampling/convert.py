@@ -14,7 +14,7 @@ from torch import nn
 from miscc.checkpoint import load_file, save_checkpoint
 from miscc.errors import CheckpointError, DataError, UserError, run_command
 from miscc.files import hash_of_file
-from models import DISCRIMINATORS
+from models import networks_of
 from models.registry import count_parameters, network_name, to_state
 from models.released import LOADERS, holds, load_discriminator, load_discriminator_files, load_generator, naming
 from sampling.encoders import load_encoders, released_vocabulary
@@ -125,7 +125,7 @@ def _discriminator(generator: nn.Module, content: Any, path: str | Path | None) 
     if path is None:
         return load_discriminator(content) if holds(content, "discriminator") else None
     with torch.device("meta"):  # only its sizes are asked for
-        kind = DISCRIMINATORS[network_name(generator)]
+        kind = networks_of("discriminator")[network_name(generator)]
         shared = ("base_size", "num_stages") if kind.has_stages else ()
         like = kind(**{name: generator.arguments[name] for name in shared})
     return load_discriminator_files(path, like)

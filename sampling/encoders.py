@@ -11,7 +11,7 @@ from miscc.byte_pairs import vocabulary_of
 from miscc.checkpoint import load_file
 from miscc.errors import CheckpointError, DataError
 from miscc.vocabulary import Vocabulary
-from models import NETWORKS
+from models import networks_of
 from models.registry import from_state
 from models.released import load_image_encoder, load_text_encoder, naming
 
@@ -66,7 +66,7 @@ def load_encoders(path: str | Path, device: str | torch.device = "cpu", max_word
     else:
         with naming(path):
             text_encoder, vocabulary = load_text_encoder(content), None
-        text_encoder.max_words = text_encoder.arguments["max_words"] = max_words
+        text_encoder.change_settings(max_words=max_words)
         beside = path.with_name(path.name.replace("text_encoder", "image_encoder"))
         found = beside != path and beside.is_file()
         with naming(beside):
@@ -96,7 +96,7 @@ def rebuild_networks(checkpoint: dict, names: tuple[str, ...], path: str | Path)
         if name not in checkpoint["networks"]:
             continue
         try:
-            network = from_state(checkpoint["networks"][name], NETWORKS[name])
+            network = from_state(checkpoint["networks"][name], networks_of(name))
             networks[name] = network.eval().requires_grad_(False)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from datasets.toybirds.dataset import ToyBirds
-from miscc.config import load_config
-from models import SYSTEMS
+from training.settings import load_config
 
 # The networks are tiny, and threads of several processes at once would only get in each other's way.
 torch.set_num_threads(1)
@@ -46,7 +45,7 @@ def drawn_folder(tmp_path_factory):
 def settings(path, text, command="gan", overrides=()):
     """Settings from YAML text, written where a user would have them."""
     path.write_text(text)
-    return load_config(path, overrides, command=command, systems=SYSTEMS)
+    return load_config(path, overrides, command=command)
 
 
 DAMSM_YAML = """
@@ -102,6 +101,6 @@ def tiny(tiny_yaml):
     """Those settings, loaded; further pairs change them: tiny(("TRAIN.NF", "2"))."""
 
     def load(*overrides):
-        return load_config(tiny_yaml, overrides, systems=SYSTEMS)
+        return load_config(tiny_yaml, overrides)
 
     return load

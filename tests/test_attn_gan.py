@@ -203,7 +203,9 @@ def test_spectral_normalisation_bounds_every_convolution():
 
 @pytest.mark.parametrize("spectral_normalisation", [False, True])
 def test_a_stored_discriminator_is_rebuilt_without_drawing_weights(spectral_normalisation):
-    discriminator = AttnDiscriminator(1, 16, 2, 8, spectral_normalisation)
+    discriminator = AttnDiscriminator(
+        df_dim=1, base_size=16, num_stages=2, sentence_dim=8, spectral_normalisation=spectral_normalisation
+    )
     images, sentence = [torch.randn(2, 3, size, size) for size in (16, 32)], torch.randn(2, 8)
     discriminator(images, sentence)  # running statistics that differ from those at the start
     entry = to_state("attn_gan", discriminator)
@@ -215,8 +217,9 @@ def test_a_stored_discriminator_is_rebuilt_without_drawing_weights(spectral_norm
 
 
 def test_a_network_around_given_stages_is_built_again_whatever_the_settings_said():
-    given = AttnDiscriminator(1, 8, 2, 8)
-    network = AttnDiscriminator(2, 8, 2, 8, spectral_normalisation=True).with_stages(given.stages)
+    sizes = {"base_size": 8, "num_stages": 2, "sentence_dim": 8}
+    given = AttnDiscriminator(df_dim=1, **sizes)
+    network = AttnDiscriminator(df_dim=2, spectral_normalisation=True, **sizes).with_stages(given.stages)
     again = from_state(to_state("attn_gan", network), {"attn_gan": AttnDiscriminator})
     assert not again.arguments["spectral_normalisation"]
     assert again.state_dict().keys() == given.state_dict().keys()

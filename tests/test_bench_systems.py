@@ -7,8 +7,7 @@ import torch
 
 from bench import common, systems
 from bench.train_step import step_of
-from miscc.config import load_config
-from models import SYSTEMS
+from training.settings import load_config
 
 
 def tiny(tmp_path, name):
@@ -34,7 +33,7 @@ def test_the_table_of_two_systems(tmp_path, capsys):
 
 def test_operations_of_drawing_are_those_of_the_layers(tmp_path):
     """Beside the text encoder's: 2 a weight of each linear layer, and 2 a weight and pixel of each convolution."""
-    cfg = load_config(tiny(tmp_path, "ssa_gan"), systems=SYSTEMS)
+    cfg = load_config(tiny(tmp_path, "ssa_gan"))
     found = systems.measure({"ssa": cfg}, "small", 2, 1, torch.device("cpu"))["ssa"]
     step = step_of(cfg, "small", 2, torch.device("cpu"))
     generator, text_encoder = (step.system.networks[part] for part in ("generator", "text_encoder"))

@@ -14,14 +14,13 @@ from tiny_systems import (
     trains_resumes_and_samples,
 )
 
-from miscc.config import load_config
 from miscc.errors import CheckpointError
 from miscc.losses import hinge_discriminator_loss, matching_aware_gradient_penalty
-from models import SYSTEMS
 from models.df_gan import DFGAN, DFDiscriminator, DFGenerator
 from models.layers import ConditionalAffine
 from models.registry import count_parameters
 from models.released import load_discriminator
+from training.settings import load_config
 
 
 @pytest.mark.parametrize("size", [8, 32, 64, 256, 512])
@@ -129,7 +128,7 @@ def test_one_forward_for_hinge_and_penalty_equals_two():
 def test_defaults_are_those_of_the_released_code(tmp_path):
     path = tmp_path / "df.yml"
     path.write_text("GAN: {NAME: DF-GAN}")
-    cfg = load_config(path, systems=SYSTEMS)
+    cfg = load_config(path)
     assert (cfg.TRAIN.NF, cfg.TRAIN.BATCH_SIZE, cfg.TRAIN.MAX_EPOCH) == (32, 32, 1300)
     assert (cfg.TRAIN.GENERATOR_LR, cfg.TRAIN.DISCRIMINATOR_LR, cfg.TRAIN.BETAS) == (1e-4, 4e-4, [0.0, 0.9])
     assert (cfg.GAN.TRUNCATION, cfg.TRAIN.DAMSM_WEIGHT) == (0.88, 0.0)
@@ -158,7 +157,7 @@ def test_a_run_starts_from_a_state_epoch_file(drawn_folder, encoders, tmp_path):
     overrides = tiny_overrides(drawn_folder, encoders, tmp_path) | {"TRAIN.NET_G": str(path), "TRAIN.NF": "2"}
 
     def networks(**changes):
-        cfg = load_config("cfg/bird_df.yml", [*(overrides | changes).items()], systems=SYSTEMS)
+        cfg = load_config("cfg/bird_df.yml", [*(overrides | changes).items()])
         return Trainer(cfg, World(0, 1, torch.device("cpu"))).networks
 
     both = networks()

@@ -17,13 +17,12 @@ from tiny_systems import (
 from torch import nn
 
 from miscc.checkpoint import load_checkpoint
-from miscc.config import load_config
 from miscc.errors import ConfigError
 from miscc.losses import semantic_distance
-from models import SYSTEMS
 from models.layers import OneWayDiscriminator
 from models.sema import SEMA, SEMAGenerator
 from models.sema_modules import FeatureExtractor, Redescriber
+from training.settings import load_config
 
 
 @pytest.mark.parametrize("size", [8, 64, 256])
@@ -174,7 +173,7 @@ def test_f_learns_real_from_fake_and_g_nears_the_real_features():
 def test_the_settings_of_the_released_file_name_no_unread_key(tmp_path):
     path = tmp_path / "sema.yml"
     path.write_text("GAN: {NAME: SEMA}")
-    cfg = load_config(path, systems=SYSTEMS)
+    cfg = load_config(path)
     assert (cfg.TRAIN.NF, cfg.TRAIN.BATCH_SIZE, cfg.TRAIN.MAX_EPOCH, cfg.GAN.TRUNCATION) == (32, 48, 121, 0.8)
 
 
@@ -204,9 +203,7 @@ def test_what_shapes_the_adversaries_stays_and_given_weights_bring_them_along(dr
 
     def networks(**changes):
         pairs = (overrides | {"TRAIN.NET_G": str(last)} | changes).items()
-        return Trainer(
-            load_config("cfg/coco_sema.yml", [*pairs], systems=SYSTEMS), World(0, 1, torch.device("cpu"))
-        ).networks
+        return Trainer(load_config("cfg/coco_sema.yml", [*pairs]), World(0, 1, torch.device("cpu"))).networks
 
     weight = stored["redescriber"]["state"]["keys.weight"]
     assert torch.equal(networks()["redescriber"].keys.weight, weight)

@@ -1,5 +1,7 @@
-"""A new system is one file and its registry lines: a dummy of ten lines trains, resumes and draws like the others."""
+"""A new system is one file and one line: a dummy trains, resumes and draws like the others."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +10,15 @@ import torch
 from torch import nn
 
 import models
-from miscc.checkpoint import load_checkpoint
+from miscc.checkpoint import load_checkpoint, save_checkpoint
+from miscc.config import to_yaml
 from miscc.distributed import World
+from miscc.errors import ConfigError
+from miscc.settings import setting
+from models.settings import NoiseSettings, image_size_setting
 from models.types import Discriminator, Generator, GeneratorOutput, OptimizerSpec, System, Update
 from sampling.pipeline import TextToImage
+from training.settings import keys_without_effect, load_config, schema
 from training.trainer import train
 
 CPU = World(0, 1, torch.device("cpu"))
@@ -20,11 +27,14 @@ CPU = World(0, 1, torch.device("cpu"))
 class Dot(Generator):
     """One learned colour a noise dimension: the least that a generator can be."""
 
-    def __init__(self, image_size, z_dim):
-        super().__init__()
-        self.arguments = {"image_size": image_size, "z_dim": z_dim}
-        self.image_size, self.z_dim, self.noise_dim = image_size, z_dim, z_dim
-        self.colour = nn.Linear(z_dim, 3)
+    @dataclass(frozen=True)
+    class Settings(NoiseSettings):
+        image_size: int = image_size_setting()
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.image_size, self.z_dim, self.noise_dim = self.settings.image_size, self.settings.z_dim, self.settings.z_dim
+        self.colour = nn.Linear(self.z_dim, 3)
 
     def forward(self, noise, text):
         size = (self.image_size, self.image_size)
@@ -32,8 +42,6 @@ class Dot(Generator):
 
 
 class Judge(Discriminator):
-    arguments = {}
-
     def __init__(self):
         super().__init__()
         self.weigh = nn.Linear(3, 1)
@@ -43,11 +51,12 @@ class Judge(Discriminator):
 
 
 class DummyGAN(System):
-    GENERATOR_SETTINGS = {"image_size": "TREE.BASE_SIZE", "z_dim": "GAN.Z_DIM"}
-    SHOWN = ("loss/generator",)
+    @dataclass(frozen=True)
+    class Settings(System.Settings):
+        brightness_weight: float = setting("DUMMY.BRIGHTNESS_WEIGHT", 0.0, "weight of the images' mean in G's loss")
 
-    def __init__(self, networks):
-        self.networks, self.image_sizes = networks, [networks["generator"].image_size]
+    NETWORKS = {"generator": Dot, "discriminator": Judge}
+    SHOWN = ("loss/generator",)
 
     def optimizers(self):
         spec = {p: list(self.networks[p].parameters()) for p in ("generator", "discriminator")}
@@ -60,14 +69,13 @@ class DummyGAN(System):
         fake = self.networks["generator"](noise, None).images[0]
         judge = self.networks["discriminator"]
         yield Update("discriminator", {"judge": (judge(fake.detach()) - judge(batch.images)).mean()})
-        yield Update("generator", {"generator": -judge(fake).mean()})
+        brightness = self.settings.brightness_weight * -fake.mean()
+        yield Update("generator", {"generator": -judge(fake).mean(), "brightness": brightness})
 
 
 @pytest.fixture
 def dummy(monkeypatch):
     monkeypatch.setitem(models.SYSTEMS, "dummy", DummyGAN)
-    monkeypatch.setitem(models.GENERATORS, "dummy", Dot)
-    monkeypatch.setitem(models.DISCRIMINATORS, "dummy", Judge)
 
 
 def last(cfg):
@@ -88,3 +96,54 @@ def test_the_trainer_trains_resumes_and_draws_with_a_system_it_has_never_seen(du
     drawn = TextToImage.load(last(straight), "cpu").generate(["a red bird", "a blue bird"])
     assert drawn.images.shape == (2, 16, 16, 3) and not drawn.masks
     assert (np.ptp(drawn.images.reshape(2, -1, 3), axis=1) == 0).all()  # dots of one colour, as the network has it
+
+
+# A new loss weight is one field of the objective's settings and its use in `updates`.
+WEIGHT = "DUMMY.BRIGHTNESS_WEIGHT"
+
+
+def test_a_loss_weight_is_in_the_schema_and_in_set_and_printed(dummy, tiny):
+    assert schema()[WEIGHT].default == 0.0 and "mean in G's loss" in schema()[WEIGHT].meaning
+    cfg = tiny(("GAN.NAME", "dummy"), (WEIGHT, "3"))
+    assert cfg.DUMMY.BRIGHTNESS_WEIGHT == 3.0 and "BRIGHTNESS_WEIGHT: 3.0" in to_yaml(cfg)
+    with pytest.raises(ConfigError, match=f"{WEIGHT}: must be a number"):
+        tiny(("GAN.NAME", "dummy"), (WEIGHT, "much"))
+    with pytest.raises(ConfigError, match=f"{WEIGHT}: must not be negative"):
+        tiny(("GAN.NAME", "dummy"), (WEIGHT, "-1"))
+    with pytest.raises(ConfigError, match=f"DUMMY.BRIGHTNES_WEIGHT: no such setting; did you mean {WEIGHT}"):
+        tiny(("DUMMY.BRIGHTNES_WEIGHT", "1"))
+
+
+def test_a_loss_weight_is_named_where_it_has_no_effect(dummy, tiny_yaml):
+    given = (WEIGHT, "3")
+    assert keys_without_effect(tiny_yaml, [given]) == [WEIGHT]
+    assert keys_without_effect(tiny_yaml, [given], command="damsm")[-1:] == [WEIGHT]
+    assert keys_without_effect(tiny_yaml, [given, ("GAN.NAME", "dummy")])[-1:] != [WEIGHT]
+
+
+def test_a_loss_weight_changes_the_loss_and_is_named_when_a_run_is_resumed(dummy, tiny, tmp_path, capsys):
+    options = [("GAN.NAME", "dummy"), ("GAN.Z_DIM", "4"), ("OUTPUT_DIR", str(tmp_path))]
+    assert train(tiny(*options, (WEIGHT, "3"), ("TRAIN.MAX_STEPS", "1")), CPU) == 0
+    assert train(tiny(*options, (WEIGHT, "5"), ("TRAIN.MAX_STEPS", "2")), CPU, resume=True) == 0
+    assert f"{WEIGHT}: 3.0 -> 5.0" in capsys.readouterr().out
+    run = last(tiny(*options)).parent.parent
+    losses = [json.loads(line)["loss/brightness"] for line in (run / "stats.jsonl").read_text().splitlines()]
+    assert len(losses) == 2 and all(loss != 0 for loss in losses)
+
+
+def test_a_checkpoint_of_former_code_lacks_new_keys_and_resumes(dummy, tiny, tmp_path):
+    options = [("GAN.NAME", "dummy"), ("GAN.Z_DIM", "4"), ("OUTPUT_DIR", str(tmp_path))]
+    cfg = tiny(*options, ("TRAIN.MAX_STEPS", "1"))
+    assert train(cfg, CPU) == 0
+    content = load_checkpoint(last(cfg))
+    del content["config"]["DUMMY"], content["config"]["GAN"]["Z_DIM"]
+    save_checkpoint(last(cfg), content)
+    assert train(tiny(*options, ("TRAIN.MAX_STEPS", "2")), CPU, resume=True) == 0
+
+
+def test_a_system_changes_defaults_of_the_loops(dummy, monkeypatch, tmp_path):
+    (tmp_path / "x.yml").write_text("GAN: {NAME: dummy}")
+    assert load_config(tmp_path / "x.yml").TRAIN.BATCH_SIZE == 24
+    monkeypatch.setattr(DummyGAN, "DEFAULTS", {"TRAIN.BATCH_SIZE": 7})
+    assert load_config(tmp_path / "x.yml").TRAIN.BATCH_SIZE == 7
+    assert load_config(tmp_path / "x.yml", [("TRAIN.BATCH_SIZE", "3")]).TRAIN.BATCH_SIZE == 3

@@ -8,53 +8,25 @@ from typing import Any
 from torch import nn
 
 from miscc.checkpoint import load_file
-from miscc.config import lookup
 from miscc.errors import CheckpointError, ConfigError, UserError
+from miscc.settings import arguments_from, from_config, settings_of
 from miscc.vocabulary import Vocabulary
-from models import NETWORKS, SYSTEMS
+from models import SYSTEMS, networks_of
 from models.mixed_text import mixed_text_encoder
 from models.registry import from_state, network_name
 from models.released import holds, load_discriminator, load_discriminator_files, load_generator, naming
-from models.types import System
+from models.types import Network, System
 from sampling.encoders import Encoders, load_encoders, released_vocabulary
 from training.data import read_records
 
 logger = logging.getLogger(__name__)
 
 
-def pick(cfg: Mapping, settings: Mapping[str, str]) -> dict[str, Any]:
-    """{argument: key} -> {argument: the key's value}."""
-    return {argument: lookup(cfg, key) for argument, key in settings.items()}
-
-
-def network_settings(name: str) -> dict[str, Mapping[str, str]]:
-    """{part: {argument: key}} of the networks that a system trains."""
-    system = SYSTEMS[name]
-    always = {"generator": system.GENERATOR_SETTINGS, "discriminator": system.DISCRIMINATOR_SETTINGS}
-    return always | dict(system.EXTRA_NETWORKS)
-
-
-def network_keys(name: str) -> set[str]:
-    """The settings that shape a system's networks, the text encoder's included."""
-    parts = [*network_settings(name).values(), SYSTEMS[name].TEXT_SETTINGS]
-    return {key for settings in parts for key in settings.values()}
-
-
-def system_keys(name: str) -> set[str]:
-    """The settings that a system's parts name."""
-    return network_keys(name) | set(SYSTEMS[name].OBJECTIVE_SETTINGS.values())
-
-
-def text_settings(cfg: Mapping) -> dict[str, Any]:
-    """What the system makes of the text encoder, as arguments of `encoders_for` and `TextToImage.from_released`."""
-    return pick(cfg, SYSTEMS[cfg.GAN.NAME].TEXT_SETTINGS)
-
-
-def build_networks(cfg: Mapping) -> dict[str, nn.Module]:
+def build_networks(cfg: Mapping) -> dict[str, Network]:
     """Fresh networks of the chosen system: G, D and others that it has. Raises ConfigError where sizes do not work."""
-    name = cfg.GAN.NAME
+    classes = SYSTEMS[cfg.GAN.NAME].NETWORKS
     try:
-        return {part: NETWORKS[part][name](**pick(cfg, settings)) for part, settings in network_settings(name).items()}
+        return {part: network(**arguments_from(network.Settings, cfg)) for part, network in classes.items()}
     except ValueError as error:
         raise ConfigError(f"TREE.BASE_SIZE: {error}") from None
 
@@ -69,7 +41,7 @@ def given_networks(cfg: Mapping, fresh: Mapping[str, nn.Module]) -> dict[str, nn
             if "generator" not in stored:
                 raise CheckpointError(f"TRAIN.NET_G: {train.NET_G} holds no generator but {', '.join(stored)}")
             parts = tuple(fresh) if train.B_NET_D else ("generator",)
-            networks = {part: from_state(stored[part], NETWORKS[part]) for part in parts if part in stored}
+            networks = {part: from_state(stored[part], networks_of(part)) for part in parts if part in stored}
         else:
             with naming(train.NET_G):
                 networks["generator"] = load_generator(content)
@@ -85,18 +57,29 @@ def given_networks(cfg: Mapping, fresh: Mapping[str, nn.Module]) -> dict[str, nn
             raise CheckpointError(
                 f"{key}: holds the {part} of {network_name(network)}, the settings are for {cfg.GAN.NAME}; set GAN.NAME"
             )
-        for argument, setting in network_settings(cfg.GAN.NAME)[part].items():
+        for argument, one in settings_of(type(network).Settings).items():
             theirs, ours = network.arguments.get(argument), fresh[part].arguments.get(argument)
             if theirs != ours:
                 raise CheckpointError(
-                    f"{key}: the {part}'s {argument} is {theirs}, {setting} says {ours}; set it to {theirs}"
+                    f"{key}: the {part}'s {argument} is {theirs}, {one.key} says {ours}; set it to {theirs}"
                 )
     return networks
 
 
 def build_system(cfg: Mapping, networks: dict[str, nn.Module]) -> System:
     """The objective around its networks."""
-    return SYSTEMS[cfg.GAN.NAME](networks, **pick(cfg, SYSTEMS[cfg.GAN.NAME].OBJECTIVE_SETTINGS))
+    system = SYSTEMS[cfg.GAN.NAME]
+    return system(networks, **arguments_from(system.Settings, cfg))
+
+
+def objective_settings(cfg: Mapping) -> Any:
+    """The settings of the chosen system's objective."""
+    return from_config(SYSTEMS[cfg.GAN.NAME].Settings, cfg)
+
+
+def text_settings(cfg: Mapping) -> Any:
+    """What the chosen system makes of the text encoder."""
+    return from_config(SYSTEMS[cfg.GAN.NAME].TextSettings, cfg)
 
 
 def encoders_for(cfg: Mapping) -> tuple[Encoders, Vocabulary]:
@@ -109,14 +92,14 @@ def encoders_for(cfg: Mapping) -> tuple[Encoders, Vocabulary]:
             f"TEXT.DAMSM_NAME: {cfg.TEXT.DAMSM_NAME} knows {known} words, the captions.pickle in {cfg.DATA_DIR} has "
             f"{len(vocabulary)}; take the metadata that these encoders were trained with"
         )
-    if encoders.image_encoder is None and needs_image_encoder(cfg):
+    if encoders.image_encoder is None and objective_settings(cfg).needs_image_encoder:
         raise CheckpointError(
             f"TEXT.DAMSM_NAME: there is no image encoder beside {cfg.TEXT.DAMSM_NAME}; put the released "
             f"image_encoder*.pth there, or train without the DAMSM loss: --set TRAIN.DAMSM_WEIGHT 0"
         )
     # The caption length is this training's; the checkpoint must draw with the same.
-    encoders.text_encoder.max_words = encoders.text_encoder.arguments["max_words"] = cfg.TEXT.WORDS_NUM
-    if folder := text_settings(cfg).get("transformer"):
+    encoders.text_encoder.change_settings(max_words=cfg.TEXT.WORDS_NUM)
+    if folder := text_settings(cfg).transformer:
         mixed = mixed_text_encoder(encoders.text_encoder, vocabulary.words, folder)
         encoders = encoders._replace(text_encoder=mixed)
     text_dim = encoders.text_encoder.arguments["text_dim"]
@@ -125,13 +108,6 @@ def encoders_for(cfg: Mapping) -> tuple[Encoders, Vocabulary]:
             f"TEXT.EMBEDDING_DIM: is {cfg.TEXT.EMBEDDING_DIM}, but the encoders give {text_dim}; set it so"
         )
     return encoders, vocabulary
-
-
-def needs_image_encoder(cfg: Mapping) -> bool:
-    """Whether the settings ask for a loss that looks at images with DAMSM's encoder."""
-    keys = system_keys(cfg.GAN.NAME)
-    matching = "TRAIN.DAMSM_WEIGHT" in keys and cfg.TRAIN.DAMSM_WEIGHT * cfg.TRAIN.SMOOTH.LAMBDA > 0
-    return matching or ("TRAIN.FINETUNE_ENCODERS" in keys and cfg.TRAIN.FINETUNE_ENCODERS)
 
 
 def check_batch_size(batch_size: int, num_processes: int = 1) -> None:

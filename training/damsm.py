@@ -23,7 +23,7 @@ from miscc.losses import sentence_loss, word_attention, word_loss
 from miscc.pictures import attention_picture, save_image
 from miscc.randomness import seed_everything, stream
 from miscc.vocabulary import Vocabulary
-from models import IMAGE_ENCODERS, NETWORKS, TEXT_ENCODERS
+from models import IMAGE_ENCODERS, TEXT_ENCODERS, networks_of
 from models.modes import eval_mode
 from models.registry import from_state, network_name, to_state
 from models.types import TextFeatures, Update
@@ -259,7 +259,7 @@ class EncoderTrainer:
     def _given_encoders(self, checkpoint: dict | None) -> tuple[dict[str, nn.Module] | None, Vocabulary | None]:
         """The encoders of the checkpoint, or of NET_E, with their vocabulary."""
         if checkpoint is not None:
-            networks = {part: from_state(entry, NETWORKS[part]) for part, entry in checkpoint["networks"].items()}
+            networks = {part: from_state(entry, networks_of(part)) for part, entry in checkpoint["networks"].items()}
             return networks, Vocabulary(checkpoint["vocabulary"])
         if not self.cfg.TRAIN.NET_E:
             return None, None

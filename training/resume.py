@@ -6,9 +6,9 @@ Loading a checkpoint is trainer.py's and damsm.py's.
 from collections.abc import Iterable, Mapping
 
 from datasets.records import Records
-from miscc.config import flatten, lookup
+from miscc.config import flatten
 from miscc.errors import CheckpointError, ConfigError, DataError
-from training.build import network_keys
+from models.choice import keys_of, network_parts
 from training.evaluation import held_out_share
 
 # What any run may have its own way, without a word about it.
@@ -24,7 +24,7 @@ def check_resumable(checkpoint: Mapping, cfg: Mapping) -> None:
         if part not in checkpoint:
             raise CheckpointError(f"the checkpoint holds no {part}: resuming needs a last.pth of main.py")
     check_same_held_out(checkpoint["config"], cfg)
-    shaping = network_keys(cfg.GAN.NAME) | {"SEED", "TRAIN.BATCH_SIZE"}
+    shaping = keys_of(network_parts(cfg.GAN.NAME)) | {"SEED", "TRAIN.BATCH_SIZE"}
     check_fixed_settings(checkpoint["config"], cfg, sorted(shaping), "without --resume or RESTORE: True")
 
 
@@ -35,8 +35,9 @@ def check_encoders_resumable(checkpoint: Mapping, cfg: Mapping) -> None:
 
 def check_fixed_settings(stored: Mapping, cfg: Mapping, keys: Iterable[str], instead: str) -> None:
     """Raises ConfigError where one of these keys differs from the run's stored settings; instead: how to start anew."""
+    then, today = flatten(stored), flatten(cfg)
     for key in keys:
-        before, now = lookup(stored, key), lookup(cfg, key)
+        before, now = then.get(key, today[key]), today[key]  # a run of former code lacks what is new
         if before != now:
             raise ConfigError(
                 f"{key}: the run was started with {before}, not {now}; set it back, or start anew ({instead})"

@@ -24,7 +24,7 @@ from miscc.files import remove_unfinished
 from miscc.pictures import save_image
 from miscc.randomness import noise_for, seed_everything
 from miscc.vocabulary import Vocabulary
-from models import NETWORKS
+from models import networks_of
 from models.modes import eval_mode
 from models.registry import from_state, network_name, to_state
 from sampling.folders import generated_picture
@@ -35,7 +35,7 @@ from training.build import (
     check_batch_size,
     encoders_for,
     given_networks,
-    needs_image_encoder,
+    objective_settings,
 )
 from training.compute import checkpoint_activations, compile_networks, use_channels_last
 from training.data import fixed_captions, make_dataset, usable_workers
@@ -133,11 +133,11 @@ class Trainer:
         """The networks to train: of the checkpoint, of NET_G, or fresh ones; with the encoders that the settings name."""
         if checkpoint is not None:
             stored = {
-                part: from_state(entry, NETWORKS[part])
+                part: from_state(entry, networks_of(part))
                 for part, entry in checkpoint["networks"].items()
                 if part != "generator_ema"
             }
-            if "image_encoder" not in stored and needs_image_encoder(self.cfg):
+            if "image_encoder" not in stored and objective_settings(self.cfg).needs_image_encoder:
                 raise CheckpointError("the run was started without an image encoder; keep TRAIN.DAMSM_WEIGHT at 0")
             return stored, vocabulary_of(checkpoint["vocabulary"])
 

@@ -1,0 +1,30 @@
+"""Settings of the data: which data set, where it lies, how it is read. Whoever reads images or captions is given these."""
+
+from dataclasses import dataclass
+
+from miscc.settings import setting
+
+
+@dataclass(frozen=True)
+class DatasetSettings:
+    """Which data set."""
+
+    dataset: str = setting("DATASET_NAME", "birds", "birds, coco, folder, flickr or toybirds")
+
+
+@dataclass(frozen=True)
+class DataSettings(DatasetSettings):
+    """Which data set, and how its images and captions are read."""
+
+    data_dir: str = setting("DATA_DIR", "", "where the data lies; empty: data/<DATASET_NAME>")
+    keep_decoded: bool = setting("DATA_CACHE", False, "keep decoded, resized images in one file under DATA_DIR/cache")
+    skip_broken: bool = setting("SKIP_BROKEN", False, "leave out images that cannot be read instead of stopping")
+    workers: int = setting("WORKERS", 4, "processes that read images; 0: none beside the main one")
+    captions_per_image: int = setting(
+        "TEXT.CAPTIONS_PER_IMAGE", 10, "captions of an image that are used at most", above=0
+    )
+    max_words: int = setting("TEXT.WORDS_NUM", 18, "words of a caption at most", above=0)
+
+    def __post_init__(self) -> None:
+        if not self.data_dir:
+            object.__setattr__(self, "data_dir", f"data/{self.dataset}")

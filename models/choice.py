@@ -1,0 +1,95 @@
+"""Which system a settings file means, and which settings a system's parts declare."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from easydict import EasyDict
+
+from miscc.config import Schema, read_given, resolve
+from miscc.errors import ConfigError
+from miscc.settings import schema_of, setting
+from models import SYSTEMS
+from models.settings import NumStagesSettings
+
+
+@dataclass(frozen=True)
+class SystemChoice(NumStagesSettings):
+    """What tells the systems apart in files whose authors had only one, and what such files carry along."""
+
+    name: str = setting("GAN.NAME", "", "the system; empty: found from the other keys")
+    dcgan: bool = setting("GAN.B_DCGAN", False, "AttnDCGAN instead of AttnGAN")
+    num_stages: int = 1
+    loss: str = setting("loss", "hinge", "adversarial loss; there is no other", ("hinge",))
+
+
+def find_system(given: Mapping[str, Any], systems: Iterable[str] = ()) -> str:
+    """The system that a file means: GAN.NAME, or the rule for files whose authors had only one system.
+
+    given: {key: value}; systems: those that there are, empty: all names pass. Raises ConfigError with the nearest name.
+    """
+    # Spelled as its paper does, AttnGAN or Attn-GAN, it is found, too.
+    name = str(given.get("GAN.NAME") or "").strip().lower().replace("-", "_")
+    systems = list(systems)
+    spelled = {system.replace("_", ""): system for system in systems}
+    name = spelled.get(name.replace("_", "").replace(" ", ""), name)
+
+    # Files without a name: several stages or an encoder under AttnGAN's key.
+    if not name:
+        attention = int(given.get("TREE.BRANCH_NUM", 1)) > 1 or bool(given.get("TRAIN.NET_E"))
+        name = ("attn_dcgan" if given.get("GAN.B_DCGAN") else "attn_gan") if attention else "ssa_gan"
+
+    if systems and name not in systems:
+        near = difflib.get_close_matches(name, systems, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"GAN.NAME: there is no system {name!r} (there are: {', '.join(systems)}){hint}")
+    return name
+
+
+def network_parts(name: str) -> list[type]:
+    """The dataclasses of what shapes a system's networks, the text encoder's included."""
+    system = SYSTEMS[name]
+    return [*(network.Settings for network in system.NETWORKS.values()), system.TextSettings]
+
+
+def system_parts(name: str) -> list[type]:
+    """The dataclasses of a system's networks and objective."""
+    return [*network_parts(name), SYSTEMS[name].Settings]
+
+
+def keys_of(parts: Iterable[type]) -> set[str]:
+    """The keys that some parts declare."""
+    return set(schema_of(parts))
+
+
+def system_defaults(name: str) -> dict[str, Any]:
+    """{key: default} that a system has of its own: its parts', then what it changes of the loops'."""
+    parts = schema_of(system_parts(name)).items()
+    return {key: one.default for key, one in parts} | dict(SYSTEMS[name].DEFAULTS)
+
+
+def schema_with_systems(parts: Sequence[type]) -> Schema:
+    """The settings of some parts, and of all systems."""
+    of_systems = [part for name in SYSTEMS for part in system_parts(name)]
+    return schema_of([*parts, SystemChoice, *of_systems])
+
+
+def load_for_system(
+    path: str | Path,
+    overrides: Iterable[tuple[str, str]],
+    parts: Sequence[type],
+    schema: Schema,
+    skip_unknown: bool = False,
+) -> EasyDict:
+    """A YAML file, then `--set` pairs, over the defaults of the system that they mean.
+
+    parts: the dataclasses that the command reads, beside the system's; schema, skip_unknown: see miscc.config.read_given.
+    Returns a nested EasyDict with every key of the schema. Raises ConfigError for what is missing, unknown or wrong.
+    """
+    given = read_given(path, overrides, schema, skip_unknown)
+    system = find_system(given, SYSTEMS)
+    given["GAN.NAME"], given["CONFIG_NAME"] = system, given.get("CONFIG_NAME") or Path(path).stem
+    defaults = {key: value for key, value in system_defaults(system).items() if key in schema}
+    return resolve(given, schema, defaults, [*parts, SYSTEMS[system].Settings])

@@ -1,0 +1,143 @@
+"""Settings that several networks or objectives share, each declared once. What one part alone has stands beside that part."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from miscc.settings import setting
+
+# -- networks ------------------------------------------------------------------------------------------------------
+
+
+def image_size_setting(default: int = 256) -> Any:
+    """TREE.BASE_SIZE, which networks with stages call otherwise."""
+    return setting("TREE.BASE_SIZE", default, "image size in pixels (AttnGAN: of the first stage)")
+
+
+def sentence_dim_setting() -> Any:
+    """TEXT.EMBEDDING_DIM, which the encoders call otherwise."""
+    return setting("TEXT.EMBEDDING_DIM", 256, "length of word and sentence features", above=0)
+
+
+@dataclass(frozen=True)
+class SizeSettings:
+    """Width and image size."""
+
+    nf: int = setting("TRAIN.NF", 64, "base number of channels of G and D (SSA-GAN, DF-GAN, SEMA)", above=0)
+    image_size: int = image_size_setting()
+
+
+@dataclass(frozen=True)
+class SentenceSettings:
+    """Length of the text features that a network reads."""
+
+    sentence_dim: int = sentence_dim_setting()
+
+
+@dataclass(frozen=True)
+class NumStagesSettings:
+    """Number of AttnGAN's stages."""
+
+    num_stages: int = setting("TREE.BRANCH_NUM", 3, "AttnGAN: number of stages; each doubles the image size", above=0)
+
+
+@dataclass(frozen=True)
+class StageSettings(SentenceSettings, NumStagesSettings):
+    """Of AttnGAN's networks, which work on images of several sizes."""
+
+    base_size: int = image_size_setting(64)
+
+
+@dataclass(frozen=True)
+class NoiseSettings:
+    """Length of the noise."""
+
+    z_dim: int = setting("GAN.Z_DIM", 100, "length of the noise", above=0)
+
+
+@dataclass(frozen=True)
+class SpectralSettings:
+    """Spectral normalisation."""
+
+    spectral_normalisation: bool = setting(
+        "USE_SN", False, "spectral normalisation of the discriminator's convolutions"
+    )
+
+
+# -- objectives ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BetasSettings:
+    """Adam's betas."""
+
+    betas: tuple[float, float] = setting("TRAIN.BETAS", (0.0, 0.9), "Adam's betas", below=1, length=2)
+
+
+@dataclass(frozen=True)
+class AdversarialSettings(BetasSettings):
+    """Of every system that trains G against D.
+
+    needs_image_encoder: whether a loss looks at images with DAMSM's encoder.
+    """
+
+    generator_lr: float = setting("TRAIN.GENERATOR_LR", 1e-4, "Adam's learning rate of G", above=0)
+    discriminator_lr: float = setting("TRAIN.DISCRIMINATOR_LR", 4e-4, "Adam's learning rate of D", above=0)
+
+    @property
+    def needs_image_encoder(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class PenaltySettings:
+    """Of the matching-aware gradient penalty."""
+
+    penalty_weight: float = setting("TRAIN.PENALTY_WEIGHT", 2.0, "weight of the gradient penalty (MA-GP)")
+    penalty_power: float = setting("TRAIN.PENALTY_POWER", 6.0, "power of the gradient's norm in it")
+
+    @property
+    def penalty(self) -> dict[str, float]:
+        """Arguments of `miscc.losses.matching_aware_gradient_penalty`."""
+        return {"weight": self.penalty_weight, "power": self.penalty_power}
+
+
+@dataclass(frozen=True)
+class GammaSettings:
+    """DAMSM's γ1, γ2, γ3."""
+
+    gamma1: float = setting("TRAIN.SMOOTH.GAMMA1", 5.0, "DAMSM: sharpness of attention over regions")
+    gamma2: float = setting("TRAIN.SMOOTH.GAMMA2", 5.0, "DAMSM: sharpness in joining the words")
+    gamma3: float = setting("TRAIN.SMOOTH.GAMMA3", 10.0, "DAMSM: sharpness of the match over the batch")
+
+    @property
+    def gammas(self) -> dict[str, float]:
+        """Arguments of `models.damsm.matching_losses`."""
+        return {"gamma1": self.gamma1, "gamma2": self.gamma2, "gamma3": self.gamma3}
+
+
+@dataclass(frozen=True)
+class DamsmSettings(GammaSettings):
+    """Of a DAMSM loss in G's objective."""
+
+    damsm_weight: float | None = setting(
+        "TRAIN.DAMSM_WEIGHT", None, "weight of the DAMSM loss in G's; empty: 0.05, or 0.1 with FINETUNE_ENCODERS"
+    )
+    damsm_factor: float = setting("TRAIN.SMOOTH.LAMBDA", 1.0, "factor on the DAMSM loss (AttnGAN: its weight)")
+
+    def __post_init__(self) -> None:
+        if self.damsm_weight is None:
+            object.__setattr__(self, "damsm_weight", self.usual_damsm_weight)
+
+    @property
+    def usual_damsm_weight(self) -> float:
+        """What an empty TRAIN.DAMSM_WEIGHT means."""
+        return 0.05
+
+    @property
+    def whole_damsm_weight(self) -> float:
+        """Weight and factor together."""
+        return (self.damsm_weight or 0.0) * self.damsm_factor
+
+    @property
+    def needs_image_encoder(self) -> bool:
+        return self.whole_damsm_weight > 0

@@ -1,0 +1,199 @@
+"""The settings of both commands together: the loops' dataclasses, the schema, and reading of a file for a command."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from easydict import EasyDict
+
+from datasets.settings import DatasetSettings, DataSettings
+from miscc.config import OutputSettings, RunSettings, read_given, resolve, without_effect
+from miscc.errors import ConfigError
+from miscc.settings import Setting, schema_of, setting
+from models import SYSTEMS
+from models.choice import SystemChoice, find_system, keys_of, load_for_system, system_parts
+from models.damsm import TextEncoder
+from models.settings import BetasSettings, GammaSettings, image_size_setting, sentence_dim_setting
+from sampling.settings import SamplingSettings
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Of the GANs' loop and of the encoders'."""
+
+    batch_size: int = setting("TRAIN.BATCH_SIZE", 24, "images per step, over all GPUs together", above=0)
+    max_epoch: int = setting("TRAIN.MAX_EPOCH", 600, "epochs to train")
+    snapshot_interval: int = setting(
+        "TRAIN.SNAPSHOT_INTERVAL", 0, "epochs between numbered checkpoints with everything; 0: none"
+    )
+
+
+@dataclass(frozen=True)
+class TrainerSettings(LoopSettings):
+    """Of the GANs' loop: how long, how computed, when saved, drawn and logged."""
+
+    max_steps: int = setting("TRAIN.MAX_STEPS", 0, "stop after so many steps, whatever MAX_EPOCH says; 0: no limit")
+    warmup_epochs: int = setting("TRAIN.WARMUP_EPOCHS", 0, "no numbered checkpoint before this epoch")
+    gsave_interval: int = setting(
+        "TRAIN.GSAVE_INTERVAL", 10, "epochs between numbered checkpoints for sampling; 0: none"
+    )
+    dsave_interval: int = setting(
+        "TRAIN.DSAVE_INTERVAL", 0, "epochs between numbered checkpoints that hold D, too; 0: none"
+    )
+    save_every: int = setting(
+        "TRAIN.SAVE_EVERY", 1000, "steps between writes of last.pth within an epoch; 0: at its end alone"
+    )
+    sample_every: int = setting("TRAIN.SAMPLE_EVERY", 500, "steps between pictures of fixed test captions; 0: none")
+    log_every: int = setting("TRAIN.LOG_EVERY", 50, "steps between lines in stats.jsonl and TensorBoard", above=0)
+    precision: str = setting(
+        "TRAIN.PRECISION",
+        "tf32",
+        "fp32, tf32 (on GPUs that have it), or bf16 autocast with penalties and losses in float32",
+        ("fp32", "tf32", "bf16"),
+    )
+    compile: bool = setting("TRAIN.COMPILE", False, "torch.compile for all that is not differentiated twice")
+    channels_last: bool = setting(
+        "TRAIN.CHANNELS_LAST", False, "channels_last layout of the networks; pays on GPUs alone"
+    )
+    accumulate: int = setting(
+        "TRAIN.ACCUMULATE", 1, "micro-batches that BATCH_SIZE is cut into, one after the other", above=0
+    )
+    activation_checkpointing: bool = setting(
+        "TRAIN.ACTIVATION_CHECKPOINTING",
+        False,
+        "compute G's activations again in the backward pass instead of keeping them",
+    )
+    global_damsm: bool = setting(
+        "TRAIN.GLOBAL_DAMSM", False, "DAMSM's losses over the images and captions of all processes together"
+    )
+    ema_decay: float = setting(
+        "TRAIN.EMA_DECAY",
+        0.999,
+        "of the averaged generator used for samples; 0: sample from G itself",
+        below=1,
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Of the evaluations while training."""
+
+    every: int = setting("TRAIN.EVAL_EVERY", 0, "epochs between evaluations on held-out training classes; 0: none")
+    classes: float = setting(
+        "TRAIN.EVAL_CLASSES", 0.05, "share of the training classes held out for them, never trained on", below=1
+    )
+    num_images: int = setting("TRAIN.EVAL_IMAGES", 2000, "images drawn for an evaluation")
+    measure: str = setting(
+        "TRAIN.EVAL_MEASURE",
+        "FD",
+        "the number: FD by EfficientNet-lite0, or FID by TensorFlow's Inception",
+        ("FD", "FID"),
+    )
+
+    def __post_init__(self) -> None:
+        if self.every and not self.classes:
+            raise ConfigError("TRAIN.EVAL_CLASSES: must be above 0 where TRAIN.EVAL_EVERY asks for evaluations")
+
+
+@dataclass(frozen=True)
+class FormerEncodersSettings:
+    """AttnGAN's key, which means one thing to each of its programs."""
+
+    former_encoders: str = setting(
+        "TRAIN.NET_E", "", "AttnGAN's name for TEXT.DAMSM_NAME; in pretraining: encoders to continue from"
+    )
+
+
+@dataclass(frozen=True)
+class StartSettings(FormerEncodersSettings, DatasetSettings):
+    """What a training, or a drawing, starts from: weight files and encoders."""
+
+    generator_file: str = setting("TRAIN.NET_G", "", "weights to sample from or to continue from: ours or the authors'")
+    discriminator_file: str = setting("TRAIN.NET_D", "", "the authors' discriminator that goes with NET_G")
+    with_discriminator: bool = setting("TRAIN.B_NET_D", True, "take D from NET_G's checkpoint too, where it holds one")
+    encoders: str = setting(
+        "TEXT.DAMSM_NAME",
+        "",
+        "the encoders: ours or text_encoder*.pth; empty: DAMSMencoders/<DATASET_NAME>/best.pth",
+    )
+    text_dim: int = sentence_dim_setting()
+
+    def __post_init__(self) -> None:
+        encoders = self.encoders or self.former_encoders or f"DAMSMencoders/{self.dataset}/best.pth"
+        object.__setattr__(self, "encoders", encoders)
+
+
+@dataclass(frozen=True)
+class PretrainingSettings(FormerEncodersSettings, GammaSettings, BetasSettings, LoopSettings):
+    """Of the encoders' loop."""
+
+    batch_size: int = 48
+    snapshot_interval: int = 50
+    betas: tuple[float, float] = (0.5, 0.999)
+    gamma1: float = 4.0
+    image_size: int = image_size_setting()
+    learning_rate: float = setting(
+        "TRAIN.ENCODER_LR", 2e-3, "Adam's first learning rate in pretraining the encoders", above=0
+    )
+    learning_rate_decay: float = setting(
+        "TRAIN.ENCODER_LR_DECAY", 0.98, "factor on ENCODER_LR each epoch, down to a tenth of it"
+    )
+    grad_clip: float = setting("TRAIN.RNN_GRAD_CLIP", 0.25, "largest gradient norm of the text encoder's recurrent net")
+    patience: int = setting(
+        "TRAIN.PATIENCE", 20, "stop pretraining after so many epochs without a better validation loss; 0: never"
+    )
+    held_out: float = setting(
+        "TRAIN.HELD_OUT",
+        0.05,
+        "share of training images held out to validate the encoders where there is no val split",
+        below=1,
+    )
+    image_encoder: str = setting(
+        "DAMSM.IMAGE_ENCODER", "inception", "network of the image encoder to pretrain", ("inception", "small")
+    )
+    inception_weights: str = setting(
+        "DAMSM.INCEPTION_WEIGHTS", "", "ImageNet weights of torchvision's inception_v3; empty: torchvision's cache"
+    )
+
+
+# -- commands ------------------------------------------------------------------------------------------------------
+
+GAN_PARTS = [
+    RunSettings, OutputSettings, DataSettings, StartSettings, TrainerSettings, EvaluationSettings, SamplingSettings,
+]  # fmt: skip
+ENCODER_PARTS = [RunSettings, DataSettings, PretrainingSettings, TextEncoder.Settings]
+
+
+def schema() -> dict[str, Setting]:
+    """All settings of both commands and all systems: what a YAML file may hold."""
+    of_systems = [part for name in SYSTEMS for part in system_parts(name)]
+    return schema_of([*GAN_PARTS, SystemChoice, *of_systems, *ENCODER_PARTS])
+
+
+def load_config(path: str | Path, overrides: Iterable[tuple[str, str]] = (), command: str = "gan") -> EasyDict:
+    """A YAML file, then `--set` pairs, over the defaults of the command and its system.
+
+    command: "gan" (main.py) or "damsm" (pretrain_DAMSM.py).
+    Returns a nested EasyDict with every key of the schema. Raises ConfigError for a missing or broken file, an unknown key
+    (with the nearest name), a wrong type or value.
+    """
+    if command == "gan":
+        return load_for_system(path, overrides, GAN_PARTS, schema())
+
+    given = read_given(path, overrides, schema())
+    given["GAN.NAME"], given["CONFIG_NAME"] = "damsm", given.get("CONFIG_NAME") or Path(path).stem
+    defaults = {key: one.default for key, one in schema_of(ENCODER_PARTS).items()}
+    return resolve(given, schema(), defaults, [RunSettings, DataSettings, PretrainingSettings])
+
+
+def keys_without_effect(path: str | Path, overrides: Iterable[tuple[str, str]] = (), command: str = "gan") -> list[str]:
+    """The keys in a file, or in `--set`, that nothing of the command and of the system that they mean reads."""
+    given = read_given(path, overrides, schema())
+    if command == "damsm":
+        return without_effect(given, schema(), keys_of(ENCODER_PARTS))
+
+    # What tells the systems apart is read, unless it belongs to another system.
+    system = find_system(given, SYSTEMS)
+    of_systems = keys_of(part for name in SYSTEMS for part in system_parts(name))
+    used = keys_of([*GAN_PARTS, *system_parts(system)]) | (keys_of([SystemChoice]) - of_systems)
+    return without_effect(given, schema(), used)
