@@ -194,6 +194,6 @@ def test_commands_turn_user_errors_into_one_line(capsys):
 
 
 def test_helping_needs_no_torch():
-    code = "import sys, main; sys.argv=['main.py','--help']; main.parse_arguments()"
+    code = "import sys, main; sys.argv=['main.py','--help']; main.parser_of(main.OPTIONS).parse_args()"
     done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
     assert "--caption" in done.stdout and " torch\n" not in done.stderr
