@@ -16,7 +16,7 @@ from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, matchin
 from models.adversarial import AdversarialSystem, logit_stats
 from models.layers import FusionBlock, OneWayDiscriminator, num_upsamples
 from models.modes import full_precision, no_parameter_grad
-from models.settings import AdversarialSettings, NoiseSettings, PenaltySettings, SentenceSettings, SizeSettings
+from models.settings import AdversarialSettings, GeneratorSettings, PenaltySettings
 from models.types import Generator, GeneratorOutput, TextFeatures, Update
 
 CHANNELS = (8, 8, 8, 8, 4, 2, 1)  # of nf: of the 4×4 features, then after each block at 256 px
@@ -29,7 +29,7 @@ class DFGenerator(Generator):
     """
 
     @dataclass(frozen=True)
-    class Settings(NoiseSettings, SentenceSettings, SizeSettings):
+    class Settings(GeneratorSettings):
         nf: int = 32
 
     def __init__(self, *arguments: Any, **named: Any):

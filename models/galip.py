@@ -7,6 +7,7 @@ that D reads.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 
 from miscc.batch import Batch
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, matching_aware_gradient_penalty
+from miscc.settings import setting
 from models.adversarial import AdversarialSystem, logit_stats
 from models.clip_features import ClipImageEncoder, Transformer, to_map
 from models.df_gan import CHANNELS
 from models.kernels import Conv2d, LeakyReLU
 from models.layers import AffineFusion, FusionBlock
 from models.modes import full_precision, no_parameter_grad
+from models.settings import AdversarialSettings, PenaltySettings
 from models.types import Discriminator, Generator, GeneratorOutput, TextFeatures, Update
 
 GRID = 7  # patches of a row: what G starts from and D's head ends with
@@ -253,23 +256,11 @@ class GALIP(AdversarialSystem):
     SHOWN: ClassVar[tuple[str, ...]] = ("loss/hinge", "loss/penalty", "loss/adversarial", "similarity", "logits/real",
                                         "logits/fake")  # fmt: skip
 
-    def __init__(
-        self,
-        networks: dict[str, nn.Module],
-        *,
-        generator_lr: float = 1e-4,
-        discriminator_lr: float = 4e-4,
-        betas: tuple[float, float] = (0.0, 0.9),
-        penalty_weight: float = 2.0,
-        penalty_power: float = 6.0,
-        similarity_weight: float = 4.0,
-    ):
-        super().__init__(networks, generator_lr, discriminator_lr, betas)
-        self.penalty = {"weight": penalty_weight, "power": penalty_power}
-        self.similarity_weight = similarity_weight
-        # A fresh generator's ViT, and one that is the same, are the encoder's: in memory once.
-        if not networks["generator"].vit.is_filled or networks["generator"].vit.equals(networks["image_encoder"]):
-            networks["generator"].vit.fill(networks["image_encoder"])
+    @dataclass(frozen=True)
+    class Settings(PenaltySettings, AdversarialSettings):
+        similarity_weight: float = setting(
+            "GALIP.SIMILARITY_WEIGHT", 4.0, "weight of the cosine of a fake image's CLIP embedding and its sentence"
+        )
 
     def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
         """Discriminator, then generator."""
@@ -289,7 +280,7 @@ class GALIP(AdversarialSystem):
         with no_parameter_grad(discriminator):
             adversarial = hinge_generator_loss(discriminator(fake_maps, text.sentence))
             similarity = F.cosine_similarity(at_least_float32(fake_codes), at_least_float32(text.sentence)).mean()
-            losses = {"adversarial": adversarial, "similarity": -self.similarity_weight * similarity}
+            losses = {"adversarial": adversarial, "similarity": -self.settings.similarity_weight * similarity}
             yield Update("generator", losses, {"similarity": similarity.detach()})
 
     def discriminator_losses(
@@ -305,7 +296,7 @@ class GALIP(AdversarialSystem):
         with full_precision(maps.device):
             features = discriminator.features(maps.unbind(dim=1))
             real_logits = discriminator.logits(features, own)
-            penalty = matching_aware_gradient_penalty(real_logits, maps, own, **self.penalty)
+            penalty = matching_aware_gradient_penalty(real_logits, maps, own, **self.settings.penalty)
 
         mismatched_logits = discriminator.logits(features, sentence.roll(-1, dims=0))
         fake_logits = discriminator(fake_maps, sentence)

@@ -19,11 +19,22 @@ def sentence_dim_setting() -> Any:
 
 
 @dataclass(frozen=True)
-class SizeSettings:
-    """Width and image size."""
+class WidthSettings:
+    """Number of channels."""
 
     nf: int = setting("TRAIN.NF", 64, "base number of channels of G and D (SSA-GAN, DF-GAN, SEMA)", above=0)
+
+
+@dataclass(frozen=True)
+class ImageSizeSettings:
+    """Image size."""
+
     image_size: int = image_size_setting()
+
+
+@dataclass(frozen=True)
+class SizeSettings(ImageSizeSettings, WidthSettings):
+    """Width and image size."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,11 @@ class SpectralSettings:
     spectral_normalisation: bool = setting(
         "USE_SN", False, "spectral normalisation of the discriminator's convolutions"
     )
+
+
+@dataclass(frozen=True)
+class GeneratorSettings(SentenceSettings, ImageSizeSettings, NoiseSettings, WidthSettings):
+    """Of a generator that draws one image from noise and sentence."""
 
 
 # -- objectives ----------------------------------------------------------------------------------------------------

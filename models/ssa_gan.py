@@ -22,10 +22,8 @@ from models.modes import full_precision, no_parameter_grad
 from models.settings import (
     AdversarialSettings,
     DamsmSettings,
-    NoiseSettings,
+    GeneratorSettings,
     PenaltySettings,
-    SentenceSettings,
-    SizeSettings,
 )
 from models.types import Generator, GeneratorOutput, OptimizerSpec, TextFeatures, Update
 
@@ -107,7 +105,7 @@ class SSAGenerator(Generator):
     predicts_masks = True
 
     @dataclass(frozen=True)
-    class Settings(NoiseSettings, SentenceSettings, SizeSettings):
+    class Settings(GeneratorSettings):
         sscbn: str = setting(
             "GAN.SSCBN",
             "code",
