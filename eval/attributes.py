@@ -29,12 +29,12 @@ from eval.toybirds.classifiers import (
     Examples,
     Recipe,
     classifier_size,
-    convolution,
     held_out_examples,
     prepared,
     train,
     trained,
 )
+from eval.toybirds.networks import AttributeNetwork
 from eval.toybirds.samples import BirdMetric, run_script
 from miscc.errors import DataError, UserError, run_command
 from miscc.randomness import stream
@@ -48,37 +48,6 @@ RECIPES = {  # by input size; at 32 px the spots of a wing are a pixel wide, and
     32: Recipe("attribute-judge", 32, epochs=10, width=24, most_noise=0.04, most_blur=0.3),
 }
 UNNAMED, UNKNOWN = -1, -2  # in place of a value's index: the caption says nothing, or what no toy bird can be
-
-
-class AttributeNetwork(nn.Module):
-    """One convolutional trunk, one linear head for each of ATTRIBUTES: (N, 3, S, S) -> a list of logits (N, values).
-
-    S is 64 or 32; image_size says which.
-    """
-
-    def __init__(self, image_size: int, width: int):
-        super().__init__()
-        stem = convolution(6, width, kernel=5, stride=2) if image_size == 64 else convolution(6, width)
-        self.fine = nn.Sequential(
-            stem,
-            convolution(width, width),
-            convolution(width, 2 * width, stride=2),
-            convolution(2 * width, 2 * width),
-        )
-        self.coarse = convolution(2 * width, 4 * width, stride=2)
-        self.narrow = convolution(4 * width, width, kernel=1)
-        num_features = 8 * 8 * width + 2 * (2 * width + 4 * width)
-        self.mix = nn.Sequential(nn.Linear(num_features, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU())
-        self.heads = nn.Linear(128, sum(NUM_VALUES))
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        around = F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
-        details = 3 * (images - around)  # without these, spots and bars take twice as many epochs
-        fine = self.fine(torch.cat([images, details], dim=1))
-        coarse = self.coarse(fine)
-        where = self.narrow(coarse).flatten(1)  # tells a crown from a belly
-        what = [pooled for grid in (fine, coarse) for pooled in (grid.amax(dim=(2, 3)), grid.mean(dim=(2, 3)))]
-        return list(self.heads(self.mix(torch.cat([where, *what], dim=1))).split(NUM_VALUES, dim=1))
 
 
 class Classifier(Protocol):
@@ -199,20 +168,19 @@ class AttributeReport:
     def lines(self) -> list[str]:
         """The report as a table for people."""
         head = ("attribute", "named", "accuracy", "other's", "chance", "ceiling", "open", "diversity", "pairs differ")
-        rows = [
-            (
-                name,
-                s.named,
-                s.accuracy,
-                s.mismatched_accuracy,
-                s.chance,
-                s.ceiling,
-                s.open,
-                s.diversity,
-                s.pair_diversity,
-            )
-            for name, s in self.attributes.items()
-        ]
+        fields = (
+            "named",
+            "accuracy",
+            "mismatched_accuracy",
+            "chance",
+            "ceiling",
+            "open",
+            "diversity",
+            "pair_diversity",
+        )
+        rows = [(name, *(getattr(score, field) for field in fields)) for name, score in self.attributes.items()]
+
+        # Under them the mean of the colours.
         colours = (self.colour_accuracy, self.mismatched_colour_accuracy, self.colour_chance, self.colour_ceiling)
         rows.append(("colours (mean)", "", *colours, "", "", ""))
         return [_row(head), *(_row(row) for row in rows)]

@@ -69,9 +69,12 @@ class SegmenterNetwork(nn.Module):
         self.outline = nn.Conv2d(width // 2, 1, kernel_size=1)
 
     def forward(self, images: Tensor) -> Tensor:
+        # Down, keeping what the way up is joined with.
         skipped = [self.fine(images)]
         for down in self.down:
             skipped.append(down(skipped[-1]))
+
+        # Up to the full size.
         x = self.deep(skipped.pop())
         for up in self.up:
             skip = skipped.pop()
@@ -220,11 +223,14 @@ class MaskReport:
 
     def lines(self) -> list[str]:
         """The report as a table for people."""
+        # A line for each stage.
         lines = [f"{'IoU with the outlined bird':<34}{'IoU':>7}{'other polarity':>16}{'other image':>13}"]
         for stage in self.stages:
             name = f"mask of {stage.size} px" + (" (inverted)" if stage.inverted else "")
             shuffled = "-" if stage.shuffled_iou is None else f"{stage.shuffled_iou:.3f}"
             lines.append(f"{name:<34}{stage.iou:>7.3f}{stage.other_iou:>16.3f}{shuffled:>13}")
+
+        # Baselines and ceilings.
         for name, value in (
             ("mean shape of drawings", self.mean_shape_iou),
             ("the whole image", self.whole_frame_iou),
@@ -309,6 +315,7 @@ class MaskIoU(BirdMetric):
         report = self.report()
         counted = report.num_images - report.without_bird
         about = self.about() | {"num_images": counted, "without_bird": report.without_bird}
+
         scores = []
         for stage in report.stages:
             beside = {"other polarity": stage.other_iou, "of another image": stage.shuffled_iou}

@@ -61,6 +61,8 @@ class PrecisionRecall(Metric):
 
     def compute(self) -> list[Score]:
         fake, real = torch.cat(self.features), self.real  # (N, D), (M, D)
+
+        # Both values depend on the numbers of images.
         fewest, warnings = min(len(fake), len(real)), ()
         if fewest <= self.neighbourhood:
             raise DataError(
@@ -72,6 +74,7 @@ class PrecisionRecall(Metric):
                 "compare only with the same",
             )
 
+        # Two scores by the same features.
         values = precision_recall(real, fake, self.neighbourhood)
         names = [f"{name}[{self.network.label}]" for name in ("precision", "recall")]
         about = {**self.network.protocol(), "num_real": len(real), "num_fake": len(fake)}

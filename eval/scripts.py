@@ -113,7 +113,10 @@ def update_from(
     progress: whether to show a bar, None: on a terminal only.
     Raises DataError, naming the file, for an image that cannot be read.
     """
+    # The request behind each image, where samples say it.
     requests = [Request(i, s.caption, s.key, s.caption_number, s.sample) for i, s in enumerate(samples)]
+
+    # Batch by batch, with features and real images where they are needed.
     done, hidden = 0, not (sys.stderr.isatty() if progress is None else progress)
     with tqdm(total=len(source), desc=source.path.name, unit="image", leave=False, disable=hidden) as bar:
         partners = batches(real, batch_size, workers) if real else itertools.repeat(())
@@ -152,6 +155,7 @@ def report(scores: Sequence[Score], json_path: str | None) -> None:
     """Print a line for each score and its warnings; with `json_path` also write them there, "-" prints JSON instead."""
     for warning in dict.fromkeys(warning for score in scores for warning in score.warnings):
         print(f"warning: {warning}", file=sys.stderr)
+
     lines = [score.line() for score in scores]
     print_lines(lines, {"scores": [score.record() for score in scores], "versions": versions()}, json_path)
 

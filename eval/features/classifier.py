@@ -37,9 +37,10 @@ class InceptionClassifier(Network):
 
     def load_imagenet(self, state: dict[str, Tensor], path: str | Path) -> None:
         """Put torchvision's ImageNet weights into the trunk. Raises CheckpointError where they are something else."""
-        wanted = self.trunk.state_dict()
-        named = {name: f"{TRUNK[int(name.split('.')[0])]}.{name.split('.', 1)[1]}" for name in wanted}
-        missing = [n for own, n in named.items() if n not in state or state[n].shape != wanted[own].shape]
+        # Our tensors by torchvision's names.
+        own_state = self.trunk.state_dict()
+        named = {name: f"{TRUNK[int(name.split('.')[0])]}.{name.split('.', 1)[1]}" for name in own_state}
+        missing = [n for own, n in named.items() if n not in state or state[n].shape != own_state[own].shape]
         if missing:
             raise CheckpointError(
                 f"{path}: is not torchvision's inception_v3, {len(missing)} tensors missing ({missing[0]})"
@@ -62,6 +63,8 @@ class SmallClassifier(Network):
         super().__init__()
         self.arguments = {"num_classes": num_classes, "image_size": image_size, "width": width}
         self.input_size = image_size
+
+        # Half the size and up to twice the channels with each layer.
         layers, channels, size = [], 3, image_size
         while size > 4:
             wider = width if channels == 3 else min(2 * channels, 8 * width)
@@ -110,11 +113,14 @@ class ClassifierNetwork(FeatureNetwork):
 
 def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> ClassifierNetwork:
     """The classifier that train_classifier.py saved. Raises CheckpointError for a file of another kind."""
+    # A file of train_classifier.py?
     content = load_file(path)
     networks = content.get("networks") if isinstance(content, dict) else None
     if not isinstance(networks, dict) or "classifier" not in networks:
         what = f"a checkpoint with {', '.join(networks)}" if isinstance(networks, dict) else "another kind of weights"
         raise CheckpointError(f"--classifier {path}: holds no classifier, but {what}; train one with `{MADE_BY}`")
+
+    # Of this version?
     try:
         network = from_state(networks["classifier"], CLASSIFIERS).eval()
         return ClassifierNetwork(network, content).to(device)

@@ -118,6 +118,8 @@ def read_samples(folder: str | Path) -> list[Sample]:
     path = folder / CAPTIONS_FILE
     if not path.is_file():
         raise DataError(f"{folder}: no {CAPTIONS_FILE} in it; sample with this project's main.py, which writes one")
+
+    # One record a line.
     samples = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -135,6 +137,8 @@ def read_samples(folder: str | Path) -> list[Sample]:
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}, line {number}: not a record with `file` and `caption` ({error!r})") from None
+
+    # Every image must be there.
     missing = [sample.file for sample in samples if not (folder / sample.file).is_file()]
     if missing:
         raise DataError(f"{path}: names {len(missing)} images that are not there, e.g. {missing[0]}; sample again")
@@ -181,6 +185,8 @@ def drop_broken(source: ImageSource, workers: int | None = None) -> tuple[ImageS
             good = list(tqdm(results, "checking images", len(source), unit="image", leave=False))
     else:
         good = [readable(index) for index in tqdm(range(len(source)), "checking images", unit="image", leave=False)]
+
+    # Names of the broken ones, and a source without them.
     broken = [name for name, fine in zip(source.names, good, strict=True) if not fine]
     if len(broken) == len(source):
         raise DataError(f"{source.path}: not one of the {len(source)} images can be read")

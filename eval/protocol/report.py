@@ -75,7 +75,8 @@ def print_record(record: Mapping[str, Any]) -> None:
 
 
 def lines(record: Mapping[str, Any]) -> list[str]:
-    """A title, a line a score, a line for each number that is missing, the warnings."""
+    """A title, a line for each score, for each metric that was not computed, and for each warning."""
+    # What was scored, and against what.
     protocol, real = record["protocol"], record["real"]
     changed = ", ".join(f"{name} {value}" for name, value in record["overrides"].items())
     quick = f", NOT its own numbers: {changed}" if changed else ""
@@ -85,10 +86,13 @@ def lines(record: Mapping[str, Any]) -> list[str]:
     title = f"{record['num_images']} {judged} images{made_by} by protocol {protocol['name']}{quick}"
     against = f"against {real['num_images']} of {real['data_set']}'s {real['split']} set, {protocol['real_crop']} crop"
     table = [title if made_by else f"{title}, no generator", against]
+
+    # Scores in columns.
     width = max(len(score["name"]) for score in record["scores"])
     for score in record["scores"]:
         spread = "" if score["std"] is None else f"± {score['std']:.3g}"
         table.append(f"{score['name']:<{width}}  {score['value']:>9.4g} {spread:<9} {_beside(score)}".rstrip())
+
     table += [f"not computed: {metric}: {reason}" for metric, reason in record["not_computed"].items()]
     table += [f"warning: {warning}" for warning in record["warnings"]]
     seconds = sum(record["seconds"].values())
@@ -96,11 +100,14 @@ def lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def _beside(score: Mapping[str, Any]) -> str:
-    """What stands beside a number so that it can be read: baselines, or counts."""
+    """What stands beside a score so that it can be read: baselines, and counts."""
+    # Baselines.
     about = score["protocol"]
     beside = [f"{name} {value:.3g}" for name, value in (about.get("beside") or {}).items() if value is not None]
     if "chance" in about and not beside:
         beside.append(f"chance {about['chance']:.3g}")
+
+    # Counts and filter.
     counts = [f"{about[key]} {word}" for key, word in COUNTS.items() if about.get(key) is not None]
     if "num_named" in about:
         counts = [f"named by {about['num_named']}"]

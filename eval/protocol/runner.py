@@ -96,6 +96,7 @@ def run_protocol(
     scores = _compute(metrics, missing)
     if not scores:
         raise UserError(f"protocol {protocol.name}: nothing can be computed: {_reasons(missing)}")
+    done = time.monotonic()
     return {
         "judged": stream.what,
         "protocol": asdict(protocol),
@@ -106,11 +107,7 @@ def run_protocol(
         "network": run.network.protocol() if run.network else None,
         "real": {"data_set": real.name, "split": real.split, "num_images": len(real), **about_real},
         "warnings": list(dict.fromkeys(warning for score in scores for warning in score.warnings)),
-        "seconds": {
-            "loading and real images": round(ready - started, 1),
-            "drawing and looking": round(drawn - ready, 1),
-            "scores": round(time.monotonic() - drawn, 1),
-        },
+        "seconds": _seconds(ready - started, drawn - ready, done - drawn),
         **environment(device, world.size),
     }
 
@@ -223,6 +220,12 @@ def _compute(metrics: Mapping[str, Metric], missing: dict[str, str]) -> list[Sco
         except MISSING as error:
             missing[name] = str(error)
     return scores
+
+
+def _seconds(loading: float, drawing: float, scoring: float) -> dict[str, float]:
+    """As records of earlier versions name them."""
+    parts = {"loading and real images": loading, "drawing and looking": drawing, "scores": scoring}
+    return {part: round(value, 1) for part, value in parts.items()}
 
 
 def _reasons(missing: Mapping[str, str]) -> str:
