@@ -1,4 +1,4 @@
-"""The network that reads the attributes of drawn birds. It is trained by eval/toybirds/classifiers.py, used by eval/attributes.py."""
+"""The network that reads the attributes of drawn birds, trained by eval/toybirds/classifiers.py, used by eval/attributes.py."""
 
 import torch
 import torch.nn.functional as F
