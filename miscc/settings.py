@@ -63,7 +63,8 @@ def settings_of(part: type) -> dict[str, Setting]:
         metadata = next((one.metadata[METADATA] for one in declared if one and METADATA in one.metadata), None)
         if metadata is not None:
             kind = _plain_type(annotations[field.name])
-            default = list(field.default) if kind is list else field.default
+            default: Any = field.default
+            default = list(default) if kind is list else default
             found[field.name] = Setting(default=default, type=kind, **metadata)
     return found
 
