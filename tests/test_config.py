@@ -1,15 +1,16 @@
 """Settings: released files load as they are, mistakes are named, every key has a reader."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from miscc.config import flatten, to_yaml
 from miscc.errors import ConfigError
-from miscc.settings import lookup
+from miscc.settings import lookup, settings_of
 from models import SYSTEMS
-from models.choice import find_system
-from training.settings import keys_without_effect, load_config
+from models.choice import find_system, system_parts
+from training.settings import ENCODER_PARTS, GAN_PARTS, keys_without_effect, load_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -247,3 +248,28 @@ def test_our_own_files_load_without_a_warning(path):
 def test_flatten_and_lookup():
     assert flatten({"A": {"B": 1, "C": {"D": 2}}, "E": 3}) == {"A.B": 1, "A.C.D": 2, "E": 3}
     assert lookup({"A": {"B": {"C": 7}}}, "A.B.C") == 7
+
+
+def test_every_setting_is_read_somewhere():
+    """By its field, as `settings.nf`, or in the loops by its key, as `cfg.TRAIN.NF`; a declaration alone is no reader."""
+    rooms = ("models", "datasets", "training", "sampling", "eval")
+    files = [*ROOT.glob("*.py"), *(path for room in rooms for path in (ROOT / room).rglob("*.py"))]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    parts = [*GAN_PARTS, *ENCODER_PARTS, *(part for name in SYSTEMS for part in system_parts(name))]
+    unread = [
+        one.key
+        for part in parts
+        for field, one in settings_of(part).items()
+        if not re.search(rf"\.({field}|{one.key.split('.')[-1]})\b", source)
+    ]
+    assert unread == []
+
+
+def test_the_parts_of_a_system_agree_on_its_defaults():
+    for name in SYSTEMS:
+        defaults = {}
+        for part in system_parts(name):
+            for one in settings_of(part).values():
+                # SEMA's discriminator is SSA-GAN's class, whose width follows G's.
+                if one.key != "TRAIN.NF":
+                    assert defaults.setdefault(one.key, one.default) == one.default, (name, one.key)
