@@ -233,10 +233,11 @@ def open_drawing(cfg: Mapping, options: argparse.Namespace) -> Any:
     from miscc.distributed import choose_device, refuse_several_processes
     from models.registry import network_name
     from sampling.drawing import Drawing, open_pipeline
-    from training.build import text_settings
+    from training.build import encoders_path, text_settings
 
     refuse_several_processes("drawing")
-    released = {"text_encoder_path": cfg.TEXT.DAMSM_NAME, "data_dir": cfg.DATA_DIR, "max_words": cfg.TEXT.WORDS_NUM}
+    released = {"text_encoder_path": encoders_path(cfg), "data_dir": cfg.DATA_DIR, "max_words": cfg.TEXT.WORDS_NUM}
+    released |= {"encoders": cfg.TEXT.ENCODER}
     pipeline, folder = open_pipeline(
         options.checkpoint or cfg.TRAIN.NET_G or newest_checkpoint(cfg),
         choose_device(cfg.GPU_ID, cfg.CUDA),

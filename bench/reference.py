@@ -204,6 +204,3 @@ def plain_system(system: SSAGAN) -> PlainSSAGAN:
     plain.networks = {name: plain_copy(network) for name, network in system.networks.items()}
     plain.train()
     return plain
-
-
-REFERENCES = {"ssa_gan": plain_system}  # the systems that have a plain form here

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from bench import common
 from bench.common import Clock
-from bench.reference import REFERENCES
+from bench.reference import plain_system
+from bench.reference_galip import plain_galip
 from miscc.batch import Batch
 from miscc.distributed import World
 from miscc.errors import ConfigError, run_command
 from models import IMAGE_ENCODERS, SYSTEMS, TEXT_ENCODERS
 from models.adversarial import AdversarialSystem
 from models.choice import keys_of, system_parts
+from models.clip_features import ClipTextEncoder, untrained_clip
 from models.types import System, Update
 from training.build import build_networks, build_system
 from training.compute import checkpoint_activations, compile_networks, use_channels_last
@@ -31,7 +33,9 @@ from training.settings import load_config
 from training.step import Stepper, make_optimizers
 
 NUM_WORDS, NUM_CLASSES = 5450, 200  # CUB's
+LONGEST = 20  # tokens of a caption, also where an encoder would take more
 AFTERWARDS = "optimizers, average"  # the phase after all passes
+REFERENCES = {"ssa_gan": plain_system, "galip": plain_galip}  # the systems that have a plain form
 OURS_ALONE = ("TRAIN.PRECISION", "TRAIN.COMPILE", "TRAIN.CHANNELS_LAST", "TRAIN.ACTIVATION_CHECKPOINTING")
 
 
@@ -158,17 +162,14 @@ def step_of(cfg: Mapping, encoder: str, batch_size: int, device: torch.device) -
     """
     torch.manual_seed(0)
     networks = build_networks(cfg)
-    text_dim = cfg.TEXT.EMBEDDING_DIM
-    networks["text_encoder"] = TEXT_ENCODERS["rnn"](NUM_WORDS, text_dim, max_words=cfg.TEXT.WORDS_NUM)
     generator = networks["generator"]
-    arguments = {"text_dim": text_dim} | ({"image_size": generator.image_size} if encoder == "small" else {})
-    networks["image_encoder"] = IMAGE_ENCODERS[encoder](**arguments)
+    networks |= FRESH_ENCODERS[cfg.TEXT.ENCODER](cfg, encoder, generator.image_size)
     for network in networks.values():
         for gate in network.gates():  # zero at the start, where denormal gradients would make a CPU slow
             nn.init.constant_(gate, 0.1)
     system = build_system(cfg, {name: network.to(device) for name, network in networks.items()})
     system.train()
-    batch = random_batch(batch_size, system.image_sizes, cfg.TEXT.WORDS_NUM, device)
+    batch = random_batch(batch_size, system.image_sizes, min(cfg.TEXT.WORDS_NUM, LONGEST), device)
     if cfg.TRAIN.ACCUMULATE > 1:
         raise ConfigError("TRAIN.ACCUMULATE: a single pass is timed here; leave it at 1")
     if cfg.TRAIN.CHANNELS_LAST:
@@ -183,11 +184,38 @@ def step_of(cfg: Mapping, encoder: str, batch_size: int, device: torch.device) -
     return step
 
 
+def fresh_damsm(cfg: Mapping, encoder: str, image_size: int) -> dict[str, nn.Module]:
+    """DAMSM's encoders without training; encoder: name of the image encoder."""
+    text_dim = cfg.TEXT.EMBEDDING_DIM
+    arguments = {"text_dim": text_dim} | ({"image_size": image_size} if encoder == "small" else {})
+    return {
+        "text_encoder": TEXT_ENCODERS["rnn"](NUM_WORDS, text_dim, max_words=cfg.TEXT.WORDS_NUM),
+        "image_encoder": IMAGE_ENCODERS[encoder](**arguments),
+    }
+
+
+def fresh_clip(cfg: Mapping, encoder: str, image_size: int) -> dict[str, nn.Module]:
+    """CLIP's towers without training: the image tower of the settings' size, the text tower as it is in ViT-B/32."""
+    text_dim = cfg.TEXT.EMBEDDING_DIM
+    clip = untrained_clip(image_size, image_size // 7, cfg.CLIP.WIDTH, cfg.CLIP.BLOCKS, text_dim, NUM_WORDS)
+    text_encoder = ClipTextEncoder(NUM_WORDS, text_dim=text_dim)
+    for parameter in text_encoder.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02)
+    return {"text_encoder": text_encoder, "image_encoder": clip.visual}
+
+
+FRESH_ENCODERS = {"damsm": fresh_damsm, "clip": fresh_clip}
+
+
 def random_batch(number: int, image_sizes: list[int], num_words: int, device: torch.device) -> Batch:
     """Random images and captions of random lengths, as the loader would hand them over."""
     images = [torch.rand(number, 3, size, size) * 2 - 1 for size in image_sizes]
-    captions = torch.randint(1, NUM_WORDS, (number, num_words))
+    captions = torch.randint(1, NUM_WORDS - 1, (number, num_words))
     lengths = torch.randint(num_words // 2, num_words + 1, (number,))
+    for row, length in enumerate(lengths.tolist()):  # CLIP's end token has the largest index; padding is 0
+        captions[row, length - 1] = NUM_WORDS - 1
+        captions[row, length:] = 0
     indices = torch.arange(number)
     one = images if len(images) > 1 else images[0]
     batch = Batch(one, captions, lengths, indices % NUM_CLASSES, [str(n) for n in range(number)], indices, indices)

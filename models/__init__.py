@@ -5,7 +5,7 @@ from models.attn_gan import AttnDCGAN, AttnGAN
 from models.clip_features import ClipImageEncoder, ClipTextEncoder
 from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder
 from models.df_gan import DFGAN
-from models.galip import GALIPDiscriminator, GALIPGenerator
+from models.galip import GALIP
 from models.mixed_text import MixedTextEncoder
 from models.sema import SEMA
 from models.ssa_gan import SSAGAN
@@ -15,6 +15,7 @@ SYSTEMS: dict[str, type[System]] = {
     "ssa_gan": SSAGAN,
     "df_gan": DFGAN,
     "sema": SEMA,
+    "galip": GALIP,
     "attn_gan": AttnGAN,
     "attn_dcgan": AttnDCGAN,
 }
@@ -27,11 +28,7 @@ IMAGE_ENCODERS: dict[str, type[Network]] = {
 
 # Networks that checkpoints and released files hold, and that no system above trains under this name.
 OTHER_NETWORKS: dict[str, dict[str, type[Network]]] = {
-    "generator": {"galip": GALIPGenerator},
-    "discriminator": {
-        "galip": GALIPDiscriminator,
-        "attn_stage": StageDiscriminator,  # one of AttnGAN's, as its authors' files have it
-    },
+    "discriminator": {"attn_stage": StageDiscriminator},  # one of AttnGAN's, as its authors' files have it
     "text_encoder": dict(TEXT_ENCODERS),
     "image_encoder": dict(IMAGE_ENCODERS),
 }

@@ -25,6 +25,13 @@ class SystemChoice(NumStagesSettings):
     loss: str = setting("loss", "hinge", "adversarial loss; there is no other", ("hinge",))
 
 
+# What TEXT.ENCODER makes of settings that depend on it; DAMSM's loss needs DAMSM's own encoders.
+ENCODER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "damsm": {},
+    "clip": {"TEXT.EMBEDDING_DIM": 512, "TEXT.WORDS_NUM": 77, "TRAIN.DAMSM_WEIGHT": 0.0},
+}
+
+
 def find_system(given: Mapping[str, Any], systems: Iterable[str] = ()) -> str:
     """The system that a file means: GAN.NAME, or the rule for files whose authors had only one system.
 
@@ -91,5 +98,8 @@ def load_for_system(
     given = read_given(path, overrides, schema, skip_unknown)
     system = find_system(given, SYSTEMS)
     given["GAN.NAME"], given["CONFIG_NAME"] = system, given.get("CONFIG_NAME") or Path(path).stem
-    defaults = {key: value for key, value in system_defaults(system).items() if key in schema}
+    defaults = system_defaults(system)
+    encoder = given.get("TEXT.ENCODER") or defaults.get("TEXT.ENCODER", "")
+    defaults |= ENCODER_DEFAULTS.get(encoder, {})
+    defaults = {key: value for key, value in defaults.items() if key in schema}
     return resolve(given, schema, defaults, [*parts, SYSTEMS[system].Settings])

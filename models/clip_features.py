@@ -9,6 +9,7 @@ reads all three; the tokenizer is datasets/byte_pairs.py.
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from miscc.errors import CheckpointError
 from models.types import Network, TextFeatures
 
-HEAD_DIM = 64  # channels of an attention head in every CLIP
+HEAD_DIM = 64  # channels of an attention head in all of OpenAI's
 LAYERS = (1, 4, 8)  # blocks after which GALIP's discriminator reads the ViT-B/32, counted from 0
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels that CLIP was trained on, in [0, 1]
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
@@ -35,9 +36,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, 
 class Attention(nn.Module):
     """Multi-head self-attention; its tensors are named as those of nn.MultiheadAttention."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, num_heads: int = 0):
         super().__init__()
-        self.num_heads = max(1, width // HEAD_DIM)
+        self.num_heads = num_heads or max(1, width // HEAD_DIM)
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -50,14 +51,15 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x))."""
+    """x + attention(norm(x)), then x + MLP(norm(x)). num_heads 0: width/64; mlp_width 0: four times the width."""
 
-    def __init__(self, width: int, activation: str):
+    def __init__(self, width: int, activation: str, num_heads: int = 0, mlp_width: int = 0):
         super().__init__()
+        inner = mlp_width or 4 * width
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = Attention(width)
+        self.attn = Attention(width, num_heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, 4 * width), c_proj=nn.Linear(4 * width, width)))
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, inner), c_proj=nn.Linear(inner, width)))
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:  # (N, T, C) -> (N, T, C)
@@ -68,46 +70,53 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks, which callers run one by one."""
 
-    def __init__(self, width: int, num_blocks: int, activation: str):
+    def __init__(self, width: int, num_blocks: int, activation: str, num_heads: int = 0, mlp_width: int = 0):
         super().__init__()
-        self.resblocks = nn.ModuleList(TransformerBlock(width, activation) for _ in range(num_blocks))
+        self.resblocks = nn.ModuleList(
+            TransformerBlock(width, activation, num_heads, mlp_width) for _ in range(num_blocks)
+        )
 
 
 class ClipImageEncoder(Network):
     """CLIP's ViT. Frozen by whoever trains with it: it has no mode of its own and no dropout.
 
-    image_size: pixels that it reads; patch_size: pixels of a token; width, num_blocks: of the Transformer; text_dim: length
-    of the embedding; layers: blocks after which patch features are read, counted from 0; activation: quick_gelu (OpenAI's
-    weights) or gelu; scaled_twice: GALIP's own scaling of pixels, see `pixels`.
+    image_size: pixels that it reads.
+    patch_size: pixels of a token.
+    width, num_blocks, num_heads, mlp_width: of the Transformer, see TransformerBlock.
+    text_dim: length of the embedding.
+    layers: blocks after which patch features are read, counted from 0.
+    activation: quick_gelu (OpenAI's weights) or gelu.
+    scaled_twice: GALIP's own scaling of pixels, see `pixels`.
     """
 
     slow_start = True  # a state dict fills all its tensors
+    compiled_methods = ("forward", "patches")
 
-    def __init__(
-        self,
-        image_size: int = 224,
-        patch_size: int = 32,
-        width: int = 768,
-        num_blocks: int = 12,
-        text_dim: int = 512,
-        layers: Sequence[int] = LAYERS,
-        activation: str = "quick_gelu",
-        scaled_twice: bool = False,
-    ):
-        super().__init__()
-        self.arguments = {
-            "image_size": image_size, "patch_size": patch_size, "width": width, "num_blocks": num_blocks,
-            "text_dim": text_dim, "layers": list(layers), "activation": activation, "scaled_twice": scaled_twice,
-        }  # fmt: skip
-        self.image_size, self.layers, self.scaled_twice = image_size, tuple(layers), scaled_twice
+    @dataclass(frozen=True)
+    class Settings:
+        image_size: int = 224
+        patch_size: int = 32
+        width: int = 768
+        num_blocks: int = 12
+        text_dim: int = 512
+        layers: Sequence[int] = LAYERS
+        activation: str = "quick_gelu"
+        scaled_twice: bool = False
+        num_heads: int = 0
+        mlp_width: int = 0
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        image_size, patch_size, width = self.settings.image_size, self.settings.patch_size, self.settings.width
+        self.image_size, self.layers = image_size, tuple(self.settings.layers)
         self.grid_size = image_size // patch_size
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.zeros(width))
         self.positional_embedding = nn.Parameter(torch.zeros(self.grid_size**2 + 1, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, num_blocks, activation)
+        self.transformer = _transformer(self.settings)
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(torch.zeros(width, text_dim))
+        self.proj = nn.Parameter(torch.zeros(width, self.settings.text_dim))
 
     def pixels(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, 3, image_size, image_size), as CLIP was trained: [0, 1], then mean and deviation.
@@ -117,7 +126,7 @@ class ClipImageEncoder(Network):
         """
         if images.shape[-1] != self.image_size:
             images = F.interpolate(images, size=self.image_size, mode="nearest")
-        scaled = images / 4 + 0.75 if self.scaled_twice else images / 2 + 0.5
+        scaled = images / 4 + 0.75 if self.settings.scaled_twice else images / 2 + 0.5
         # Channel by channel: buffers would have to be in the state dict, constants copied to a GPU each time.
         channels = zip(scaled.unbind(dim=1), MEAN, DEVIATION, strict=True)
         return torch.stack([(channel - mean) / deviation for channel, mean, deviation in channels], dim=1)
@@ -148,32 +157,35 @@ class ClipImageEncoder(Network):
 class ClipTextEncoder(Network):
     """CLIP's text tower. A caption's features are those of its last token, `<|endoftext|>`, the largest index there is.
 
-    vocabulary_size: byte-pair tokens; max_words: tokens of a caption at most; width, num_blocks: of the Transformer;
-    text_dim: length of the sentence; activation: quick_gelu (OpenAI's weights) or gelu.
+    vocabulary_size: byte-pair tokens.
+    max_words: tokens of a caption at most.
+    width, num_blocks, num_heads, mlp_width: of the Transformer, see TransformerBlock.
+    text_dim: length of the sentence.
+    activation: quick_gelu (OpenAI's weights) or gelu.
     """
 
     slow_start = True  # a state dict fills all its tensors
 
-    def __init__(
-        self,
-        vocabulary_size: int = 49408,
-        max_words: int = 77,
-        width: int = 512,
-        num_blocks: int = 12,
-        text_dim: int = 512,
-        activation: str = "quick_gelu",
-    ):
-        super().__init__()
-        self.arguments = {
-            "vocabulary_size": vocabulary_size, "max_words": max_words, "width": width, "num_blocks": num_blocks,
-            "text_dim": text_dim, "activation": activation,
-        }  # fmt: skip
-        self.max_words = max_words
+    @dataclass(frozen=True)
+    class Settings:
+        vocabulary_size: int = 49408
+        max_words: int = 77
+        width: int = 512
+        num_blocks: int = 12
+        text_dim: int = 512
+        activation: str = "quick_gelu"
+        num_heads: int = 0
+        mlp_width: int = 0
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        vocabulary_size, width = self.settings.vocabulary_size, self.settings.width
+        max_words = self.max_words = self.settings.max_words
         self.token_embedding = nn.Embedding(vocabulary_size, width)
         self.positional_embedding = nn.Parameter(torch.zeros(max_words, width))
-        self.transformer = Transformer(width, num_blocks, activation)
+        self.transformer = _transformer(self.settings)
         self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(torch.zeros(width, text_dim))
+        self.text_projection = nn.Parameter(torch.zeros(width, self.settings.text_dim))
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -216,16 +228,21 @@ def load_clip(
     layers: Sequence[int] = LAYERS,
     activation: str = "quick_gelu",
     scaled_twice: bool = False,
+    image_heads: int = 0,
+    text_heads: int = 0,
 ) -> Clip:
     """Both towers, frozen, in float32, from tensors with OpenAI's names; sizes are read from the shapes.
 
-    layers, activation, scaled_twice: see ClipImageEncoder. Raises CheckpointError where tensors are missing.
+    layers, activation, scaled_twice: see ClipImageEncoder; image_heads, text_heads: of attention, 0: width/64.
+    Raises CheckpointError where tensors are missing.
     """
+    image = {"layers": tuple(layers), "activation": activation, "scaled_twice": scaled_twice, "num_heads": image_heads}
+    text = {"activation": activation, "num_heads": text_heads}
     try:
         clip = Clip(
-            ClipImageEncoder(**image_arguments(state_dict), layers=layers, activation=activation, scaled_twice=scaled_twice),
-            ClipTextEncoder(**text_arguments(state_dict), activation=activation),
-        )  # fmt: skip
+            ClipImageEncoder(**image_arguments(state_dict), **image),
+            ClipTextEncoder(**text_arguments(state_dict), **text),
+        )
     except KeyError as error:
         raise CheckpointError(
             f"these are not the tensors of a CLIP with a ViT: {error.args[0]} is missing; OpenAI's ViT-B-32.pt has it"
@@ -244,6 +261,7 @@ def image_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "patch_size": patch_size,
         "width": width,
         "num_blocks": count_blocks(state, "visual.transformer.resblocks."),
+        "mlp_width": _mlp_width(state, "visual."),
         "text_dim": state["visual.proj"].shape[1],
     }
 
@@ -256,6 +274,7 @@ def text_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "max_words": len(state["positional_embedding"]),
         "width": width,
         "num_blocks": count_blocks(state, "transformer.resblocks."),
+        "mlp_width": _mlp_width(state, ""),
         "text_dim": state["text_projection"].shape[1],
     }
 
@@ -279,6 +298,16 @@ def untrained_clip(
         else:
             state[name] = torch.randn(value.shape, generator=generator) / value[0].numel() ** 0.5
     return load_clip(state, **options)
+
+
+def _mlp_width(state: Mapping[str, Tensor], prefix: str) -> int:
+    """Inner width of the MLPs; 0 where it is the usual one."""
+    inner, width = state[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"].shape
+    return 0 if inner == 4 * width else inner
+
+
+def _transformer(settings: Any) -> Transformer:
+    return Transformer(settings.width, settings.num_blocks, settings.activation, settings.num_heads, settings.mlp_width)
 
 
 def to_map(tokens: Tensor, grid_size: int) -> Tensor:

@@ -29,8 +29,8 @@ UNTRAINED = "untrained"  # instead of a file: a small CLIP with random weights
 WEIGHT_FILES = ("ViT-B-32.pt", "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors",
                 "open_clip_pytorch_model.bin")  # fmt: skip
 WHERE = (
-    "put OpenAI's ViT-B-32.pt or a folder of Hugging Face's (`hf download openai/clip-vit-base-patch32`) or open_clip's there, "
-    "or name one that is there"
+    "copy OpenAI's ViT-B-32.pt, or a folder as Hugging Face (`hf download openai/clip-vit-base-patch32`) or open_clip keep one, "
+    "to this machine and name its path"
 )
 
 # Hugging Face's tensor names -> OpenAI's, after the three projections of an attention are joined.

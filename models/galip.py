@@ -8,13 +8,14 @@ that D reads.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miscc.batch import Batch
+from miscc.errors import ConfigError
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, matching_aware_gradient_penalty
 from miscc.settings import setting
 from models.adversarial import AdversarialSystem, logit_stats
@@ -23,7 +24,15 @@ from models.df_gan import CHANNELS
 from models.kernels import Conv2d, LeakyReLU
 from models.layers import AffineFusion, FusionBlock
 from models.modes import full_precision, no_parameter_grad
-from models.settings import AdversarialSettings, PenaltySettings
+from models.settings import (
+    AdversarialSettings,
+    ClipSizeSettings,
+    ClipWidthSettings,
+    NoiseSettings,
+    PenaltySettings,
+    SentenceSettings,
+    SizeSettings,
+)
 from models.types import Discriminator, Generator, GeneratorOutput, TextFeatures, Update
 
 GRID = 7  # patches of a row: what G starts from and D's head ends with
@@ -70,7 +79,8 @@ class PromptedViT(nn.Module):
 
     @property
     def is_filled(self) -> bool:
-        return bool(self.ln_pre.weight.any())  # a norm without scale gives nothing
+        scale = self.ln_pre.weight  # a norm without scale gives nothing
+        return not scale.is_meta and bool(scale.any())
 
     def fill(self, encoder: ClipImageEncoder) -> None:
         """Take an image tower's weights, without a copy: they are in memory and in a checkpoint once. Raises ValueError."""
@@ -103,29 +113,27 @@ class PromptedViT(nn.Module):
 class GALIPGenerator(Generator):
     """noise and sentence -> image: bridge features that a frozen, prompted ViT carries on, then fusion blocks of growing size.
 
-    nf: base number of channels; image_size: what CLIP reads, above 8; width, num_blocks: of CLIP's ViT, which must cut images
-    into 7×7 patches; num_prompts: blocks that get a prompt. Images are not bounded to [-1, 1]: what is drawn is clamped.
+    nf: base number of channels.
+    image_size: what CLIP reads, above 8.
+    width, num_blocks: of CLIP's ViT, which must cut images into 7×7 patches.
+    num_prompts: blocks that get a prompt.
+    Images are not bounded to [-1, 1]: what is drawn is clamped.
     """
 
     slow_start = True  # a state dict fills all its tensors
 
-    def __init__(
-        self,
-        nf: int = 64,
-        z_dim: int = 100,
-        image_size: int = 224,
-        sentence_dim: int = 512,
-        width: int = 768,
-        num_blocks: int = 12,
-        num_prompts: int = 8,
-    ):
-        super().__init__()
-        self.arguments = {
-            "nf": nf, "z_dim": z_dim, "image_size": image_size, "sentence_dim": sentence_dim, "width": width,
-            "num_blocks": num_blocks, "num_prompts": num_prompts,
-        }  # fmt: skip
-        self.z_dim, self.noise_dim, self.image_size, self.num_prompts = z_dim, z_dim, image_size, num_prompts
-        condition_dim = z_dim + sentence_dim
+    @dataclass(frozen=True)
+    class Settings(ClipSizeSettings, NoiseSettings, SentenceSettings, SizeSettings):
+        image_size: int = 224
+        sentence_dim: int = 512
+        num_prompts: int = 8
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        nf, width, num_prompts = self.settings.nf, self.settings.width, self.settings.num_prompts
+        z_dim = self.z_dim = self.noise_dim = self.settings.z_dim
+        image_size = self.image_size = self.settings.image_size
+        condition_dim = z_dim + self.settings.sentence_dim
         self.sizes = block_sizes(image_size)
         num_blocks_out = len(self.sizes)
         multipliers = ([CHANNELS[0]] * num_blocks_out + list(CHANNELS))[-num_blocks_out - 1 :]
@@ -136,7 +144,7 @@ class GALIPGenerator(Generator):
         self.mapping_blocks = nn.ModuleList(MappingBlock(condition_dim) for _ in range(NUM_MAPPING_BLOCKS))
         self.bridge = nn.Conv2d(CODE_CHANNELS, width, 5, padding=2)
         self.prompt = nn.Linear(condition_dim, num_prompts * width)
-        self.vit = PromptedViT(width, num_blocks)
+        self.vit = PromptedViT(width, self.settings.num_blocks)
 
         # From there to the image.
         self.adapter = nn.Conv2d(width, channels[0], 5, padding=2)
@@ -155,7 +163,7 @@ class GALIPGenerator(Generator):
         return self.bridge(x)
 
     def prompts(self, condition: Tensor) -> Tensor:  # (N, D) -> (N, num_prompts, width)
-        return self.prompt(condition).unflatten(1, (self.num_prompts, -1))
+        return self.prompt(condition).unflatten(1, (self.settings.num_prompts, -1))
 
     def forward(self, noise: Tensor, text: TextFeatures) -> GeneratorOutput:  # (N, z_dim) -> images (N, 3, H, W)
         condition = torch.cat([noise, text.sentence], dim=1)
@@ -190,24 +198,26 @@ class PatchBlock(nn.Module):
 class GALIPDiscriminator(Discriminator):
     """CLIP's patch features of an image after several blocks, and the sentence, give one logit. CLIP itself is not in here.
 
-    width: channels of the maps; num_maps: how many there are; channels: of the joined features; sentence_dim: of the sentence.
+    width: channels of the maps.
+    num_maps: how many there are.
+    channels: of the joined features.
+    sentence_dim: of the sentence.
+    head_channels: within the head.
     """
 
     compiled_methods = ("features", "logits")
 
-    def __init__(
-        self,
-        width: int = 768,
-        num_maps: int = 3,
-        channels: int = 512,
-        sentence_dim: int = 512,
-        head_channels: int = 128,
-    ):
-        super().__init__()
-        self.arguments = {
-            "width": width, "num_maps": num_maps, "channels": channels, "sentence_dim": sentence_dim,
-            "head_channels": head_channels,
-        }  # fmt: skip
+    @dataclass(frozen=True)
+    class Settings(SentenceSettings, ClipWidthSettings):
+        sentence_dim: int = 512
+        num_maps: int = 3
+        channels: int = 512
+        head_channels: int = 128
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        width, num_maps, channels = self.settings.width, self.settings.num_maps, self.settings.channels
+        sentence_dim, head_channels = self.settings.sentence_dim, self.settings.head_channels
         self.blocks = nn.ModuleList(PatchBlock(width, width, takes_extra=True) for _ in range(num_maps - 1))
         self.last = PatchBlock(width, channels, takes_extra=False)
         self.head = nn.Sequential(
@@ -258,9 +268,39 @@ class GALIP(AdversarialSystem):
 
     @dataclass(frozen=True)
     class Settings(PenaltySettings, AdversarialSettings):
+        encoders_with_images: ClassVar[str] = "clip"
+
         similarity_weight: float = setting(
             "GALIP.SIMILARITY_WEIGHT", 4.0, "weight of the cosine of a fake image's CLIP embedding and its sentence"
         )
+        real_size: int = setting(
+            "GALIP.REAL_SIZE",
+            256,
+            "pixels of the real images, which CLIP reads scaled by nearest neighbours; 0: TREE.BASE_SIZE",
+        )
+
+        @property
+        def needs_image_encoder(self) -> bool:
+            return True
+
+    NETWORKS = {"generator": GALIPGenerator, "discriminator": GALIPDiscriminator}
+    DEFAULTS = {"TEXT.ENCODER": "clip", "TRAIN.BATCH_SIZE": 16, "TRAIN.MAX_EPOCH": 1502}
+
+    def __init__(self, networks: dict[str, nn.Module], **arguments: Any):
+        super().__init__(networks, **arguments)
+        generator, image_encoder = networks["generator"], networks["image_encoder"]
+        self.image_sizes = [self.settings.real_size or generator.image_size]
+        # A fresh generator's ViT, and one that is the same, are the encoder's: in memory once.
+        if not generator.vit.is_filled or generator.vit.equals(image_encoder):
+            try:
+                generator.vit.fill(image_encoder)
+            except ValueError as error:
+                raise ConfigError(f"CLIP.WEIGHTS: {error}; set CLIP.WIDTH and CLIP.BLOCKS to its sizes") from None
+        if image_encoder.image_size != generator.image_size:
+            raise ConfigError(
+                f"TREE.BASE_SIZE: is {generator.image_size}, but this CLIP reads images of {image_encoder.image_size} pixels; "
+                f"set it so"
+            )
 
     def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
         """Discriminator, then generator."""

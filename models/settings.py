@@ -1,7 +1,7 @@
 """Settings that several networks or objectives share, each declared once. What one part alone has stands beside that part."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from miscc.settings import setting
 
@@ -79,6 +79,20 @@ class GeneratorSettings(SentenceSettings, ImageSizeSettings, NoiseSettings, Widt
     """Of a generator that draws one image from noise and sentence."""
 
 
+@dataclass(frozen=True)
+class ClipWidthSettings:
+    """Channels of CLIP's ViT."""
+
+    width: int = setting("CLIP.WIDTH", 768, "GALIP: channels of CLIP's ViT; ViT-B/32 has 768", above=0)
+
+
+@dataclass(frozen=True)
+class ClipSizeSettings(ClipWidthSettings):
+    """Sizes of CLIP's ViT."""
+
+    num_blocks: int = setting("CLIP.BLOCKS", 12, "GALIP: Transformer blocks of CLIP's ViT; ViT-B/32 has 12", above=0)
+
+
 # -- objectives ----------------------------------------------------------------------------------------------------
 
 
@@ -93,8 +107,11 @@ class BetasSettings:
 class AdversarialSettings(BetasSettings):
     """Of every system that trains G against D.
 
-    needs_image_encoder: whether a loss looks at images with DAMSM's encoder.
+    needs_image_encoder: whether a loss looks at images with an encoder.
+    encoders_with_images: whose encoder that is, see TEXT.ENCODER.
     """
+
+    encoders_with_images: ClassVar[str] = "damsm"
 
     generator_lr: float = setting("TRAIN.GENERATOR_LR", 1e-4, "Adam's learning rate of G", above=0)
     discriminator_lr: float = setting("TRAIN.DISCRIMINATOR_LR", 4e-4, "Adam's learning rate of D", above=0)

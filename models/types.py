@@ -195,6 +195,7 @@ class System:
     @dataclass(frozen=True)
     class Settings:
         needs_image_encoder: ClassVar[bool] = False  # whether a loss looks at images with the image encoder
+        encoders_with_images: ClassVar[str] = "damsm"  # whose encoder that is, see TEXT.ENCODER
 
     @dataclass(frozen=True)
     class TextSettings:

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from miscc.checkpoint import load_file, save_checkpoint
-from miscc.errors import CheckpointError, DataError, UserError, run_command
+from miscc.errors import DataError, UserError, run_command
 from miscc.files import hash_of_file
-from models import networks_of
+from models import SYSTEMS, networks_of
 from models.registry import count_parameters, network_name, to_state
 from models.released import LOADERS, holds, load_discriminator, load_discriminator_files, load_generator, naming
-from sampling.encoders import load_encoders, released_vocabulary
+from sampling.encoders import ENCODERS, check_sentence_length, released_vocabulary
 from sampling.pipeline import TextToImage
 
 
@@ -63,12 +63,11 @@ def convert(
     content = load_file(generator_path)
     with naming(generator_path):
         generator = load_generator(content)
-    encoders = load_encoders(encoder_path, max_words=max_words)
+    kind = SYSTEMS[network_name(generator)].DEFAULTS.get("TEXT.ENCODER", "damsm")
+    encoders = ENCODERS[kind](encoder_path, max_words=max_words)
     vocabulary = encoders.vocabulary or released_vocabulary(data_dir)
     TextToImage(generator, encoders.text_encoder, vocabulary)  # raises where the vocabulary is of another size
-    actual, expected = encoders.text_encoder.arguments["text_dim"], generator.arguments["sentence_dim"]
-    if actual != expected:
-        raise CheckpointError(f"{encoder_path}: gives features of length {actual}, the generator expects {expected}")
+    check_sentence_length(encoders.text_encoder, generator, encoder_path)
 
     # Write them as training would.
     networks = {
@@ -83,14 +82,14 @@ def convert(
             "DATASET_NAME": dataset or Path(data_dir).resolve().name,
             "DATA_DIR": str(data_dir),
             "GAN": {"NAME": network_name(generator)},
-            "TEXT": {"WORDS_NUM": encoders.max_words},
+            "TEXT": {"WORDS_NUM": encoders.max_words, "ENCODER": kind},
         },
         "vocabulary": vocabulary.words,
         "networks": {part: to_state(network_name(net), net) for part, net in networks.items() if net is not None},
         "step": 0,
         "epoch": 0,
         "released": {
-            str(path): hash_of_file(path) for path in (generator_path, discriminator_path, encoder_path) if path
+            str(path): hash_of_file(path) for path in (generator_path, discriminator_path, encoders.file) if path
         },
     }
     save_checkpoint(out, checkpoint)

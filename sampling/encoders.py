@@ -1,5 +1,6 @@
-"""Loads the DAMSM encoders of a checkpoint or of the authors' files, with their vocabulary."""
+"""Loads encoders with their vocabulary: DAMSM's, of a checkpoint or of the authors' files, and CLIP's."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from miscc.checkpoint import load_file
 from miscc.errors import CheckpointError, DataError
 from miscc.vocabulary import Vocabulary
 from models import networks_of
+from models.clip_files import load_clip_weights, load_tokenizer
 from models.registry import from_state
 from models.released import load_image_encoder, load_text_encoder, naming
 
@@ -22,12 +24,14 @@ class Encoders(NamedTuple):
     text_encoder, image_encoder: networks in eval mode without gradients; None where there is no image encoder
     vocabulary: None for the authors' files, which hold none: it then comes from the data's captions.pickle
     max_words: words of a caption at most
+    file: the weight file that they were loaded from, where there is one
     """
 
     text_encoder: nn.Module
     image_encoder: nn.Module | None
     vocabulary: Vocabulary | None
     max_words: int
+    file: Path | None = None
 
     @property
     def image_size(self) -> int:
@@ -75,7 +79,23 @@ def load_encoders(path: str | Path, device: str | torch.device = "cpu", max_word
     for encoder in (text_encoder, image_encoder):
         if encoder is not None:
             encoder.to(device).eval().requires_grad_(False)
-    return Encoders(text_encoder, image_encoder, vocabulary, max_words)
+    return Encoders(text_encoder, image_encoder, vocabulary, max_words, path)
+
+
+def load_clip_encoders(
+    name: str | Path, device: str | torch.device = "cpu", max_words: int = 77, scaled_twice: bool = True
+) -> Encoders:
+    """CLIP's towers with its own tokenizer, see models/clip_files.py for `name`; captions are read whole, up to 77 tokens.
+
+    scaled_twice: as GALIP's images were. Raises CheckpointError when weights or tokenizer are missing.
+    """
+    clip, files = load_clip_weights(name, scaled_twice=scaled_twice)
+    clip = clip.to(device)
+    return Encoders(clip.text_encoder, clip.visual, load_tokenizer(files), clip.text_encoder.max_words, files.weights)
+
+
+# What TEXT.ENCODER may be: kinds of encoders, each loaded by (path, device, words of a caption at most).
+ENCODERS: dict[str, Callable[..., Encoders]] = {"damsm": load_encoders, "clip": load_clip_encoders}
 
 
 def released_vocabulary(data_dir: str | Path) -> Vocabulary:
@@ -87,6 +107,13 @@ def released_vocabulary(data_dir: str | Path) -> Vocabulary:
         f"{data_dir}: holds no captions.pickle; the authors' encoders need the vocabulary in it (one built anew has other "
         f"indices): set DATA_DIR to the folder of AttnGAN's metadata"
     )
+
+
+def check_sentence_length(text_encoder: nn.Module, generator: nn.Module, path: str | Path) -> None:
+    """Raises CheckpointError where the encoders of this path give other features than the generator takes."""
+    actual, expected = text_encoder.arguments["text_dim"], generator.arguments["sentence_dim"]
+    if actual != expected:
+        raise CheckpointError(f"{path}: gives features of length {actual}, the generator expects {expected}")
 
 
 def rebuild_networks(checkpoint: dict, names: tuple[str, ...], path: str | Path) -> dict[str, nn.Module]:

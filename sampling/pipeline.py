@@ -22,7 +22,7 @@ from models.mixed_text import mixed_text_encoder
 from models.modes import device_of
 from models.released import load_generator, naming
 from models.types import GeneratorOutput, TextFeatures
-from sampling.encoders import load_encoders, rebuild_networks, released_vocabulary
+from sampling.encoders import ENCODERS, check_sentence_length, rebuild_networks, released_vocabulary
 from sampling.published import find_published, load_model
 from sampling.requests import Request
 
@@ -134,6 +134,7 @@ class TextToImage:
         device: str | torch.device | None = None,
         max_words: int = 18,
         transformer: str = "",
+        encoders: str = "damsm",
     ) -> "TextToImage":
         """From the authors' loose files.
 
@@ -142,14 +143,16 @@ class TextToImage:
         data_dir: the folder of captions.pickle; not read for our encoders, which hold their vocabulary
         max_words: words of a caption at most; for the authors' encoders, which do not say
         transformer: folder of a Transformer that gives half of the sentence, see models/mixed_text.py
+        encoders: kind of text encoder, a name in sampling.encoders.ENCODERS; "clip": text_encoder_path is CLIP's weights
         """
         device = choose_device() if device is None else torch.device(device)
-        encoders = load_encoders(text_encoder_path, device, max_words)
-        vocabulary = encoders.vocabulary or released_vocabulary(data_dir)
+        loaded = ENCODERS[encoders](text_encoder_path, device, max_words)
+        vocabulary = loaded.vocabulary or released_vocabulary(data_dir)
 
         with naming(generator_path):
             generator = load_generator(load_file(generator_path)).to(device)
-        text_encoder = encoders.text_encoder
+        text_encoder = loaded.text_encoder
+        check_sentence_length(text_encoder, generator, text_encoder_path)
         if transformer:
             text_encoder = mixed_text_encoder(text_encoder, vocabulary.words, transformer).to(device)
         return cls(generator, text_encoder, vocabulary, {"checkpoint": str(generator_path), "averaged": False})

@@ -92,12 +92,12 @@ def test_right_scaling_sees_the_same_in_images_of_half_the_contrast(galip):
     visual = galip.clip.visual
     with torch.no_grad():
         twice = visual.pixels(galip.real)
-        visual.scaled_twice = False
+        visual.change_settings(scaled_twice=False)
         try:
             assert relative_error(visual.pixels(galip.real / 2 + 0.5), twice) < 1e-5
             assert relative_error(visual.pixels(galip.real), twice) > 0.1
         finally:
-            visual.scaled_twice = True
+            visual.change_settings(scaled_twice=True)
 
 
 def test_generator_stage_by_stage(galip):

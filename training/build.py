@@ -1,22 +1,25 @@
 """From settings to objects: networks, objective, data. Where plain typed arguments are taken out of the configuration."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from miscc.byte_pairs import BytePairs
 from miscc.checkpoint import load_file
 from miscc.errors import CheckpointError, ConfigError, UserError
 from miscc.settings import arguments_from, from_config, settings_of
 from miscc.vocabulary import Vocabulary
 from models import SYSTEMS, networks_of
+from models.clip_features import untrained_clip
+from models.clip_files import UNTRAINED
 from models.mixed_text import mixed_text_encoder
 from models.registry import from_state, network_name
 from models.released import holds, load_discriminator, load_discriminator_files, load_generator, naming
 from models.types import Network, System
-from sampling.encoders import Encoders, load_encoders, released_vocabulary
+from sampling.encoders import Encoders, load_clip_encoders, load_encoders, released_vocabulary
 from training.data import read_records
 
 logger = logging.getLogger(__name__)
@@ -82,23 +85,60 @@ def text_settings(cfg: Mapping) -> Any:
     return from_config(SYSTEMS[cfg.GAN.NAME].TextSettings, cfg)
 
 
-def encoders_for(cfg: Mapping) -> tuple[Encoders, Vocabulary]:
-    """The encoders that TEXT.DAMSM_NAME names, and their vocabulary. Raises CheckpointError where they do not fit."""
+def encoders_path(cfg: Mapping) -> str:
+    """What the encoders of TEXT.ENCODER are loaded from."""
+    return {"damsm": cfg.TEXT.DAMSM_NAME, "clip": cfg.CLIP.WEIGHTS}[cfg.TEXT.ENCODER]
+
+
+def damsm_encoders(cfg: Mapping) -> Encoders:
+    """Those that TEXT.DAMSM_NAME names, for captions of TEXT.WORDS_NUM words."""
     encoders = load_encoders(cfg.TEXT.DAMSM_NAME, max_words=cfg.TEXT.WORDS_NUM)
+    # The caption length is this training's; the checkpoint must draw with the same.
+    encoders.text_encoder.change_settings(max_words=cfg.TEXT.WORDS_NUM)
+    return encoders
+
+
+def clip_encoders(cfg: Mapping) -> Encoders:
+    """CLIP's towers that CLIP.WEIGHTS names, or untrained ones of the settings' sizes with the data set's words."""
+    if cfg.CLIP.WEIGHTS != UNTRAINED:
+        return load_clip_encoders(cfg.CLIP.WEIGHTS, scaled_twice=cfg.CLIP.SCALED_TWICE)
+    logger.warning("CLIP.WEIGHTS: an untrained CLIP shows that a training runs; what it draws means nothing")
+    vocabulary = BytePairs.of_words(read_records(cfg, "train").vocabulary.words)
+    patch_size = max(1, cfg.TREE.BASE_SIZE // 7)
+    clip = untrained_clip(
+        7 * patch_size, patch_size, cfg.CLIP.WIDTH, cfg.CLIP.BLOCKS, cfg.TEXT.EMBEDDING_DIM, len(vocabulary),
+        scaled_twice=cfg.CLIP.SCALED_TWICE,
+    )  # fmt: skip
+    return Encoders(clip.text_encoder, clip.visual, vocabulary, clip.text_encoder.max_words)
+
+
+ENCODERS_OF: dict[str, Callable[[Mapping], Encoders]] = {"damsm": damsm_encoders, "clip": clip_encoders}
+
+
+def encoders_for(cfg: Mapping) -> tuple[Encoders, Vocabulary]:
+    """The encoders that the settings name, and their vocabulary. Raises UserError where they do not fit."""
+    # A loss that looks at images needs the encoder of its own kind; others take any text encoder.
+    objective = objective_settings(cfg)
+    if objective.needs_image_encoder and objective.encoders_with_images != cfg.TEXT.ENCODER:
+        raise ConfigError(
+            f"TEXT.ENCODER: is {cfg.TEXT.ENCODER}, but a loss of these settings looks at images with the encoder of "
+            f"{objective.encoders_with_images}; set it so, or leave that loss out (TRAIN.DAMSM_WEIGHT 0)"
+        )
+    encoders = ENCODERS_OF[cfg.TEXT.ENCODER](cfg)
     vocabulary = encoders.vocabulary or released_vocabulary(cfg.DATA_DIR)
+    if not objective.needs_image_encoder and cfg.TEXT.ENCODER != objective.encoders_with_images:
+        encoders = encoders._replace(image_encoder=None)  # nobody would look with it
     known = encoders.text_encoder.embedding.num_embeddings
     if known != len(vocabulary):
         raise CheckpointError(
             f"TEXT.DAMSM_NAME: {cfg.TEXT.DAMSM_NAME} knows {known} words, the captions.pickle in {cfg.DATA_DIR} has "
             f"{len(vocabulary)}; take the metadata that these encoders were trained with"
         )
-    if encoders.image_encoder is None and objective_settings(cfg).needs_image_encoder:
+    if encoders.image_encoder is None and objective.needs_image_encoder:
         raise CheckpointError(
             f"TEXT.DAMSM_NAME: there is no image encoder beside {cfg.TEXT.DAMSM_NAME}; put the released "
             f"image_encoder*.pth there, or train without the DAMSM loss: --set TRAIN.DAMSM_WEIGHT 0"
         )
-    # The caption length is this training's; the checkpoint must draw with the same.
-    encoders.text_encoder.change_settings(max_words=cfg.TEXT.WORDS_NUM)
     if folder := text_settings(cfg).transformer:
         mixed = mixed_text_encoder(encoders.text_encoder, vocabulary.words, folder)
         encoders = encoders._replace(text_encoder=mixed)

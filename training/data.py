@@ -27,14 +27,19 @@ def read_records(cfg: Mapping, split: str, vocabulary: Vocabulary | None = None)
     return records
 
 
-def make_dataset(cfg: Mapping, records: Records, image_sizes: list[int], augment: bool) -> TextImageDataset:
-    """The records as a torch data set, from the cache where DATA_CACHE asks for it. Images are bytes until `Batch.to`."""
+def make_dataset(
+    cfg: Mapping, records: Records, image_sizes: list[int], augment: bool, max_words: int | None = None
+) -> TextImageDataset:
+    """The records as a torch data set, from the cache where DATA_CACHE asks for it. Images are bytes until `Batch.to`.
+
+    max_words: of a caption at most; None: TEXT.WORDS_NUM.
+    """
     folder = Path(cfg.DATA_DIR) / "cache"
     cache = ImageCache.open(records, max(image_sizes), folder, cfg.SKIP_BROKEN) if cfg.DATA_CACHE else None
     return TextImageDataset(
         records,
         image_sizes,
-        max_words=cfg.TEXT.WORDS_NUM,
+        max_words=max_words or cfg.TEXT.WORDS_NUM,
         seed=cfg.SEED,
         augment=augment,
         cache=cache,

@@ -1,6 +1,6 @@
 """--dry-run: what a training would be, without starting it: settings, sizes, steps, memory, and what is missing."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from weakref import WeakValueDictionary
 
 import torch
@@ -10,9 +10,10 @@ from miscc.batch import Batch
 from miscc.config import to_yaml
 from miscc.distributed import World
 from miscc.errors import UserError
+from models.clip_features import ClipImageEncoder
 from models.registry import count_parameters
 from models.types import ImageEncoder, Network, System, TextFeatures, Update
-from training.build import build_networks, build_system, check_batch_size, problems
+from training.build import build_networks, build_system, check_batch_size, objective_settings, problems
 from training.evaluation import split_records
 from training.step import Stepper, check_accumulation
 
@@ -58,7 +59,8 @@ def memory_estimate(cfg: Mapping, networks: Mapping[str, nn.Module]) -> tuple[fl
     weights = {part: 4 * count_parameters(network) for part, network in networks.items()}
     state = 4 * sum(weights.values()) + weights["generator"]
     text_dim = cfg.TEXT.EMBEDDING_DIM
-    stand_ins = {"text_encoder": _TextEncoder(text_dim), "image_encoder": _ImageEncoder(text_dim)}
+    image_encoder = STAND_INS[objective_settings(cfg).encoders_with_images](cfg)
+    stand_ins = {"text_encoder": _TextEncoder(text_dim), "image_encoder": image_encoder}
     system = build_system(cfg, {**networks, **stand_ins})
     system.train()
     images = [torch.zeros(2, 3, size, size, device=META) for size in system.image_sizes]
@@ -136,3 +138,17 @@ class _ImageEncoder(ImageEncoder):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         regions = self.head(images[:, :, :NUM_REGIONS, :NUM_REGIONS])
         return regions, regions.mean(dim=(2, 3))
+
+
+def _clip_without_values(cfg: Mapping) -> ClipImageEncoder:
+    with META:
+        patch_size = cfg.TREE.BASE_SIZE // 7
+        sizes = {"width": cfg.CLIP.WIDTH, "num_blocks": cfg.CLIP.BLOCKS, "text_dim": cfg.TEXT.EMBEDDING_DIM}
+        return ClipImageEncoder(image_size=7 * patch_size, patch_size=patch_size, **sizes)
+
+
+# In place of the encoder that looks at images, by its kind.
+STAND_INS: dict[str, Callable[[Mapping], Network]] = {
+    "damsm": lambda cfg: _ImageEncoder(cfg.TEXT.EMBEDDING_DIM),
+    "clip": _clip_without_values,
+}

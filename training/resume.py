@@ -24,7 +24,7 @@ def check_resumable(checkpoint: Mapping, cfg: Mapping) -> None:
         if part not in checkpoint:
             raise CheckpointError(f"the checkpoint holds no {part}: resuming needs a last.pth of main.py")
     check_same_held_out(checkpoint["config"], cfg)
-    shaping = keys_of(network_parts(cfg.GAN.NAME)) | {"SEED", "TRAIN.BATCH_SIZE"}
+    shaping = keys_of(network_parts(cfg.GAN.NAME)) | {"SEED", "TRAIN.BATCH_SIZE", "TEXT.ENCODER"}
     check_fixed_settings(checkpoint["config"], cfg, sorted(shaping), "without --resume or RESTORE: True")
 
 

@@ -12,8 +12,10 @@ from miscc.errors import ConfigError
 from miscc.settings import Setting, schema_of, setting
 from models import SYSTEMS
 from models.choice import SystemChoice, find_system, keys_of, load_for_system, system_parts
+from models.clip_files import MODEL
 from models.damsm import TextEncoder
 from models.settings import BetasSettings, GammaSettings, image_size_setting, sentence_dim_setting
+from sampling.encoders import ENCODERS
 from sampling.settings import SamplingSettings
 
 
@@ -117,6 +119,19 @@ class StartSettings(FormerEncodersSettings, DatasetSettings):
         "the encoders: ours or text_encoder*.pth; empty: DAMSMencoders/<DATASET_NAME>/best.pth",
     )
     text_dim: int = sentence_dim_setting()
+    kind: str = setting(
+        "TEXT.ENCODER", "damsm", "what reads captions: DAMSM's encoder, or CLIP's text tower", tuple(ENCODERS)
+    )
+    clip: str = setting(
+        "CLIP.WEIGHTS",
+        MODEL,
+        "CLIP's weights: a file, a folder, or a name in Hugging Face's cache; untrained: small, random, means nothing",
+    )
+    clip_scaled_twice: bool = setting(
+        "CLIP.SCALED_TWICE",
+        True,
+        "CLIP sees images in half contrast, [1/2, 1], as GALIP's released weights were trained",
+    )
 
     def __post_init__(self) -> None:
         encoders = self.encoders or self.former_encoders or f"DAMSMencoders/{self.dataset}/best.pth"

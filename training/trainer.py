@@ -153,7 +153,8 @@ class Trainer:
         """Images to train on, captions to draw, and what is held out for evaluations."""
         cfg, world = self.cfg, self.world
         self.records, held_out = split_records(cfg, self.vocabulary)
-        self.dataset = make_dataset(cfg, self.records, self.system.image_sizes, augment=True)
+        max_words = self.networks["text_encoder"].max_words
+        self.dataset = make_dataset(cfg, self.records, self.system.image_sizes, augment=True, max_words=max_words)
         self.pictured_captions = fixed_captions(cfg, self.vocabulary, self.records, NUM_PICTURED)
 
         # Built once here for its checks: of the batch against the data and the processes.
