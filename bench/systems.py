@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from bench import common
-from bench.train_step import Step, step_of
+from bench.train_step import DAMSM_ENCODERS, Step, step_of
 from miscc.errors import ConfigError, run_command
-from models import IMAGE_ENCODERS
 from models.modes import eval_mode
 from models.registry import count_parameters
 from training.settings import load_config
@@ -87,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = common.parser(__doc__.splitlines()[0])
     parser.add_argument("--cfg", nargs="+", metavar="FILE", help="settings to compare (default: cfg/toybirds_*.yml)")
     parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--encoder", default="small", choices=sorted(IMAGE_ENCODERS))
+    parser.add_argument("--encoder", default="small", choices=sorted(DAMSM_ENCODERS))
     options = parser.parse_args(arguments)
     paths = options.cfg or sorted(Path("cfg").glob("toybirds_*.yml"))
     if not paths:

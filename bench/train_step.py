@@ -25,13 +25,15 @@ from models import IMAGE_ENCODERS, SYSTEMS, TEXT_ENCODERS
 from models.adversarial import AdversarialSystem
 from models.choice import keys_of, system_parts
 from models.clip_features import ClipTextEncoder, untrained_clip
-from models.types import System, Update
+from models.types import ImageEncoder, System, Update
 from training.build import build_networks, build_system
 from training.compute import checkpoint_activations, compile_networks, use_channels_last
 from training.ema import EMA
 from training.settings import load_config
 from training.step import Stepper, make_optimizers
 
+# The image encoders of DAMSM's loss; systems of another kind bring their own.
+DAMSM_ENCODERS = [name for name, kind in IMAGE_ENCODERS.items() if issubclass(kind, ImageEncoder)]
 NUM_WORDS, NUM_CLASSES = 5450, 200  # CUB's
 LONGEST = 20  # tokens of a caption, also where an encoder would take more
 AFTERWARDS = "optimizers, average"  # the phase after all passes
@@ -304,7 +306,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--nf", type=int, default=16)
     parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--encoder", default="small", choices=sorted(IMAGE_ENCODERS))
+    parser.add_argument("--encoder", default="small", choices=sorted(DAMSM_ENCODERS))
     parser.add_argument(
         "--set", nargs=2, action="append", metavar=("KEY", "VALUE"), help="any setting; may be repeated"
     )

@@ -4,11 +4,10 @@ CLIP (Radford et al. 2021) puts images and captions into one space. CLIPScore (H
 cosine of an image and its caption, as torchmetrics has it (the paper's 2.5 times the cosine is a fortieth of that);
 CLIP-R-precision (Park et al. 2021) is how often an image's own caption is found among 99 others, with the lists of
 R_precision.py. CLIP has seen none of our generators' losses, so it flatters none of them.
-The network comes from the optional package transformers, its weights from a folder or Hugging Face's cache.
+The network is models/clip_features.py, its weights come from a file, a folder or Hugging Face's cache.
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,16 +19,20 @@ if __package__ in (None, ""):  # run as a script: this folder hides other packag
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import center_crop, resize
 
 from eval.metric import Metric, Run, Score, ScoringBatch
 from eval.R_precision import CandidateLists, about_lists, candidate_lists, lists_for, r_precision
 from eval.scripts import add_ranking_arguments, broken, open_samples, ranking_options, report, update_from
 from miscc.checkpoint import hash_tensors
 from miscc.command_line import named_device
-from miscc.errors import CheckpointError, run_command
-from models.modes import no_tf32
-
-MODEL = "openai/clip-vit-base-patch32"  # of both papers
+from miscc.errors import run_command
+from miscc.images import from_uint8
+from miscc.vocabulary import Vocabulary, encode_rows
+from models import clip_features
+from models.clip_files import MODEL, load_clip_weights, load_tokenizer
+from models.modes import device_of, no_tf32
 
 
 class ImageTextEncoder(Protocol):
@@ -50,70 +53,49 @@ class ImageTextEncoder(Protocol):
 
 
 class Clip:
-    """A CLIP of the package transformers with its own processor; made by `load_clip`. See ImageTextEncoder."""
+    """A CLIP of models/clip_features.py with its tokenizer; made by `load_clip`. See ImageTextEncoder."""
 
-    def __init__(self, model: torch.nn.Module, processor: Any, name: str, is_file: bool) -> None:
-        self.model, self.processor = model.eval().requires_grad_(False), processor
-        weights_hash = hash_tensors(model.state_dict())
+    def __init__(self, towers: clip_features.Clip, tokenizer: Vocabulary, name: str, is_file: bool) -> None:
+        self.towers, self.tokenizer = towers, tokenizer
+        weights_hash = hash_tensors(towers.state_dict())
         short = Path(name).name
         self.label = f"{short}:{weights_hash[:8]}" if is_file else short
         self.protocol = {"network": name, "weights_hash": weights_hash}
-        self.max_tokens = int(model.config.text_config.max_position_embeddings)
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[np.ndarray]) -> torch.Tensor:
-        pixels = [torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1) for image in images]
-        inputs = self.processor(images=pixels, return_tensors="pt")["pixel_values"]
+        size = self.towers.visual.image_size
+        pixels = torch.stack([resized_and_cropped(image, size) for image in images])  # (N, 3, size, size)
         with no_tf32():
-            return _codes(self.model.get_image_features(pixel_values=inputs.to(self.model.device)))
+            return self.towers.visual(from_uint8(pixels.to(self._device)))[1].float().cpu()
 
     @torch.inference_mode()
     def encode_captions(self, captions: Sequence[str]) -> torch.Tensor:
-        cut = {"padding": True, "truncation": True, "max_length": self.max_tokens}
-        inputs = self.processor(text=list(captions), return_tensors="pt", **cut).to(self.model.device)
-        tokens = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        encoder = self.towers.text_encoder
+        tokens, lengths, _ = encode_rows(captions, self.tokenizer, encoder.max_words)
         with no_tf32():
-            return _codes(self.model.get_text_features(**tokens))
+            text = encoder(torch.from_numpy(tokens).to(self._device), torch.from_numpy(lengths))
+        return text.sentence.float().cpu()
+
+    @property
+    def _device(self) -> torch.device:
+        return device_of(self.towers)
 
 
-def _codes(output: Any) -> torch.Tensor:
-    """transformers 5 wraps what earlier ones give as a tensor."""
-    return (output if isinstance(output, torch.Tensor) else output.pooler_output).float().cpu()
+def resized_and_cropped(image: np.ndarray, size: int) -> torch.Tensor:
+    """(H, W, 3) uint8 -> (3, size, size) uint8 as CLIP was trained: the shorter side to size, bicubic; then the middle."""
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    scaled = resize(pixels, [size], InterpolationMode.BICUBIC, antialias=True)
+    return center_crop(scaled, [size])
 
 
 def load_clip(name: str | Path = MODEL, device: str | torch.device = "cpu") -> Clip:
-    """A CLIP by its name on Hugging Face, if it is in the cache here, or from a folder. Nothing is downloaded.
+    """A CLIP from a file or folder, or by its name in Hugging Face's cache; see models/clip_files.py. Nothing is downloaded.
 
-    Raises CheckpointError without the package, without the weights, and for a folder of another network.
+    Raises CheckpointError without the weights or the tokenizer, and for another network.
     """
-    # The package, which is optional.
-    try:
-        from transformers import CLIPModel, CLIPProcessor
-        from transformers.utils import logging as their_logging
-    except ImportError as error:
-        raise CheckpointError(
-            f"CLIP needs the package transformers, which cannot be imported here ({error}); pip install transformers"
-        ) from None
-    their_logging.set_verbosity(logging.ERROR)  # what matters of its warnings is an error below
-
-    # Network and processor, from this machine alone.
-    name, is_file = str(name), Path(name).is_dir()
-    try:
-        model, info = CLIPModel.from_pretrained(name, local_files_only=True, output_loading_info=True)
-        processor = CLIPProcessor.from_pretrained(name, local_files_only=True)
-    except Exception as error:  # transformers raises OSError, ValueError, safetensors' and huggingface_hub's own
-        reason = " ".join(str(error).split())[:120]
-        raise CheckpointError(
-            f"CLIP: {name} is neither a folder with a CLIP's weights and processor nor in Hugging Face's cache, and "
-            f"nothing is downloaded ({type(error).__name__}: {reason}); run `hf download {MODEL}` where there is a "
-            f"network, or give the folder with --clip"
-        ) from None
-
-    # transformers would draw missing tensors at random.
-    missing = [key for key in info["missing_keys"] if not key.endswith("position_ids")] or info["mismatched_keys"]
-    if missing:
-        raise CheckpointError(f"CLIP: {name} lacks {len(missing)} tensors of a CLIP, e.g. {sorted(missing)[0]}")
-    return Clip(model.to(device), processor, name, is_file)
+    towers, files = load_clip_weights(name)
+    return Clip(towers.to(device), load_tokenizer(files), str(name), Path(name).exists())
 
 
 def clip_score(image_codes: torch.Tensor, caption_codes: torch.Tensor) -> torch.Tensor:
@@ -199,7 +181,9 @@ def clip_scores(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="CLIPScore and CLIP-R-precision of sampled images")
-    parser.add_argument("--clip", default=MODEL, metavar="NAME", help=f"folder, or name in the cache (default {MODEL})")
+    parser.add_argument(
+        "--clip", default=MODEL, metavar="NAME", help=f"file, folder, or name in the cache (default {MODEL})"
+    )
     add_ranking_arguments(parser)
     args = parser.parse_args()
     encoder = load_clip(args.clip, named_device(args.device))

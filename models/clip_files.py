@@ -56,23 +56,29 @@ HUGGING_FACE = (
 
 
 class ClipFiles(NamedTuple):
-    """Where a CLIP lies. merges: of its tokenizer, None where there is none; activation: of its towers."""
+    """Where a CLIP lies, and what the shapes of its tensors do not say.
+
+    merges: of its tokenizer, None where there is none.
+    activation: of its towers; image_heads, text_heads: of their attention, 0: width/64.
+    """
 
     weights: Path
     merges: Path | None
-    activation: str
+    activation: str = "quick_gelu"
+    image_heads: int = 0
+    text_heads: int = 0
 
 
 def find_clip(name: str | Path) -> ClipFiles:
     """The files of a CLIP: `name` is a weight file, a folder, or owner/name in Hugging Face's cache. Raises CheckpointError."""
     path = Path(name).expanduser()
     if path.is_file():
-        return ClipFiles(path, find_merges(path.parent), read_activation(path.parent))
+        return ClipFiles(path, find_merges(path.parent), **read_description(path.parent))
     folders = [path, *cached_folders(str(name))]
     for folder in folders:
         for file in WEIGHT_FILES:
             if (folder / file).is_file():
-                return ClipFiles(folder / file, find_merges(folder), read_activation(folder))
+                return ClipFiles(folder / file, find_merges(folder), **read_description(folder))
     what = "a folder without a CLIP's weights" if path.is_dir() else "no such file or folder"
     places = ", ".join(str(folder) for folder in folders[1:])
     raise CheckpointError(f"{name}: {what}{f', and not in {places}' if places else ''}; nothing is downloaded: {WHERE}")
@@ -85,7 +91,7 @@ def load_clip_weights(
     files = find_clip(name)
     state = openai_names(read_tensors(files.weights))
     try:
-        return load_clip(state, layers, files.activation, scaled_twice), files
+        return load_clip(state, layers, files.activation, scaled_twice, files.image_heads, files.text_heads), files
     except CheckpointError as error:
         raise CheckpointError(f"{files.weights}: {error}") from None
 
@@ -122,17 +128,28 @@ def find_merges(folder: Path) -> Path | None:
     return next((place / file for place in (folder, *installed) for file in FILES if (place / file).is_file()), None)
 
 
-def read_activation(folder: Path) -> str:
-    """What a folder's own description says of the towers' activation; without one OpenAI's, quick_gelu."""
-    for file in ("config.json", "open_clip_config.json"):
+def read_description(folder: Path) -> dict[str, Any]:
+    """{"activation", "image_heads", "text_heads"} as a folder's own description has them, {} without one."""
+    for file, read in (("config.json", _hugging_face), ("open_clip_config.json", _open_clip)):
         try:
-            config = json.loads((folder / file).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return read(json.loads((folder / file).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, AttributeError):
             continue
-        if file == "open_clip_config.json":
-            return "quick_gelu" if config.get("model_cfg", config).get("quick_gelu") else "gelu"
-        return (config.get("text_config") or {}).get("hidden_act") or "quick_gelu"
-    return "quick_gelu"
+    return {}
+
+
+def _hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
+    image, text = config.get("vision_config") or {}, config.get("text_config") or {}
+    heads = {f"{name}_heads": part.get("num_attention_heads", 0) for name, part in (("image", image), ("text", text))}
+    return {"activation": text.get("hidden_act") or "quick_gelu"} | heads
+
+
+def _open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
+    config = config.get("model_cfg", config)
+    image, text = config.get("vision_cfg") or {}, config.get("text_cfg") or {}
+    image_heads = image.get("width", 0) // image.get("head_width", 64)
+    activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
+    return {"activation": activation, "image_heads": image_heads, "text_heads": text.get("heads", 0)}
 
 
 def read_tensors(path: Path) -> Mapping[str, Tensor]:

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from test_clip import hugging_face_state
 
-from eval.CLIP import clip_score, clip_scores, load_clip
+from eval.CLIP import clip_score, clip_scores, load_clip, resized_and_cropped
 from eval.CLIP import main as clip_main
-from miscc.errors import CheckpointError, run_command
+from miscc.byte_pairs import BytePairs
+from miscc.errors import run_command
+from models.clip_features import untrained_clip
 
 COLOURS = {"red": (220, 0, 0), "green": (0, 220, 0), "blue": (0, 0, 220)}
 
@@ -87,75 +91,78 @@ def test_captions_of_the_same_words_are_scored_as_they_are_written(tmp_path):
     assert score.value == pytest.approx(50.0)  # three right, one the opposite
 
 
-def test_a_missing_package_or_missing_weights_are_one_line(tmp_path, monkeypatch, capsys):
+def test_missing_weights_are_one_line(tmp_path, monkeypatch, capsys):
     folder = write_samples(tmp_path / "samples", [("red", "red")])
+    for variable in ("HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path / "empty"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setattr(sys, "argv", ["CLIP.py", "--samples", str(folder), "--device", "cpu"])
-    with monkeypatch.context() as without:
-        without.setitem(sys.modules, "transformers", None)
-        with pytest.raises(SystemExit) as stop:
-            run_command(clip_main)
+    with pytest.raises(SystemExit) as stop:
+        run_command(clip_main)
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: CLIP needs the package transformers") and error.count("\n") == 1
+    assert error.startswith("error: openai/clip-vit-base-patch32: no such file or folder") and error.count("\n") == 1
+    assert "nothing is downloaded" in error and "ViT-B-32.pt" in error
 
 
-# -- with transformers, which is optional ---------------------------------------------------------------------------------
+# -- with a tiny CLIP of random weights ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def tiny_clip(tmp_path_factory):
-    """A folder with a CLIP of random weights and its processor, as Hugging Face keeps one."""
-    transformers = pytest.importorskip("transformers")
+def clip_folder(tmp_path_factory):
+    """As Hugging Face keeps one: weights, their description, the tokenizer's merges (none: every character is a token)."""
     folder = tmp_path_factory.mktemp("clip")
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    words = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    clip = untrained_clip(16, 8, 64, 2, 8, 514)
+    save_file(hugging_face_state(clip), folder / "model.safetensors", metadata={"format": "pt"})
+    tower = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "hidden_act": "quick_gelu"}
+    tower |= {"num_attention_heads": 1}
+    text = tower | {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 0}
+    vision = tower | {"image_size": 16, "patch_size": 8}
+    config = {"model_type": "clip", "projection_dim": 8, "text_config": text, "vision_config": vision}
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    images = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    transformers.CLIPProcessor(images, tokenizer).save_pretrained(folder)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**shape, "vocab_size": len(words), "max_position_embeddings": 12, "eos_token_id": len(words) - 1}
-    text |= {"bos_token_id": len(words) - 2, "pad_token_id": len(words) - 1}
-    vision = {**shape, "image_size": 16, "patch_size": 8}
-    torch.manual_seed(0)
-    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-    model.save_pretrained(folder)
     return folder
 
 
-def test_codes_are_those_of_the_model(tiny_clip):
-    clip = load_clip(tiny_clip)
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
-    captions = ["a red bird", "blue", "a caption far longer than the network has places for"]
+@pytest.fixture(scope="module")
+def theirs(clip_folder):
+    """transformers' model and processor for the same folder; the package is optional."""
+    transformers = pytest.importorskip("transformers", reason="compares with transformers' CLIPModel")
+    pieces = {piece: index for index, piece in enumerate(BytePairs.of_merges([]).words)}
+    tokenizer = transformers.CLIPTokenizer(vocab=pieces, merges=[])
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    model = transformers.CLIPModel.from_pretrained(clip_folder, local_files_only=True).eval()
+    return model, transformers.CLIPProcessor(images, tokenizer)
+
+
+def test_codes_are_those_of_transformers(clip_folder, theirs):
+    clip, (model, processor) = load_clip(clip_folder), theirs
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 28, 3), dtype=np.uint8)
+    captions = ["a red bird", "blue", "a caption far longer than the network has places for, " * 3]
     codes, texts = clip.encode_images(list(pixels)), clip.encode_captions(captions)
     assert codes.shape == texts.shape == (3, 8)
-    inputs = clip.processor(
-        text=captions, images=list(pixels), return_tensors="pt", padding=True, truncation=True, max_length=12
-    )
+    images = [torch.from_numpy(image).permute(2, 0, 1) for image in pixels]
+    inputs = processor(text=captions, images=images, return_tensors="pt", padding=True, truncation=True, max_length=77)
     with torch.inference_mode():
-        output = clip.model(**inputs)
-    for ours, theirs in ((codes, output.image_embeds), (texts, output.text_embeds)):
-        assert torch.allclose(torch.nn.functional.normalize(ours), theirs, atol=1e-5)
+        output = model(**inputs)
+    for ours, their_codes in ((codes, output.image_embeds), (texts, output.text_embeds)):
+        assert torch.allclose(torch.nn.functional.normalize(ours), their_codes, atol=1e-5)
     assert not torch.allclose(codes[0], codes[1], atol=1e-3) and not torch.allclose(texts[0], texts[1], atol=1e-3)
-    assert clip.label == f"{tiny_clip.name}:{clip.protocol['weights_hash'][:8]}"
 
 
-def test_score_is_that_of_torchmetrics(tiny_clip, tmp_path):
-    theirs = pytest.importorskip("torchmetrics.functional.multimodal").clip_score
+def test_score_is_that_of_torchmetrics(clip_folder, theirs, tmp_path):
+    their_score = pytest.importorskip("torchmetrics.functional.multimodal").clip_score
+    model, processor = theirs
     pairs = [("red", "a red bird"), ("green", "a green bird"), ("red", "a blue bird"), ("blue", "grey")]
     folder = write_samples(tmp_path / "samples", pairs)
-    clip = load_clip(tiny_clip)
-    model = type("Plain", (), {})()  # transformers 5 wraps codes in a way that torchmetrics does not know yet
-    model.config, model.to = clip.model.config, lambda device: model
-    model.get_image_features = lambda pixels: _plain(clip.model.get_image_features(pixels))
-    model.get_text_features = lambda tokens, mask: _plain(clip.model.get_text_features(tokens, mask))
-    pixels = torch.from_numpy(np.stack([np.full((8, 8, 3), COLOURS[c], np.uint8) for c, _ in pairs])).permute(
-        0, 3, 1, 2
-    )
+    plain = type("Plain", (), {})()  # transformers 5 wraps codes in a way that torchmetrics does not know yet
+    plain.config, plain.to = model.config, lambda device: plain
+    plain.get_image_features = lambda pixels: _plain(model.get_image_features(pixels))
+    plain.get_text_features = lambda tokens, mask: _plain(model.get_text_features(tokens, mask))
+    pixels = torch.from_numpy(np.stack([np.full((8, 8, 3), COLOURS[c], np.uint8) for c, _ in pairs]))
     captions = [caption for _, caption in pairs]
-    value = theirs(list(pixels), captions, model_name_or_path=lambda: (model, clip.processor))
-    score, _ = clip_scores(folder, clip, num_candidates=3, folds=1)
+    value = their_score(list(pixels.permute(0, 3, 1, 2)), captions, model_name_or_path=lambda: (plain, processor))
+    score, _ = clip_scores(folder, load_clip(clip_folder), num_candidates=3, folds=1)
     assert score.value == pytest.approx(float(value), rel=1e-4, abs=1e-4)
 
 
@@ -163,28 +170,22 @@ def _plain(output):
     return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 
-def test_what_is_no_clip_is_refused(tiny_clip, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(CheckpointError, match="nobody/nothing is neither a folder.*nothing is downloaded.*--clip"):
-        load_clip("nobody/nothing")
-    (tmp_path / "no-weights").mkdir()
-    with pytest.raises(CheckpointError, match="no-weights is neither a folder with a CLIP's weights"):
-        load_clip(tmp_path / "no-weights")
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(tiny_clip, tmp_path / "half")
-    state = load_file(tmp_path / "half" / "model.safetensors")
-    del state["visual_projection.weight"]  # transformers would only warn, and draw it anew
-    save_file(state, tmp_path / "half" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="lacks 1 tensors of a CLIP, e.g. visual_projection.weight"):
-        load_clip(tmp_path / "half")
+def test_images_are_scaled_to_the_shorter_side_and_cropped():
+    image = np.zeros((20, 40, 3), np.uint8)
+    image[:, 10:30, 0] = 255  # the square in the middle
+    cropped = resized_and_cropped(image, 10)
+    assert cropped.shape == (3, 10, 10) and cropped.dtype == torch.uint8
+    assert (cropped[0, :, 1:-1] > 240).all() and not cropped[1:].any()
 
 
-def test_the_command_with_a_tiny_clip(tiny_clip, tmp_path, monkeypatch, capsys):
+def test_the_label_says_which_weights(clip_folder):
+    clip = load_clip(clip_folder)
+    assert clip.label == f"{clip_folder.name}:{clip.protocol['weights_hash'][:8]}"
+
+
+def test_the_command_with_a_tiny_clip(clip_folder, tmp_path, monkeypatch, capsys):
     folder = write_samples(tmp_path / "samples", [(c, f"a {c} bird") for c in COLOURS])
-    words = ["--samples", folder, "--clip", tiny_clip, "--candidates", "2", "--folds", "1", "--device", "cpu"]
+    words = ["--samples", folder, "--clip", clip_folder, "--candidates", "2", "--folds", "1", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["CLIP.py", *map(str, words), "--json"])
     clip_main()
     scores = json.loads(capsys.readouterr().out)["scores"]

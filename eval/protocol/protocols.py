@@ -105,7 +105,7 @@ PROTOCOLS = {
         ),
         Protocol(
             name="clip",
-            about="the papers' FID, and by CLIP how well images match their captions (needs the package transformers)",
+            about="the papers' FID, and by CLIP how well images match their captions (wants CLIP's weights)",
             metrics=("FID", "CLIP"),
         ),
         Protocol(
