@@ -3,8 +3,9 @@
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +30,11 @@ from sampling.requests import Request
 logger = logging.getLogger(__name__)
 
 
-class Generated(NamedTuple):
+@dataclass(frozen=True)
+class Generated:
     """N images, and what else was requested. Lists have an array for each stage, coarse to fine.
+
+    Unpacks into two: `images, masks = model.generate(captions)`.
 
     images: (N, H, W, 3) uint8
     masks: (N, h, w) float32 in [0, 1]; empty where the system predicts none
@@ -40,8 +44,11 @@ class Generated(NamedTuple):
 
     images: np.ndarray
     masks: list[np.ndarray]
-    attention: list[np.ndarray] = []
-    stages: list[np.ndarray] = []
+    attention: list[np.ndarray] = field(default_factory=list)
+    stages: list[np.ndarray] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.images, self.masks))
 
 
 class TextToImage:

@@ -47,6 +47,8 @@ def test_images_and_masks(pipeline):
     assert [mask.shape for mask in drawn.masks] == [(3, 4, 4), (3, 8, 8), (3, 16, 16)]
     assert all(mask.min() >= 0 and mask.max() <= 1 for mask in drawn.masks)
     assert drawn.images.std() > 0
+    images, masks = drawn  # as the README has it
+    assert images is drawn.images and masks is drawn.masks
 
 
 def test_the_same_seed_gives_the_same_images_whatever_the_batch(pipeline):
