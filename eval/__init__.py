@@ -20,6 +20,10 @@ METRICS = {
     "diversity": ("eval.LPIPS:Diversity", "perceptual distance (LPIPS) among images of the same caption"),
     "LPIPS": ("eval.LPIPS:PairedDistance", "perceptual distance of an image to the real one whose caption it shows"),
     "attributes": ("eval.attributes:AttributeAccuracy", "ToyBirds only: how many of the named attributes images show"),
+    "variety": (
+        "eval.variety:Variety",
+        "ToyBirds only: how much images of one caption differ in pose, facing and place",
+    ),
     "mask_iou": ("eval.mask_iou:MaskIoU", "ToyBirds only: how well the generator's masks cover the birds"),
 }
 

@@ -1,28 +1,51 @@
-"""What the systems' objectives share: an Adam for G and one for D, frozen encoders, DAMSM's loss, logits in the log."""
+"""What the systems' objectives share: an Adam for G and one for D, what D sees, the projected D, DAMSM's loss, the log."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from miscc.augment import augmentation
 from miscc.batch import Batch
+from miscc.losses import hinge_discriminator_loss, hinge_generator_loss
 from models.damsm import matching_losses
 from models.settings import AdversarialSettings
-from models.types import OptimizerSpec, System, TextFeatures
+from models.types import OptimizerSpec, System, TextFeatures, Update
 
 ENCODERS = ("text_encoder", "image_encoder")
+DISCRIMINATORS = ("discriminator", "projected")  # the paper's, and the one on frozen features; one of them or both
+
+
+class Seen(NamedTuple):
+    """What the discriminators see in one training step, augmented alike.
+
+    real, fake: images (N, 3, H, W); fake with G's graph.
+    projected: frozen features of the fake images, fine to coarse, with G's graph; None without a projected D.
+    """
+
+    real: Tensor
+    fake: Tensor
+    projected: list[Tensor] | None
 
 
 class AdversarialSystem(System):
-    """A generator against a discriminator, each with an Adam of its own.
+    """A generator against one or two discriminators, each with an Adam of its own.
 
     networks: by part, see models.types.System; encoders among them stay as they are.
     """
 
     Settings = AdversarialSettings
 
+    @classmethod
+    def parts(cls, settings: Any) -> list[str]:
+        absent = {"paper": "projected", "projected": "discriminator"}.get(settings.discriminator)
+        return [part for part in cls.NETWORKS if part != absent]
+
     def optimizers(self) -> dict[str, OptimizerSpec]:
-        """Those of D and G."""
-        rates = {"discriminator": self.settings.discriminator_lr, "generator": self.settings.generator_lr}
+        """Those of the discriminators and G."""
+        rates = {part: self.settings.discriminator_lr for part in DISCRIMINATORS if part in self.networks}
+        rates["generator"] = self.settings.generator_lr
         return {
             part: OptimizerSpec(list(self.networks[part].parameters()), rate, self.settings.betas)
             for part, rate in rates.items()
@@ -37,6 +60,46 @@ class AdversarialSystem(System):
     def encoders(self) -> list[nn.Module]:
         """Those that are there."""
         return [self.networks[part] for part in ENCODERS if part in self.networks]
+
+    def discriminators(self) -> list[nn.Module]:
+        """Those that are there."""
+        return [self.networks[part] for part in DISCRIMINATORS if part in self.networks]
+
+    def seen(self, batch: Batch, fake_images: Tensor) -> Seen:
+        """What the discriminators see of a batch and of G's images (N, 3, H, W)."""
+        augment = augmentation(self.settings.augment_kinds, self.seed, self.step, batch.indices.tolist())
+        real, fake = augment(batch.images), augment(fake_images)
+        # Frozen features do not change between D's step and G's: one forward pass serves both.
+        projected = self.networks["projected"].project(fake) if "projected" in self.networks else None
+        return Seen(real, fake, projected)
+
+    def projected_updates(self, seen: Seen, sentence: Tensor) -> Iterator[Update]:
+        """The step of the projected discriminator, if there is one: hinge over all heads' logits; sentence (N, D)."""
+        if seen.projected is None:
+            return
+        network = self.networks["projected"]
+        with torch.no_grad():
+            projected_real = network.project(seen.real)
+        real = network.features(projected_real)
+        fake = network.features([scale.detach() for scale in seen.projected])
+        logits = {
+            "projected_real": network.logits(real, sentence),
+            "projected_fake": network.logits(fake, sentence),
+            # Mismatched pairs: each real image with the caption of the next one, the last with the first's.
+            "projected_mismatched": network.logits(real, sentence.roll(-1, dims=0)),
+        }
+        yield Update("projected", {"projected_hinge": hinge_discriminator_loss(*logits.values())}, logit_stats(logits))
+
+    def adversarial_losses(self, seen: Seen, sentence: Tensor) -> dict[str, Tensor]:
+        """What the discriminators add to G's loss: {"adversarial", "projected_adversarial"} as far as they are there."""
+        losses = {}
+        if "discriminator" in self.networks:
+            losses["adversarial"] = hinge_generator_loss(self.networks["discriminator"](seen.fake, sentence))
+        if seen.projected is not None:
+            network = self.networks["projected"]
+            logits = network.logits(network.features(seen.projected), sentence)
+            losses["projected_adversarial"] = self.settings.projected_weight * hinge_generator_loss(logits)
+        return losses
 
     def damsm_losses(self, images: Tensor, text: TextFeatures, batch: Batch) -> dict[str, Tensor]:
         """How well images (N, 3, H, W) in [-1, 1] fit their captions: {"words", "sentence"}, without their weight."""

@@ -152,7 +152,8 @@ class SmallImageEncoder(ImageEncoder):
         if images.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             shrinks = images.shape[-1] > self.image_size
-            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
+            wide = images.to(torch.promote_types(images.dtype, torch.float32))  # smooth shrinking knows no bf16
+            images = F.interpolate(wide, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
         x = self.trunk(images)
         return self.region_head(x), self.code_head(self.global_trunk(x).mean(dim=(2, 3)))
 

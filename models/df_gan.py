@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from miscc.batch import Batch
-from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, matching_aware_gradient_penalty
-from models.adversarial import AdversarialSystem, logit_stats
+from miscc.losses import hinge_discriminator_loss, matching_aware_gradient_penalty
+from models.adversarial import AdversarialSystem, Seen, logit_stats
 from models.layers import FusionBlock, OneWayDiscriminator, num_upsamples
 from models.modes import full_precision, no_parameter_grad
-from models.settings import AdversarialSettings, GeneratorSettings, PenaltySettings
+from models.projected import ProjectedDiscriminator
+from models.settings import AdversarialSettings, DiscriminatorSettings, GeneratorSettings, PenaltySettings
 from models.types import Generator, GeneratorOutput, TextFeatures, Update
 
 CHANNELS = (8, 8, 8, 8, 4, 2, 1)  # of nf: of the 4×4 features, then after each block at 256 px
@@ -72,35 +73,43 @@ class DFGAN(AdversarialSystem):
     """
 
     @dataclass(frozen=True)
-    class Settings(PenaltySettings, AdversarialSettings):
+    class Settings(DiscriminatorSettings, PenaltySettings, AdversarialSettings):
         pass
 
-    NETWORKS = {"generator": DFGenerator, "discriminator": DFDiscriminator}
+    NETWORKS = {"generator": DFGenerator, "discriminator": DFDiscriminator, "projected": ProjectedDiscriminator}
     DEFAULTS = {
         "TRAIN.BATCH_SIZE": 32,
         "TRAIN.MAX_EPOCH": 1300,
         "TRAIN.DAMSM_WEIGHT": 0.0,
         "GAN.TRUNCATION": 0.88,
     }
-    SHOWN: ClassVar[tuple[str, ...]] = ("loss/hinge", "loss/penalty", "loss/adversarial", "logits/real", "logits/fake")
+    SHOWN: ClassVar[tuple[str, ...]] = (
+        "loss/hinge", "loss/projected_hinge", "loss/penalty", "loss/adversarial", "logits/real", "logits/fake",
+    )  # fmt: skip
 
     def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
-        """Discriminator, then generator."""
-        generator, discriminator = self.networks["generator"], self.networks["discriminator"]
+        """Discriminator, (projected discriminator,) then generator."""
         text = self.networks["text_encoder"](batch.captions, batch.lengths).detach()
-        fake_images = generator(noise, text).images[-1]
-        losses, stats = self.discriminator_losses(batch.images, fake_images.detach(), text.sentence)
-        yield Update("discriminator", losses, stats)
-        with no_parameter_grad(discriminator):
-            adversarial = hinge_generator_loss(discriminator(fake_images, text.sentence))
-            yield Update("generator", {"adversarial": adversarial})
+        fake_images = self.networks["generator"](noise, text).images[-1]
+        seen = self.seen(batch, fake_images)
+        yield from self.discriminator_updates(seen, text.sentence)
+        with no_parameter_grad(*self.discriminators()):
+            yield Update("generator", self.adversarial_losses(seen, text.sentence))
+
+    def discriminator_updates(self, seen: Seen, sentence: Tensor) -> Iterator[Update]:
+        """The steps of the discriminators that there are; sentence (N, D) without a graph."""
+        if "discriminator" in self.networks:
+            losses, stats = self.discriminator_losses(seen.real, seen.fake.detach(), sentence)
+            yield Update("discriminator", losses, stats)
+        yield from self.projected_updates(seen, sentence)
 
     def discriminator_losses(
         self, real_images: Tensor, fake_images: Tensor, sentence: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """({"hinge", "penalty"}, values for the log): images (N, 3, H, W), sentence (N, D), both without a graph.
 
-        The penalty differentiates the same logits of real pairs that the hinge uses: one forward serves both.
+        The penalty differentiates the same logits of real pairs that the hinge uses: one forward serves both. It is left
+        out of steps in which none is due.
         """
         discriminator = self.networks["discriminator"]
         images = real_images.detach().requires_grad_()
@@ -108,13 +117,13 @@ class DFGAN(AdversarialSystem):
         with full_precision(images.device):
             features = discriminator.features(images)
             real_logits = discriminator.logits(features, own)
-            penalty = matching_aware_gradient_penalty(real_logits, images, own, **self.settings.penalty)
+            penalty = {}
+            if self.settings.penalty_is_due(self.step):
+                value = matching_aware_gradient_penalty(real_logits, images, own, **self.settings.penalty)
+                penalty = {"penalty": value}
         # Mismatched pairs: each caption with the image of the next one, the last with the first's.
         mismatched_logits = discriminator.logits(features.roll(-1, dims=0), sentence)
         fake_logits = discriminator(fake_images, sentence)
-        losses = {
-            "hinge": hinge_discriminator_loss(real_logits, fake_logits, mismatched_logits),
-            "penalty": penalty,
-        }
+        losses = {"hinge": hinge_discriminator_loss(real_logits, fake_logits, mismatched_logits)} | penalty
         logits = {"real": real_logits, "fake": fake_logits, "mismatched": mismatched_logits}
         return losses, logit_stats(logits)

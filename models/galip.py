@@ -336,13 +336,13 @@ class GALIP(AdversarialSystem):
         with full_precision(maps.device):
             features = discriminator.features(maps.unbind(dim=1))
             real_logits = discriminator.logits(features, own)
-            penalty = matching_aware_gradient_penalty(real_logits, maps, own, **self.settings.penalty)
+            penalty = {}
+            if self.settings.penalty_is_due(self.step):
+                value = matching_aware_gradient_penalty(real_logits, maps, own, **self.settings.penalty)
+                penalty = {"penalty": value}
 
         mismatched_logits = discriminator.logits(features, sentence.roll(-1, dims=0))
         fake_logits = discriminator(fake_maps, sentence)
-        losses = {
-            "hinge": hinge_discriminator_loss(real_logits, fake_logits, mismatched_logits),
-            "penalty": penalty,
-        }
+        losses = {"hinge": hinge_discriminator_loss(real_logits, fake_logits, mismatched_logits)} | penalty
         logits = {"real": real_logits, "fake": fake_logits, "mismatched": mismatched_logits}
         return losses, logit_stats(logits)

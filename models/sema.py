@@ -21,11 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miscc.batch import Batch
-from miscc.losses import hinge_generator_loss, semantic_distance
+from miscc.losses import semantic_distance
 from miscc.settings import setting
+from models.adversarial import Seen
 from models.df_gan import CHANNELS, DFGAN, DFGenerator
 from models.layers import FusionBlock, OneWayDiscriminator, num_upsamples
 from models.modes import no_parameter_grad
+from models.projected import ProjectedDiscriminator
 from models.sema_modules import FeatureExtractor, Redescriber
 from models.types import Generator, GeneratorOutput, OptimizerSpec, TextFeatures, Update
 
@@ -95,6 +97,7 @@ class SEMA(DFGAN):
     NETWORKS = {
         "generator": SEMAGenerator,
         "discriminator": OneWayDiscriminator,
+        "projected": ProjectedDiscriminator,
         "redescriber": Redescriber,
         "feature_extractor": FeatureExtractor,
     }
@@ -111,20 +114,20 @@ class SEMA(DFGAN):
         return groups
 
     def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
-        """Discriminator, R, F, generator."""
+        """Discriminator, (projected discriminator,) R, F, generator."""
         networks, real_images = self.networks, batch.images
         text = networks["text_encoder"](batch.captions, batch.lengths).detach()
         fake_images = networks["generator"](noise, text).images[-1]
-        losses, stats = self.discriminator_losses(real_images, fake_images.detach(), text.sentence)
-        yield Update("discriminator", losses, stats)
+        seen = self.seen(batch, fake_images)
+        yield from self.discriminator_updates(seen, text.sentence)
         if self.settings.redescription_weight > 0:
             losses, stats = self.redescriber_losses(real_images, fake_images.detach(), text.sentence)
             yield Update("redescriber", losses, stats)
         if self.settings.feature_weight > 0:
             losses, stats = self.feature_extractor_losses(real_images, fake_images.detach())
             yield Update("feature_extractor", losses, stats)
-        with no_parameter_grad(networks["discriminator"], *(networks[part] for part in ADVERSARIES)):
-            yield Update("generator", self.generator_losses(real_images, fake_images, text.sentence))
+        with no_parameter_grad(*self.discriminators(), *(networks[part] for part in ADVERSARIES)):
+            yield Update("generator", self.generator_losses(real_images, fake_images, text.sentence, seen))
 
     def redescriber_losses(
         self, real_images: Tensor, fake_images: Tensor, sentence: Tensor
@@ -146,10 +149,15 @@ class SEMA(DFGAN):
         accuracy = (logits.detach().argmax(dim=1) == is_real).float().mean()
         return {"real_or_fake": F.cross_entropy(logits, is_real.long())}, {"accuracy/real_or_fake": accuracy}
 
-    def generator_losses(self, real_images: Tensor, fake_images: Tensor, sentence: Tensor) -> dict[str, Tensor]:
-        """G's: −D(x̂, s), and weighted SEM(R(x̂), s) and SEM(F(x̂), F(x)), x the real image of the same caption."""
+    def generator_losses(
+        self, real_images: Tensor, fake_images: Tensor, sentence: Tensor, seen: Seen | None = None
+    ) -> dict[str, Tensor]:
+        """G's: −D(x̂, s), and weighted SEM(R(x̂), s) and SEM(F(x̂), F(x)), x the real image of the same caption.
+
+        seen: what D sees of the images; None: the images themselves.
+        """
         networks = self.networks
-        losses = {"adversarial": hinge_generator_loss(networks["discriminator"](fake_images, sentence))}
+        losses = self.adversarial_losses(seen or Seen(real_images, fake_images, None), sentence)
         if self.settings.redescription_weight > 0:
             distance = semantic_distance(networks["redescriber"](fake_images), sentence)
             losses["redescription"] = self.settings.redescription_weight * distance.mean()

@@ -107,10 +107,12 @@ class BetasSettings:
 class AdversarialSettings(BetasSettings):
     """Of every system that trains G against D.
 
+    discriminator: see DiscriminatorSettings; of systems without that choice.
     needs_image_encoder: whether a loss looks at images with an encoder.
     encoders_with_images: whose encoder that is, see TEXT.ENCODER.
     """
 
+    discriminator: ClassVar[str] = "paper"
     encoders_with_images: ClassVar[str] = "damsm"
 
     generator_lr: float = setting("TRAIN.GENERATOR_LR", 1e-4, "Adam's learning rate of G", above=0)
@@ -127,11 +129,44 @@ class PenaltySettings:
 
     penalty_weight: float = setting("TRAIN.PENALTY_WEIGHT", 2.0, "weight of the gradient penalty (MA-GP)")
     penalty_power: float = setting("TRAIN.PENALTY_POWER", 6.0, "power of the gradient's norm in it")
+    penalty_every: int = setting(
+        "TRAIN.PENALTY_EVERY", 1, "steps between penalties, each times as much (lazy: Karras et al. 2020)", above=0
+    )
 
     @property
     def penalty(self) -> dict[str, float]:
         """Arguments of `miscc.losses.matching_aware_gradient_penalty`."""
-        return {"weight": self.penalty_weight, "power": self.penalty_power}
+        return {"weight": self.penalty_weight * self.penalty_every, "power": self.penalty_power}
+
+    def penalty_is_due(self, step: int) -> bool:
+        """Whether the training step after `step` others has a penalty."""
+        return step % self.penalty_every == 0
+
+
+@dataclass(frozen=True)
+class DiscriminatorSettings:
+    """Which discriminators train G, and what they see."""
+
+    discriminator: str = setting(
+        "GAN.DISCRIMINATOR",
+        "paper",
+        "the paper's; projected: on features of a frozen network (models/projected.py); both: side by side",
+        ("paper", "projected", "both"),
+    )
+    projected_weight: float = setting(
+        "GAN.PROJECTED.LOSS_WEIGHT", 1.0, "weight of the projected discriminator in G's loss"
+    )
+    augment: str = setting(
+        "TRAIN.AUGMENT",
+        "",
+        "random changes of what D sees (DiffAugment), the same for real and fake; colour would hide what captions name",
+        ("", "translation", "cutout", "translation,cutout", "translation,cutout,colour"),
+    )
+
+    @property
+    def augment_kinds(self) -> tuple[str, ...]:
+        """The kinds of miscc.augment."""
+        return tuple(self.augment.split(",")) if self.augment else ()
 
 
 @dataclass(frozen=True)

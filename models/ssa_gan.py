@@ -13,15 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miscc.batch import Batch
-from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, matching_aware_gradient_penalty
+from miscc.losses import hinge_discriminator_loss, matching_aware_gradient_penalty
 from miscc.settings import setting
-from models.adversarial import AdversarialSystem, logit_stats
+from models.adversarial import AdversarialSystem, Seen, logit_stats
 from models.kernels import batch_norm_before_upsample_2x, masked_affine, upsample_2x
 from models.layers import OneWayDiscriminator, num_upsamples
 from models.modes import full_precision, no_parameter_grad
+from models.projected import ProjectedDiscriminator
 from models.settings import (
     AdversarialSettings,
     DamsmSettings,
+    DiscriminatorSettings,
     GeneratorSettings,
     PenaltySettings,
 )
@@ -182,7 +184,7 @@ class SSAGAN(AdversarialSystem):
     """
 
     @dataclass(frozen=True)
-    class Settings(PenaltySettings, DamsmSettings, AdversarialSettings):
+    class Settings(DiscriminatorSettings, PenaltySettings, DamsmSettings, AdversarialSettings):
         penalty_step: str = setting(
             "TRAIN.PENALTY_STEP",
             "separate",
@@ -208,8 +210,14 @@ class SSAGAN(AdversarialSystem):
         def needs_image_encoder(self) -> bool:
             return self.finetune_encoders or self.whole_damsm_weight > 0
 
-    NETWORKS = {"generator": SSAGenerator, "discriminator": OneWayDiscriminator}
-    SHOWN: ClassVar[tuple[str, ...]] = ("loss/hinge", "loss/adversarial", "loss/words", "logits/real", "logits/fake")
+    NETWORKS = {
+        "generator": SSAGenerator,
+        "discriminator": OneWayDiscriminator,
+        "projected": ProjectedDiscriminator,
+    }
+    SHOWN: ClassVar[tuple[str, ...]] = (
+        "loss/hinge", "loss/projected_hinge", "loss/adversarial", "loss/words", "logits/real", "logits/fake",
+    )  # fmt: skip
 
     def optimizers(self) -> dict[str, OptimizerSpec]:
         groups = super().optimizers()
@@ -232,29 +240,34 @@ class SSAGAN(AdversarialSystem):
                 parameter.requires_grad_(True)
 
     def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
-        """Discriminator, penalty, (encoders,) generator, in the originals' order."""
-        generator, discriminator = self.networks["generator"], self.networks["discriminator"]
-        real_images = batch.images
+        """(Encoders,) discriminator, penalty, (projected discriminator,) generator, in the originals' order."""
         encoded = self.networks["text_encoder"](batch.captions, batch.lengths)
         if self.settings.finetune_encoders:
-            yield Update("encoders", self.damsm_losses(real_images, encoded, batch))
+            yield Update("encoders", self.damsm_losses(batch.images, encoded, batch))
         text = encoded.detach()
-        fake = generator(noise, text)
+        fake = self.networks["generator"](noise, text)
 
-        losses, stats = self._discriminator_losses(real_images, fake.images[-1].detach(), text.sentence)
-        if self.settings.penalty_step == "joint":
-            losses["penalty"] = self._penalty(real_images, text.sentence)
-            yield Update("discriminator", losses, stats)
-        else:
-            yield Update("discriminator", losses, stats)
-            yield Update("discriminator", {"penalty": self._penalty(real_images, text.sentence)}, is_penalty=True)
+        seen = self.seen(batch, fake.images[-1])
+        if "discriminator" in self.networks:
+            yield from self._discriminator_updates(seen, text.sentence)
+        yield from self.projected_updates(seen, text.sentence)
 
-        with no_parameter_grad(discriminator, *self.encoders()):
-            losses = {"adversarial": hinge_generator_loss(discriminator(fake.images[-1], text.sentence))}
+        with no_parameter_grad(*self.discriminators(), *self.encoders()):
+            losses = self.adversarial_losses(seen, text.sentence)
             if self.settings.whole_damsm_weight > 0:
                 damsm = self.damsm_losses(fake.images[-1], text, batch)
                 losses |= {name: self.settings.whole_damsm_weight * loss for name, loss in damsm.items()}
             yield Update("generator", losses, {"mask_mean": fake.masks[-1].detach().mean()})
+
+    def _discriminator_updates(self, seen: Seen, sentence: Tensor) -> Iterator[Update]:
+        """Hinge, and the penalty every penalty_every steps, times as much: jointly, or in a step of its own."""
+        losses, stats = self._discriminator_losses(seen.real, seen.fake.detach(), sentence)
+        is_due, joint = self.settings.penalty_is_due(self.step), self.settings.penalty_step == "joint"
+        if joint and is_due:
+            losses["penalty"] = self._penalty(seen.real, sentence)
+        yield Update("discriminator", losses, stats)
+        if is_due and not joint:
+            yield Update("discriminator", {"penalty": self._penalty(seen.real, sentence)}, is_penalty=True)
 
     def _discriminator_losses(
         self, real_images: Tensor, fake_images: Tensor, sentence: Tensor

@@ -190,6 +190,7 @@ class System:
     settings: the objective's arguments.
     networks: by part; the encoders beside those of NETWORKS.
     image_sizes: of the real images that a step needs, pixels, coarse to fine.
+    seed, step: of the run, and the training steps taken so far; the trainer sets them.
     """
 
     @dataclass(frozen=True)
@@ -207,11 +208,18 @@ class System:
 
     networks: dict[str, nn.Module]
     image_sizes: list[int]
+    seed: int = 0
+    step: int = 0
 
     def __init__(self, networks: dict[str, nn.Module], **arguments: Any):
         self.networks = networks
         self.settings = self.Settings(**arguments)
         self.image_sizes = [networks["generator"].image_size]
+
+    @classmethod
+    def parts(cls, settings: Any) -> list[str]:
+        """Those of NETWORKS that training with these settings of the objective needs."""
+        return list(cls.NETWORKS)
 
     def optimizers(self) -> Mapping[str, OptimizerSpec]:
         """The optimizers that `updates` names."""

@@ -11,7 +11,7 @@ from miscc.errors import ConfigError
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss
 from models.modes import full_precision
 from training.compute import checkpoint_activations, compile_networks, use_channels_last
-from training.step import Stepper, adam, check_accumulation, restore_adam, split_batch
+from training.step import Stepper, adam, check_accumulation, restore_adam, split_batch, supported_precision
 from training.trainer import train
 
 CPU = World(0, 1, torch.device("cpu"))
@@ -209,3 +209,21 @@ def test_the_trainer_stops_and_goes_on_exactly_with_them(tiny, tmp_path, setting
     assert train(tiny(*settings, other), CPU, resume=True) == 0
     whole, parts = (tmp_path / name / "00000-tiny-ssa_gan" for name in ("output", "other"))
     assert_same_state(final_state(whole), final_state(parts))
+
+
+@pytest.mark.parametrize(("multiplies_in_it", "expected"), [(True, "bf16"), (False, "tf32")])
+def test_auto_takes_bf16_where_the_processor_multiplies_in_it(monkeypatch, multiplies_in_it, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: multiplies_in_it, raising=False)
+    assert supported_precision("auto", torch.device("cpu")) == expected
+    assert supported_precision("fp32", torch.device("cpu")) == "fp32"
+
+
+def test_small_encoder_shrinks_larger_images_under_bf16():
+    from models.damsm import SmallImageEncoder
+
+    encoder, images = SmallImageEncoder(image_size=16, nf=2).eval(), torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = encoder(images)[1]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = encoder(images.to(torch.bfloat16))[1]
+    assert torch.allclose(actual.float(), expected, atol=0.05)

@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 
 def build_networks(cfg: Mapping) -> dict[str, Network]:
     """Fresh networks of the chosen system: G, D and others that it has. Raises ConfigError where sizes do not work."""
-    classes = SYSTEMS[cfg.GAN.NAME].NETWORKS
+    system = SYSTEMS[cfg.GAN.NAME]
+    classes = {part: system.NETWORKS[part] for part in system.parts(objective_settings(cfg))}
     try:
         return {part: network(**arguments_from(network.Settings, cfg)) for part, network in classes.items()}
     except ValueError as error:

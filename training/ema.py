@@ -10,11 +10,13 @@ class EMA:
     """Keeps `module`, a copy of the generator whose weights follow it slowly; batch norm's statistics are copied.
 
     decay: how much of the old average an update keeps, from 0 to below 1. Early on it is lower, (1 + n) / (10 + n) after
-    n updates, so that the random start is forgotten also in short runs.
+        n updates, so that the random start is forgotten also in short runs.
+    share: average over about this share of the updates so far, decay at most n·share / (1 + n·share), however many a time
+        budget allows; 0: no such limit.
     """
 
-    def __init__(self, generator: nn.Module, decay: float):
-        self.decay = decay
+    def __init__(self, generator: nn.Module, decay: float, share: float = 0.0):
+        self.decay, self.share = decay, share
         self.num_updates = 0
         self.module = copy.deepcopy(generator).eval().requires_grad_(False)
 
@@ -22,6 +24,8 @@ class EMA:
     def update(self, generator: nn.Module) -> None:
         """Move the average towards the generator's present weights."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        if self.share:
+            decay = min(decay, self.num_updates * self.share / (1 + self.num_updates * self.share))
         self.num_updates += 1
         averages, values = list(self.module.parameters()), [p.detach() for p in generator.parameters()]
         torch._foreach_lerp_(averages, values, 1 - decay)

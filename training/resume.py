@@ -12,7 +12,7 @@ from models.choice import keys_of, network_parts
 from training.evaluation import held_out_share
 
 # What any run may have its own way, without a word about it.
-FREE = {"RESTORE", "GPU_ID", "WORKERS", "DATA_CACHE", "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS"}
+FREE = {"RESTORE", "GPU_ID", "WORKERS", "DATA_CACHE", "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS", "TRAIN.MAX_MINUTES"}
 # What shapes the encoders, their data or the order of it.
 ENCODER_KEYS = ("SEED", "RNN_TYPE", "DAMSM.IMAGE_ENCODER", "TREE.BASE_SIZE", "TEXT.EMBEDDING_DIM", "TEXT.WORDS_NUM",
                 "TRAIN.HELD_OUT", "TRAIN.BATCH_SIZE")  # fmt: skip
@@ -24,7 +24,8 @@ def check_resumable(checkpoint: Mapping, cfg: Mapping) -> None:
         if part not in checkpoint:
             raise CheckpointError(f"the checkpoint holds no {part}: resuming needs a last.pth of main.py")
     check_same_held_out(checkpoint["config"], cfg)
-    shaping = keys_of(network_parts(cfg.GAN.NAME)) | {"SEED", "TRAIN.BATCH_SIZE", "TEXT.ENCODER"}
+    shaping = keys_of(network_parts(cfg.GAN.NAME))
+    shaping |= {"SEED", "TRAIN.BATCH_SIZE", "TEXT.ENCODER", "GAN.DISCRIMINATOR"}
     check_fixed_settings(checkpoint["config"], cfg, sorted(shaping), "without --resume or RESTORE: True")
 
 

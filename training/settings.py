@@ -35,6 +35,14 @@ class TrainerSettings(LoopSettings):
     """Of the GANs' loop: how long, how computed, when saved, drawn and logged."""
 
     max_steps: int = setting("TRAIN.MAX_STEPS", 0, "stop after so many steps, whatever MAX_EPOCH says; 0: no limit")
+    max_minutes: float = setting(
+        "TRAIN.MAX_MINUTES", 0.0, "stop after so many minutes, those before a --resume included; 0: no limit"
+    )
+    lr_decay_from: float = setting(
+        "TRAIN.LR_DECAY_FROM",
+        1.0,
+        "share of the steps or minutes from which learning rates fall linearly to 0; 1: never",
+    )
     warmup_epochs: int = setting("TRAIN.WARMUP_EPOCHS", 0, "no numbered checkpoint before this epoch")
     gsave_interval: int = setting(
         "TRAIN.GSAVE_INTERVAL", 10, "epochs between numbered checkpoints for sampling; 0: none"
@@ -46,12 +54,16 @@ class TrainerSettings(LoopSettings):
         "TRAIN.SAVE_EVERY", 1000, "steps between writes of last.pth within an epoch; 0: at its end alone"
     )
     sample_every: int = setting("TRAIN.SAMPLE_EVERY", 500, "steps between pictures of fixed test captions; 0: none")
+    sample_minutes: float = setting(
+        "TRAIN.SAMPLE_MINUTES", 0.0, "minutes between such pictures, beside those of SAMPLE_EVERY; 0: none"
+    )
     log_every: int = setting("TRAIN.LOG_EVERY", 50, "steps between lines in stats.jsonl and TensorBoard", above=0)
     precision: str = setting(
         "TRAIN.PRECISION",
         "tf32",
-        "fp32, tf32 (on GPUs that have it), or bf16 autocast with penalties and losses in float32",
-        ("fp32", "tf32", "bf16"),
+        "fp32, tf32 (on GPUs that have it), or bf16 autocast with penalties and losses in float32; auto: bf16 where the "
+        "processor multiplies in it, else tf32",
+        ("fp32", "tf32", "bf16", "auto"),
     )
     compile: bool = setting("TRAIN.COMPILE", False, "torch.compile for all that is not differentiated twice")
     channels_last: bool = setting(
@@ -73,6 +85,11 @@ class TrainerSettings(LoopSettings):
         0.999,
         "of the averaged generator used for samples; 0: sample from G itself",
         below=1,
+    )
+    ema_share: float = setting(
+        "TRAIN.EMA_SHARE",
+        0.0,
+        "share of the steps so far that the average goes back over at most, for runs bounded by time; 0: EMA_DECAY alone",
     )
 
 

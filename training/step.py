@@ -34,7 +34,7 @@ class Stepper:
     objective: yields the updates of one training step.
     optimizers: by the names that the updates give.
     precision: "fp32"; "tf32" (float32 whose products on a GPU round to 19 bits); "bf16" (autocast; penalties and losses
-        stay in float32).
+        stay in float32); "auto", see `supported_precision`.
     accumulate: micro-batches of each update. Each has its own mismatched pairs and batch statistics. G's graphs live
         until G's update, so what falls is the memory of D and the penalty (checkpointed activations lower G's).
     global_damsm: whether DAMSM's losses compare the images and captions of all processes.
@@ -52,6 +52,7 @@ class Stepper:
         clipping: Clipping | None = None,
     ):
         self.objective, self.optimizers, self.world = objective, optimizers, world
+        precision = supported_precision(precision, world.device)
         self.precision, self.accumulate, self.global_damsm = precision, accumulate, global_damsm
         self.clipping = clipping
         if world.device.type == "cuda":
@@ -115,6 +116,17 @@ class Stepper:
             if self.global_damsm:
                 contexts.enter_context(global_damsm(self.world))
             yield
+
+
+def supported_precision(precision: str, device: torch.device) -> str:
+    """What "auto" means on this device: "bf16" where it multiplies in it, else "tf32". Another name stays."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "tf32"
+    # A CPU without these instructions would emulate them, many times slower.
+    is_supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bf16" if is_supported() else "tf32"
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

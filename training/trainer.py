@@ -24,7 +24,7 @@ from miscc.files import remove_unfinished
 from miscc.pictures import save_image
 from miscc.randomness import noise_for, seed_everything
 from miscc.vocabulary import Vocabulary
-from models import networks_of
+from models import SYSTEMS, networks_of
 from models.modes import eval_mode
 from models.registry import from_state, network_name, to_state
 from sampling.folders import generated_picture
@@ -44,6 +44,7 @@ from training.evaluation import Evaluation, split_records
 from training.progress import Progress, StopSignal
 from training.resume import changed_settings, check_resumable, check_same_data, fingerprint
 from training.run_dir import RunDir
+from training.schedule import Budget, learning_rate_factor, set_learning_rates
 from training.step import FiniteCheck, Stepper, check_accumulation, log_values, make_optimizers, restore_adam
 
 CHECK_STOP_EVERY = 10  # steps, where several processes train
@@ -99,6 +100,8 @@ class Trainer:
         self.last_step = cfg.TRAIN.MAX_EPOCH * self.steps_per_epoch
         if cfg.TRAIN.MAX_STEPS:
             self.last_step = min(self.last_step, cfg.TRAIN.MAX_STEPS)
+        used = checkpoint.get("seconds", 0.0) if checkpoint is not None else 0.0
+        self.budget = Budget(self.last_step, cfg.TRAIN.MAX_MINUTES, used)
 
     # -- build ---------------------------------------------------------------------------------------------------
 
@@ -112,18 +115,23 @@ class Trainer:
         }
         if train.CHANNELS_LAST:
             use_channels_last(self.networks)
-        self.average = EMA(self.networks["generator"], train.EMA_DECAY) if train.EMA_DECAY > 0 else None
+        self.average = None
+        if train.EMA_DECAY > 0:
+            self.average = EMA(self.networks["generator"], train.EMA_DECAY, train.EMA_SHARE)
 
         # The objective around them.
         self.system = build_system(self.cfg, self.networks)
         self.system.train()
+        self.system.seed = self.cfg.SEED
         if train.ACTIVATION_CHECKPOINTING:
             checkpoint_activations(self.networks["generator"])
         if train.COMPILE:
             compile_networks(self.networks)
 
         # What takes its steps.
-        self.optimizers = make_optimizers(self.system.optimizers())
+        specs = self.system.optimizers()
+        self.optimizers = make_optimizers(specs)
+        self.base_rates = {name: spec.lr for name, spec in specs.items()}
         self.stepper = Stepper(
             self.system.updates, self.optimizers, self.world, train.PRECISION, train.ACCUMULATE, train.GLOBAL_DAMSM
         )
@@ -137,7 +145,14 @@ class Trainer:
                 for part, entry in checkpoint["networks"].items()
                 if part != "generator_ema"
             }
-            if "image_encoder" not in stored and objective_settings(self.cfg).needs_image_encoder:
+            objective = objective_settings(self.cfg)
+            for part in SYSTEMS[self.cfg.GAN.NAME].parts(objective):
+                if part not in stored:
+                    raise CheckpointError(
+                        f"the run was started without a network {part!r}, which GAN.DISCRIMINATOR {self.cfg.GAN.DISCRIMINATOR} "
+                        f"trains; set it back, or start anew (TRAIN.NET_G)"
+                    )
+            if "image_encoder" not in stored and objective.needs_image_encoder:
                 raise CheckpointError("the run was started without an image encoder; keep TRAIN.DAMSM_WEIGHT at 0")
             return stored, vocabulary_of(checkpoint["vocabulary"])
 
@@ -176,8 +191,10 @@ class Trainer:
         self._introduce(run, progress)
         batches, epoch = iter(self._loader()), None
         seconds, timed_from = 0.0, self.step
+        self.budget.start()
+        pictured = self.budget.seconds
         with StopSignal() as stop:
-            while self.step < self.last_step:
+            while not self.budget.is_over(self.step):
                 # Epoch: a bar of its own.
                 if self.step // self.steps_per_epoch != epoch:
                     epoch = self.step // self.steps_per_epoch
@@ -190,6 +207,8 @@ class Trainer:
                 values = self.train_step(next(batches).to(self.device, non_blocking=True), epoch, wants_log)
                 seconds += time.perf_counter() - began
                 progress.advance()
+                if self.agrees():
+                    self.budget.agree(self.world)
                 if wants_log or self.device.type == "cpu":
                     self.finite.check()
 
@@ -199,8 +218,11 @@ class Trainer:
                     seconds, timed_from = 0.0, self.step
                     shown = (*self.system.SHOWN, "images_per_second")
                     progress.log(self.step, self.step / self.steps_per_epoch, values, shown)
-                if run is not None and cfg.TRAIN.SAMPLE_EVERY and self.step % cfg.TRAIN.SAMPLE_EVERY == 0:
+                waited = self.budget.seconds - pictured
+                is_due = cfg.TRAIN.SAMPLE_EVERY and self.step % cfg.TRAIN.SAMPLE_EVERY == 0
+                if run is not None and (is_due or 0 < 60 * cfg.TRAIN.SAMPLE_MINUTES <= waited):
                     self.draw(run, progress)
+                    pictured = self.budget.seconds
                 self.evaluate_when_due(run, progress)
                 stopped = self.check_stop(stop)
                 self.save_when_due(run, stopped)
@@ -225,7 +247,12 @@ class Trainer:
         noise_dim = self.networks["generator"].noise_dim
         noise = noise_for(self.cfg.SEED, epoch, batch.indices.tolist(), noise_dim).to(self.device, non_blocking=True)
 
+        # Learning rates: by the share of the budget that is used up.
+        factor = learning_rate_factor(self.budget.share(self.step), self.cfg.TRAIN.LR_DECAY_FROM)
+        set_learning_rates(self.optimizers, self.base_rates, factor)
+
         # Updates: discriminator(s) and generator, in the system's order.
+        self.system.step = self.step
         values: dict[str, Tensor] = {}
         for update in self.stepper.steps(batch, noise):
             self.finite.record(update.losses, self.step + 1)
@@ -242,10 +269,11 @@ class Trainer:
 
     def check_stop(self, stop: StopSignal) -> bool:
         """Whether to stop now, because some process received a signal: all processes stop together."""
-        # Asking the others makes a GPU wait, so they are not asked at every step.
-        if self.world.size > 1 and self.step % CHECK_STOP_EVERY:
-            return False
-        return distributed.any_process(bool(stop.received), self.world)
+        return self.agrees() and distributed.any_process(bool(stop.received), self.world)
+
+    def agrees(self) -> bool:
+        """Whether the processes ask each other after this step. It makes a GPU wait, so they do not at every step."""
+        return self.world.size == 1 or self.step % CHECK_STOP_EVERY == 0
 
     def _loader(self) -> Any:
         """The batches that are left, from the present step on."""
@@ -267,6 +295,9 @@ class Trainer:
             f"{self.cfg.GAN.NAME} on {self.device}, {self.world.size} process(es): {len(self.records)} images, "
             f"{self.steps_per_epoch} steps an epoch, step {self.step} of {max(self.step, self.last_step)}"
         )
+        if self.cfg.TRAIN.MAX_MINUTES:
+            used = self.budget.seconds / 60
+            progress.say(f"time: {used:.1f} of {self.cfg.TRAIN.MAX_MINUTES:g} minutes used, whatever the steps")
         for change in self.changes:
             progress.say(f"setting changed since the run was started: {change}")
         if self.evaluation is not None:
@@ -315,7 +346,7 @@ class Trainer:
     def save_when_due(self, run: RunDir | None, stopped: bool) -> None:
         """Write last.pth and the numbered checkpoints that the settings ask for at this step."""
         train, epoch_ended = self.cfg.TRAIN, self.step % self.steps_per_epoch == 0
-        finished = self.step >= self.last_step
+        finished = self.budget.is_over(self.step)
         within = train.SAVE_EVERY > 0 and self.step % train.SAVE_EVERY == 0
         if not (within or epoch_ended or finished or stopped):
             return
@@ -355,6 +386,8 @@ class Trainer:
             "epoch": self.step // self.steps_per_epoch,
             "data": fingerprint(self.records),
         }
+        if self.cfg.TRAIN.MAX_MINUTES:
+            content["seconds"] = self.budget.seconds
         if self.evaluation is not None:
             content["evaluation"] = self.evaluation.state()
         if contents == "full":

@@ -114,7 +114,7 @@ PROTOCOLS = {
             dataset="toybirds",
             num_images=1000,
             images_per_caption=2,
-            metrics=("attributes", "mask_iou", "FID", "KID", "IS", "R_precision"),
+            metrics=("attributes", "mask_iou", "variety", "FID", "KID", "IS", "R_precision"),
             **_LIGHT,
         ),
         Protocol(

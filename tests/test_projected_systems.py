@@ -1,0 +1,185 @@
+"""Training with a projected discriminator: which networks there are and who moves, its losses by hand, runs that resume."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_distributed import torchrun
+from test_trainer import assert_same_state, final_state, stats_of
+from tiny_systems import changed_by_a_step, make_batch, make_networks
+
+from miscc.checkpoint import load_checkpoint
+from miscc.distributed import World
+from miscc.errors import ConfigError
+from models.df_gan import DFGAN, DFDiscriminator, DFGenerator
+from models.layers import OneWayDiscriminator
+from models.projected import ProjectedDiscriminator
+from models.ssa_gan import SSAGAN, SSAGenerator
+from training.dry_run import describe
+from training.trainer import train
+
+CPU = World(0, 1, torch.device("cpu"))
+TINY = (("GAN.PROJECTED.INPUT", "32"), ("GAN.PROJECTED.WIDTH", "4"))
+
+
+def system_of(kind: str, mode: str, **settings):
+    """A tiny SSA-GAN or DF-GAN without DAMSM's loss."""
+    sizes = {"nf": 2, "image_size": 16}
+    if kind == "ssa":
+        generator, discriminator = SSAGenerator(z_dim=8, **sizes), OneWayDiscriminator(**sizes)
+    else:
+        generator, discriminator = DFGenerator(z_dim=8, **sizes), DFDiscriminator(**sizes)
+    networks = make_networks(generator, discriminator)
+    networks["projected"] = ProjectedDiscriminator(input_size=32, width=4)
+    if kind == "ssa":
+        settings["damsm_weight"] = 0.0
+    cls = SSAGAN if kind == "ssa" else DFGAN
+    parts = [*cls.parts(cls.Settings(discriminator=mode, **settings)), "text_encoder"]
+    system = cls({part: networks[part] for part in parts}, discriminator=mode, **settings)
+    system.train()
+    return system
+
+
+@pytest.mark.parametrize("kind", ["ssa", "df"])
+def test_each_update_moves_its_own_network_alone(kind):
+    history = changed_by_a_step(system_of(kind, "both"), make_batch(), torch.randn(4, 8))
+
+    assert [name for name, *_ in history if name != "discriminator"] == ["projected", "generator"]
+    for name, _, moved, touched in history:
+        assert moved == {name} and touched == {name}, "no gradient reaches another network"
+    assert history[-1][1] == ["adversarial", "projected_adversarial"]
+
+
+@pytest.mark.parametrize("kind", ["ssa", "df"])
+def test_projected_alone_has_no_penalty_and_no_paper_discriminator(kind):
+    system = system_of(kind, "projected")
+    assert "discriminator" not in system.networks
+
+    history = changed_by_a_step(system, make_batch(), torch.randn(4, 8))
+
+    assert [(name, losses) for name, losses, *_ in history] == [
+        ("projected", ["projected_hinge"]), ("generator", ["projected_adversarial"]),
+    ]  # fmt: skip
+
+
+def test_the_paper_discriminator_is_the_default():
+    assert list(SSAGAN.parts(SSAGAN.Settings())) == ["generator", "discriminator"]
+
+
+def test_hinge_over_the_logits_of_all_heads():
+    system = system_of("ssa", "projected")
+    batch, sentence = make_batch(), torch.randn(4, 256)
+    fake = torch.rand(4, 3, 16, 16)
+    network = system.networks["projected"].eval()  # no power iteration between the two computations
+    with torch.no_grad():
+        real_logits, fake_logits = network(batch.images, sentence), network(fake, sentence)
+        mismatched = network(batch.images, sentence[[1, 2, 3, 0]])
+        expected = F.relu(1 - real_logits).mean() + (F.relu(1 + fake_logits).mean() + F.relu(1 + mismatched).mean()) / 2
+
+        seen = system.seen(batch, fake)
+        (update,) = system.projected_updates(seen, sentence)
+        generator = system.adversarial_losses(seen, sentence)
+
+    assert update.losses["projected_hinge"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert generator["projected_adversarial"].item() == pytest.approx(-fake_logits.mean().item(), rel=1e-5)
+
+
+def test_weight_of_the_projected_discriminator_in_g():
+    batch, noise = make_batch(), torch.randn(4, 8)
+    losses = []
+    for weight in (1.0, 0.25):
+        torch.manual_seed(0)
+        *_, update = system_of("df", "projected", projected_weight=weight).updates(batch, noise)
+        losses.append(update.losses["projected_adversarial"].item())
+    assert losses[1] == pytest.approx(0.25 * losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ssa", "df"])
+def test_a_lazy_penalty_comes_every_so_many_steps_and_weighs_as_much_more(kind):
+    batch, noise = make_batch(), torch.randn(4, 8)
+
+    def penalties(every, step):
+        torch.manual_seed(0)
+        system = system_of(kind, "paper", penalty_every=every)
+        system.step = step
+        return [u.losses["penalty"].item() for u in system.updates(batch, noise) if "penalty" in u.losses]
+
+    (each_step,) = penalties(1, 7)
+    assert penalties(4, 7) == []
+    assert penalties(4, 8) == pytest.approx([4 * each_step], rel=1e-4)
+
+
+def test_all_discriminators_and_both_steps_see_the_same_augmentation():
+    system = system_of("ssa", "both", augment="translation,cutout")
+    batch = make_batch()
+    seen = system.seen(batch._replace(images=torch.ones(4, 3, 16, 16)), torch.full((4, 3, 16, 16), 2.0))
+    assert torch.equal(seen.fake, 2 * seen.real) and 0 < seen.real.mean() < 1
+    system.step += 1
+    other = system.seen(batch._replace(images=torch.ones(4, 3, 16, 16)), torch.ones(4, 3, 16, 16))
+    assert not torch.equal(other.real, seen.real)
+
+
+@pytest.mark.parametrize("mode", ["projected", "both"])
+def test_stopping_and_resuming_changes_nothing(tiny, tmp_path, mode):
+    extra = [("GAN.DISCRIMINATOR", mode), ("TRAIN.AUGMENT", "translation,cutout"), ("TRAIN.PENALTY_EVERY", "2"), *TINY]
+    extra += [("TRAIN.LR_DECAY_FROM", "0.5"), ("TRAIN.EMA_SHARE", "0.2"), ("GAN.PROJECTED.BATCH_STATISTIC", "True")]
+    train(tiny(*extra), CPU)
+    other = ("OUTPUT_DIR", str(tmp_path / "other"))
+    # The schedule follows MAX_STEPS; so the first part is ended by its signal's stand-in, a lower limit, before it decays.
+    train(tiny(*extra, other, ("TRAIN.MAX_STEPS", "3"), ("TRAIN.LR_DECAY_FROM", "1")), CPU)
+    train(tiny(*extra, other), CPU, resume=True)
+
+    whole, parts = (tmp_path / name / "00000-tiny-ssa_gan" for name in ("output", "other"))
+    assert_same_state(final_state(whole), final_state(parts))
+    assert "loss/projected_hinge" in stats_of(whole)[0]
+    held = load_checkpoint(whole / "checkpoints" / "last.pth")["networks"]
+    assert ("discriminator" in held) == (mode == "both")
+    assert not [name for name in held["projected"]["state"] if name.startswith("backbone")]
+
+
+def test_a_run_keeps_its_kind_of_discriminator(tiny):
+    train(tiny(("TRAIN.MAX_STEPS", "1")), CPU)
+    with pytest.raises(ConfigError, match="GAN.DISCRIMINATOR: the run was started with paper, not both"):
+        train(tiny(("GAN.DISCRIMINATOR", "both"), *TINY), CPU, resume=True)
+
+
+def test_micro_batches_and_dry_run(tiny, tmp_path):
+    cfg = tiny(("GAN.DISCRIMINATOR", "both"), ("TRAIN.ACCUMULATE", "2"), ("TRAIN.MAX_STEPS", "2"), *TINY)
+    assert train(cfg, CPU) == 0
+    report = describe(cfg)
+    assert "projected: " in report and "memory: about" in report
+
+
+def test_minutes_end_a_run_and_are_counted_over_a_resume(tiny, tmp_path, monkeypatch):
+    from training import schedule
+
+    now = [0.0]
+
+    def clock():
+        now[0] += 1.0  # each reading takes a second
+        return now[0]
+
+    monkeypatch.setattr(schedule.Budget.__init__, "__defaults__", (0.0, 0.0, clock))
+    cfg = tiny(("TRAIN.MAX_EPOCH", "1000"), ("TRAIN.MAX_MINUTES", "0.5"), ("TRAIN.SAMPLE_EVERY", "0"))
+    assert train(cfg, CPU) == 0
+    run = tmp_path / "output" / "00000-tiny-ssa_gan"
+    first = load_checkpoint(run / "checkpoints" / "last.pth")
+    assert 30 <= first["seconds"] < 40 and 0 < first["step"] < 30
+
+    more = tiny(("TRAIN.MAX_EPOCH", "1000"), ("TRAIN.MAX_MINUTES", "1"), ("TRAIN.SAMPLE_MINUTES", "0.2"))
+    assert train(more, CPU, resume=True) == 0
+    second = load_checkpoint(run / "checkpoints" / "last.pth")
+    assert 60 <= second["seconds"] < 70 and second["step"] > first["step"]
+    assert len(list((run / "pictures").iterdir())) >= 3, "one at each end, and one every 12 seconds"
+    assert "minutes used" in (run / "log.txt").read_text()
+
+
+def test_two_processes_train_one_model(tiny_yaml, tiny, tmp_path):
+    options = [value for pair in (("GAN.DISCRIMINATOR", "both"), ("TRAIN.AUGMENT", "cutout"), *TINY) for value in pair]
+    torchrun("main.py", "--cfg", tiny_yaml, "--gpu", "-1", "--set", "TRAIN.MAX_STEPS", "2", *options)
+    pairs = list(zip(options[::2], options[1::2], strict=True))
+    train(tiny(("TRAIN.MAX_STEPS", "1"), ("OUTPUT_DIR", str(tmp_path / "alone")), *pairs), CPU)
+
+    # Heads see each image alone: its logits do not depend on how the batch is shared out, nor does its augmentation.
+    first, alone = (stats_of(tmp_path / name / "00000-tiny-ssa_gan")[0] for name in ("output", "alone"))
+    for name in ("logits/real", "logits/projected_real"):
+        assert first[name] == pytest.approx(alone[name], abs=1e-5)
