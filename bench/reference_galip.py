@@ -63,8 +63,8 @@ class PlainFusion(AffineFusion):
 class PlainFusionBlock(FusionBlock):
     """Features are upsampled first, and fused at full size."""
 
-    def forward(self, x: Tensor, condition: Tensor, doubles: bool = False, size: int | None = None) -> Tensor:
-        if doubles or size is not None:
+    def forward(self, x: Tensor, condition: Tensor, upsample: bool = False, size: int | None = None) -> Tensor:
+        if upsample or size is not None:
             x = F.interpolate(x, size=size or 2 * x.shape[-1], mode="nearest")
         residual = self.conv1(self.fusion1(x, condition))
         return self.shortcut(x) + self.conv2(self.fusion2(residual, condition))

@@ -32,7 +32,7 @@ class Seen(NamedTuple):
 class AdversarialSystem(System):
     """A generator against one or two discriminators, each with an Adam of its own.
 
-    networks: by part, see models.types.System; encoders among them stay as they are.
+    networks: by part, see models.types.System; the encoders among them are not trained.
     """
 
     Settings = AdversarialSettings
@@ -43,7 +43,7 @@ class AdversarialSystem(System):
         return [part for part in cls.NETWORKS if part != absent]
 
     def optimizers(self) -> dict[str, OptimizerSpec]:
-        """Those of the discriminators and G."""
+        """The optimizers of the discriminators and G."""
         rates = {part: self.settings.discriminator_lr for part in DISCRIMINATORS if part in self.networks}
         rates["generator"] = self.settings.generator_lr
         return {
@@ -52,13 +52,13 @@ class AdversarialSystem(System):
         }
 
     def train(self) -> None:
-        """Put what is trained into training mode, the encoders into eval mode without gradients."""
+        """Put the trained networks in training mode, the encoders in eval mode without gradients."""
         for part, network in self.networks.items():
             network.train(part not in ENCODERS)
             network.requires_grad_(part not in ENCODERS)
 
     def encoders(self) -> list[nn.Module]:
-        """Those that are there."""
+        """The encoders of this run."""
         return [self.networks[part] for part in ENCODERS if part in self.networks]
 
     def discriminators(self) -> list[nn.Module]:
@@ -102,12 +102,13 @@ class AdversarialSystem(System):
         return losses
 
     def damsm_losses(self, images: Tensor, text: TextFeatures, batch: Batch) -> dict[str, Tensor]:
-        """How well images (N, 3, H, W) in [-1, 1] fit their captions: {"words", "sentence"}, without their weight."""
+        """DAMSM losses of images (N, 3, H, W) in [-1, 1] and their captions: {"words", "sentence"}, not weighted."""
         return matching_losses(self.networks["image_encoder"], images, text, batch, **self.settings.gammas)
 
 
 def logit_stats(logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """{kind of pair: D's logits (N,)} -> their means, and the means of their signs, by their names in the log."""
+    """{kind of pair: D's logits (N,)} -> {name in the log: mean of the logits, and mean of their signs}."""
+    # Half precision, under autocast, would round the means.
     values = {name: value.detach().float() for name, value in logits.items()}
     stats = {f"logits/{name}": value.mean() for name, value in values.items()}
     return stats | {f"sign/{name}": value.sign().mean() for name, value in values.items()}

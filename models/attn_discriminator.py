@@ -13,18 +13,22 @@ from models.layers import num_upsamples
 from models.settings import SpectralSettings, StageSettings
 from models.types import Discriminator
 
-ENCODER_STEPS = 4  # halvings in which the channels grow to 8·df_dim; larger images take further ones
+ENCODER_STEPS = 4  # stride-2 convolutions in which the channels grow to 8·df_dim; larger images take more of them
 
 
 class StageDiscriminator(Discriminator):
-    """Judges images of one size: alone (`unconditional`) and with a sentence (`logits`). Logits, not probabilities.
+    """Discriminator for images of one size, with a sentence (`logits`) and without (`unconditional`).
 
-    df_dim: base number of channels; image_size: a power of two from 8 on; sentence_dim: length of sentence features;
-    judges_alone: whether there is an unconditional head (AttnDCGAN's has none); spectral_normalisation: of all
-    convolutions, beside the batch norm (not of the paper).
+    It returns logits, not probabilities.
+
+    df_dim: base number of channels.
+    image_size: pixels; a power of two from 8 on. ValueError otherwise.
+    sentence_dim: length of the sentence features.
+    judges_alone: whether there is an unconditional head (AttnDCGAN's has none).
+    spectral_normalisation: of all convolutions, in addition to batch norm (not in the paper).
     """
 
-    slow_start = True  # orthogonal weights
+    slow_start = True  # orthogonal initialisation takes seconds
     compiled_methods = ("features", "logits", "unconditional")
 
     @dataclass(frozen=True)
@@ -39,20 +43,27 @@ class StageDiscriminator(Discriminator):
         super().__init__(*arguments, **named)
         df_dim, sentence_dim = self.settings.df_dim, self.settings.sentence_dim
         self.image_size, self.judges_alone = self.settings.image_size, self.settings.judges_alone
-        steps = num_upsamples(self.image_size)
+        num_downsamples = num_upsamples(self.image_size)
         width = 8 * df_dim
-        # Images below 64 px take the last of the four convolutions: what arrives at 4×4 is always 8·df_dim wide.
-        channels = [df_dim * 2**number for number in range(ENCODER_STEPS)][-min(steps, ENCODER_STEPS) :]
-        self.encoder = nn.Sequential(_halving(3, channels[0]), nn.LeakyReLU(0.2, inplace=True))
+
+        # Up to four downsamplings. Images below 64 px take the last of them, so that all end in 8·df_dim channels.
+        channels = [df_dim * 2**step for step in range(ENCODER_STEPS)][-min(num_downsamples, ENCODER_STEPS) :]
+        self.encoder = nn.Sequential(_conv_down(3, channels[0]), nn.LeakyReLU(0.2, inplace=True))
         for channels_in, channels_out in zip(channels, channels[1:], strict=False):
-            self.encoder.extend(_normalised(_halving(channels_in, channels_out)))
-        further = [width * 2**number for number in range(max(0, steps - ENCODER_STEPS) + 1)]
+            self.encoder.extend(_with_norm(_conv_down(channels_in, channels_out)))
+
+        # Images above 64 px: more downsamplings with growing channels, then back to 8·df_dim channels at 4×4.
+        further = [width * 2**step for step in range(max(0, num_downsamples - ENCODER_STEPS) + 1)]
         pairs = list(zip(further, further[1:], strict=False))
-        self.down = nn.Sequential(*(_normalised(_halving(narrow, wide)) for narrow, wide in pairs))
-        self.back = nn.Sequential(*(_normalised(_keeping(wide, narrow)) for narrow, wide in reversed(pairs)))
-        self.joint = _normalised(_keeping(width + sentence_dim, width))
+        self.down = nn.Sequential(*(_with_norm(_conv_down(narrow, wide)) for narrow, wide in pairs))
+        self.back = nn.Sequential(*(_with_norm(_conv3x3(wide, narrow)) for narrow, wide in reversed(pairs)))
+
+        # The heads: with the sentence, and without.
+        self.joint = _with_norm(_conv3x3(width + sentence_dim, width))
         self.conditional_head = nn.Conv2d(width, 1, 4)
         self.unconditional_head = nn.Conv2d(width, 1, 4) if self.judges_alone else None
+
+        # Spectral normalisation comes last: it starts from the initial weights.
         initialise(self)
         if self.settings.spectral_normalisation:
             for module in list(self.modules()):
@@ -74,9 +85,11 @@ class StageDiscriminator(Discriminator):
 
 
 class AttnDiscriminator(Discriminator):
-    """The discriminators of all stages as one network: what one optimizer trains and one checkpoint entry holds.
+    """The discriminators of all stages as one network: one optimizer, one entry of the checkpoint.
 
-    base_size: pixels of the first stage; num_stages: each doubles the size; others as StageDiscriminator.
+    base_size: pixels of the first stage.
+    num_stages: each at twice the image size of the one before.
+    df_dim, sentence_dim, spectral_normalisation: as for StageDiscriminator.
     """
 
     slow_start = True
@@ -92,46 +105,51 @@ class AttnDiscriminator(Discriminator):
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
         shared = {name: getattr(self.settings, name) for name in ("df_dim", "sentence_dim", "spectral_normalisation")}
-        sizes = [self.settings.base_size * 2**number for number in range(self.settings.num_stages)]
+        sizes = [self.settings.base_size * 2**index for index in range(self.settings.num_stages)]
         self.stages = nn.ModuleList(
             StageDiscriminator(image_size=size, judges_alone=self.judges_alone, **shared)
             for size in (sizes if self.every_stage else sizes[-1:])
         )
 
     def forward(self, images: list[Tensor], sentence: Tensor) -> list[Tensor]:
-        """images coarse to fine, (N, 3, H, W) each, and their captions (N, D) -> logits (N,) of every stage."""
+        """images (N, 3, H, W) of each stage, coarse to fine, and sentence (N, D) -> logits (N,) of each stage."""
         return [stage(scale, sentence) for stage, scale in zip(self.stages, images, strict=True)]
 
     def with_stages(self, stages: Sequence[Discriminator]) -> "AttnDiscriminator":
-        """A network like this one around given stages, of which it takes those of its image sizes.
+        """A network like this one made of existing stages; stages of other image sizes are left out.
 
-        Raises ValueError where a size is missing or a stage is of another kind.
+        Raises ValueError where a size is missing, or the stages have other arguments than each other.
         """
+        # One stage for each of our sizes.
         by_size = {stage.image_size: stage for stage in stages if isinstance(stage, StageDiscriminator)}
         missing = [stage.image_size for stage in self.stages if stage.image_size not in by_size]
         if missing:
             sizes = ", ".join(map(str, missing))
             raise ValueError(f"the discriminator for images of {sizes} px is missing (found: {sorted(by_size)})")
         chosen = [by_size[stage.image_size] for stage in self.stages]
+
+        # All alike, but for their size.
         shared = [{**stage.arguments, "image_size": None} for stage in chosen]
         if any(arguments != shared[0] for arguments in shared) or chosen[0].judges_alone != self.judges_alone:
             raise ValueError("the discriminators are not of one training of this system")
+
+        # Their arguments win over ours, so that a checkpoint rebuilds the network as it is.
         theirs = {name: shared[0][name] for name in ("df_dim", "sentence_dim", "spectral_normalisation")}
-        with torch.device("meta"):  # its own stages are thrown away
+        with torch.device("meta"):  # allocates nothing: these stages are replaced
             network = type(self)(**(self.arguments | theirs))
         network.stages = nn.ModuleList(chosen)
         return network
 
 
 class AttnDCDiscriminator(AttnDiscriminator):
-    """AttnDCGAN's: one discriminator, of the last stage, which judges images with their captions alone."""
+    """AttnDCGAN's discriminator: that of the last stage, conditional on the caption only."""
 
     judges_alone = False
     every_stage = False
 
 
 def initialise(module: nn.Module) -> None:
-    """The authors' start: orthogonal weights and zero biases, N(1, 0.02) for the scales of batch norm."""
+    """The authors' initial weights: orthogonal, zero biases, N(1, 0.02) for the scales of batch norm."""
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             nn.init.orthogonal_(layer.weight)
@@ -143,13 +161,13 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def _halving(channels_in: int, channels_out: int) -> nn.Conv2d:
+def _conv_down(channels_in: int, channels_out: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, 4, stride=2, padding=1, bias=False)
 
 
-def _keeping(channels_in: int, channels_out: int) -> nn.Conv2d:
+def _conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
 
 
-def _normalised(convolution: nn.Conv2d) -> nn.Sequential:
+def _with_norm(convolution: nn.Conv2d) -> nn.Sequential:
     return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), nn.LeakyReLU(0.2, inplace=True))

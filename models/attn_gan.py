@@ -1,7 +1,8 @@
 """AttnGAN and AttnDCGAN (Xu et al., CVPR 2018, arXiv 1711.10485): the generators and the objective.
 
-Several stages, each twice as large as the one before; from the second on every pixel attends to the words. Written from
-the paper and from what is known of the released code's behaviour. The discriminators are in attn_discriminator.py.
+Several stages, each at twice the image size of the one before; from the second on every pixel attends to the words.
+Written from the paper and from what is known of the released code's behaviour. The discriminators are in
+attn_discriminator.py.
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from models.modes import no_parameter_grad
 from models.settings import AdversarialSettings, DamsmSettings, NoiseSettings, StageSettings
 from models.types import Generator, GeneratorOutput, TextFeatures, Update
 
-WIDEST = 16  # channels at 4×4 are at most this times gf_dim, as at the published 64 px
+MAX_MULTIPLIER = 16  # of gf_dim, for the channels at 4×4: their number at the published 64 px
 
 
 def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
@@ -37,12 +38,15 @@ class UpBlock(nn.Sequential):
         super().__init__(Upsample2x(), convolution, nn.BatchNorm2d(2 * channels_out), nn.GLU(dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        _, convolution, norm, gate = self  # the upsampling is the convolution's business
+        _, convolution, norm, gate = self  # the first is fused into the convolution
         return gate(norm(conv_after_upsample_2x(convolution, x)))
 
 
 class ConditioningAugmentation(nn.Module):
-    """sentence -> a sample c ~ N(mu(s), sigma(s)): neighbouring points of the text space also give images."""
+    """sentence -> a sample c ~ N(mu(s), sigma(s)), so that G also learns points between the captions.
+
+    Zhang et al. 2017 (StackGAN), section 3.2; the linear layer with a GLU is AttnGAN's.
+    """
 
     def __init__(self, sentence_dim: int, condition_dim: int):
         super().__init__()
@@ -56,13 +60,15 @@ class ConditioningAugmentation(nn.Module):
 
 
 class FirstStage(nn.Module):
-    """condition and noise -> features of the first image: a linear layer to 4×4, then up blocks that halve the channels."""
+    """condition and noise -> features of the first image: a linear layer to 4×4, then up blocks, each with half the channels."""
 
     def __init__(self, input_dim: int, gf_dim: int, base_size: int):
         super().__init__()
+        # Channels at 4×4, then after each block; the last number is gf_dim.
         num_blocks = num_upsamples(base_size)
-        channels = [gf_dim * min(2**steps, WIDEST) for steps in range(num_blocks, -1, -1)]
+        channels = [gf_dim * min(2**steps, MAX_MULTIPLIER) for steps in range(num_blocks, -1, -1)]
         width = channels[0] * 4 * 4
+
         self.fc = nn.Sequential(nn.Linear(input_dim, 2 * width, bias=False), nn.BatchNorm1d(2 * width), nn.GLU(dim=1))
         self.blocks = nn.Sequential(*(UpBlock(a, b) for a, b in zip(channels, channels[1:], strict=False)))
 
@@ -71,9 +77,9 @@ class FirstStage(nn.Module):
 
 
 class WordAttention(nn.Module):
-    """Each pixel's mixture of words (eq. 2 of the paper): softmax over the caption's own words, padding left out.
+    """Word context of each pixel (Xu et al. 2018, eq. 2): softmax over the words of its caption, padding excluded.
 
-    attends False: every word weighs the same at every pixel (an ablation).
+    attends: False gives every word the same weight at every pixel (an ablation).
     """
 
     def __init__(self, channels: int, word_dim: int, attends: bool):
@@ -84,9 +90,11 @@ class WordAttention(nn.Module):
     def forward(self, x: Tensor, words: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         # (N, C, H, W), (N, D, T), (N, T) True = padding -> context (N, C, H, W), attention (N, T, H, W)
         keys = self.project(words[..., None])[..., 0]  # (N, C, T)
-        scores = keys.transpose(1, 2) @ x.flatten(2)
-        # One mask a sample, for all its pixels; the authors' code gives pixels the masks of other samples.
-        scores = (scores if self.attends else torch.zeros_like(scores)).masked_fill(mask[:, :, None], -torch.inf)
+        scores = keys.transpose(1, 2) @ x.flatten(2)  # (N, T, HW)
+        scores = scores if self.attends else torch.zeros_like(scores)
+
+        # Each sample's own mask at all its pixels. The authors' code mixes up the masks of the samples of a batch.
+        scores = scores.masked_fill(mask[:, :, None], -torch.inf)
         attention = scores.softmax(dim=1)
         return (keys @ attention).view_as(x), attention.unflatten(2, x.shape[2:])
 
@@ -109,7 +117,7 @@ class ResidualBlock(nn.Module):
 
 
 class Refinement(nn.Module):
-    """A further stage: features with their word contexts, residual blocks, one up block."""
+    """A stage after the first: features joined with their word contexts, residual blocks, one up block."""
 
     def __init__(self, gf_dim: int, word_dim: int, r_num: int, attends: bool):
         super().__init__()
@@ -120,15 +128,20 @@ class Refinement(nn.Module):
     def forward(self, x: Tensor, text: TextFeatures) -> tuple[Tensor, Tensor]:
         # (N, C, H, W) -> (N, C, 2H, 2W), attention (N, T, H, W)
         context, attention = self.attention(x, text.words, text.mask)
-        return self.up(self.residual(torch.cat([x, context], dim=1))), attention
+        joined = torch.cat([x, context], dim=1)  # (N, 2C, H, W)
+        return self.up(self.residual(joined)), attention
 
 
 class AttnGenerator(Generator):
     """noise and words -> an image at every stage, with the word attention of all but the first.
 
-    gf_dim: base number of channels; z_dim, condition_dim: lengths of noise and augmented condition; sentence_dim: length
-    of word and sentence features; r_num: residual blocks a stage; base_size: pixels of the first stage, a power of two
-    from 8 on; num_stages: each doubles the size; attention: False gives all words the same weight.
+    gf_dim: base number of channels.
+    z_dim, condition_dim: lengths of noise and augmented condition.
+    sentence_dim: length of word and sentence features.
+    r_num: residual blocks of each stage after the first.
+    base_size: pixels of the first stage; a power of two from 8 on. ValueError otherwise.
+    num_stages: each at twice the image size of the one before.
+    attention: False gives all words the same weight.
     """
 
     draws_every_stage: ClassVar[bool] = True
@@ -148,31 +161,43 @@ class AttnGenerator(Generator):
         self.noise_dim = self.z_dim + self.condition_dim
         self.image_size = base_size * 2 ** (num_stages - 1)
         self.num_attending = num_stages - 1
+
+        # sentence -> condition; condition and noise -> first stage -> refinements.
         self.augmentation = ConditioningAugmentation(sentence_dim, self.condition_dim)
         self.first = FirstStage(self.noise_dim, gf_dim, base_size)
         self.refinements = nn.ModuleList(
             Refinement(gf_dim, sentence_dim, self.settings.r_num, self.settings.attention)
             for _ in range(num_stages - 1)
         )
+
+        # One image layer for each stage that draws.
         self.to_rgb = nn.ModuleList(
             nn.Sequential(conv3x3(gf_dim, 3), nn.Tanh()) for _ in range(num_stages if self.draws_every_stage else 1)
         )
         initialise(self)
 
     def forward(self, noise: Tensor, text: TextFeatures, augmentation_noise: Tensor | None = None) -> GeneratorOutput:
-        """noise (N, noise_dim): z and the ε of the conditioning augmentation; or (N, z_dim), and augmentation_noise
-        (N, condition_dim), drawn anew where it is None."""
+        """Images of every stage that draws, coarse to fine.
+
+        noise: (N, noise_dim), z and the ε of the conditioning augmentation; or (N, z_dim), z alone.
+        augmentation_noise: (N, condition_dim), ε; None: taken from `noise`, or drawn here where `noise` is z alone.
+        """
         z, rest = noise[:, : self.z_dim], noise[:, self.z_dim :]
         if augmentation_noise is None:
             augmentation_noise = rest if rest.shape[1] else noise.new_empty(rest.shape[0], self.condition_dim).normal_()
-        condition, mu, logvar = self.augmentation(text.sentence, augmentation_noise)
-        x = self.first(torch.cat([condition, z], dim=1))
+
+        # First stage, from the sentence alone.
+        condition, mu, logvar = self.augmentation(text.sentence, augmentation_noise)  # (N, condition_dim) each
+        x = self.first(torch.cat([condition, z], dim=1))  # (N, gf_dim, base_size, base_size)
         images, attention = [self.to_rgb[0](x)] if self.draws_every_stage else [], []
-        for number, refinement in enumerate(self.refinements, start=1):
+
+        # Further stages, which attend to the words; each upsamples by 2.
+        for index, refinement in enumerate(self.refinements, start=1):
             x, weights = refinement(x, text)
             attention.append(weights)
             if self.draws_every_stage:
-                images.append(self.to_rgb[number](x))
+                images.append(self.to_rgb[index](x))
+
         if not self.draws_every_stage:
             images.append(self.to_rgb[0](x))
         return GeneratorOutput(images=images, attention=attention, mu=mu, logvar=logvar)
@@ -182,17 +207,18 @@ class AttnGenerator(Generator):
 
 
 class AttnDCGenerator(AttnGenerator):
-    """AttnDCGAN's: the same stages, but only the last one draws."""
+    """AttnDCGAN's generator: the same stages, of which only the last one draws."""
 
     draws_every_stage = False
 
 
 class AttnGAN(AdversarialSystem):
-    """The objective: every stage's D judges images alone and with their caption; G adds KL and the DAMSM loss.
+    """The objective (Xu et al. 2018, eq. 3-7): a discriminator for each stage, KL and DAMSM losses for the generator.
 
     networks: generator, discriminator (of all stages), text_encoder and, where the DAMSM loss has a weight,
-    image_encoder. One Adam for all the
-    discriminators is one for each: they share no parameter.
+    image_encoder.
+
+    All discriminators share one Adam. It computes what one Adam for each would, as they share no parameter.
     """
 
     @dataclass(frozen=True)
@@ -219,6 +245,7 @@ class AttnGAN(AdversarialSystem):
         fake = self.networks["generator"](noise, text)
         stages = list(zip(discriminator.stages, fake.images, strict=True))
 
+        # Discriminators, each at its stage's size: real pairs up; fake images and wrong captions down.
         losses, stats = [], {}
         for stage, images in stages:
             real_images = batch.images_at(stage.image_size)
@@ -228,6 +255,7 @@ class AttnGAN(AdversarialSystem):
         stats |= self._by_size("discriminator", losses)
         yield Update("discriminator", {"discriminator": torch.stack(losses).sum()}, stats)
 
+        # Generator: fake images up at every stage, the condition near N(0, 1), the last image matched to its words.
         with no_parameter_grad(discriminator, *self.encoders()):
             losses = [adversarial_loss(stage, images, text.sentence) for stage, images in stages]
             stats = self._by_size("adversarial", losses) | {"sigma_mean": (fake.logvar.detach() / 2).exp().mean()}
@@ -238,12 +266,12 @@ class AttnGAN(AdversarialSystem):
             yield Update("generator", total, stats)
 
     def _by_size(self, name: str, losses: list[Tensor]) -> dict[str, Tensor]:
-        """The losses of the single stages, for the log."""
+        """{name in the log: loss} of the single stages."""
         return {f"loss/{name}_{size}": loss.detach() for size, loss in zip(self.image_sizes, losses, strict=True)}
 
 
 class AttnDCGAN(AttnGAN):
-    """The same objective with AttnDCGAN's networks: one discriminator, which judges images with their captions alone."""
+    """The same objective with AttnDCGAN's networks: one discriminator, conditional on the caption only."""
 
     NETWORKS = {"generator": AttnDCGenerator, "discriminator": AttnDCDiscriminator}
     DEFAULTS = AttnGAN.DEFAULTS | {"GAN.B_DCGAN": True}
@@ -252,25 +280,31 @@ class AttnDCGAN(AttnGAN):
 def discriminator_loss(
     stage: StageDiscriminator, real_images: Tensor, fake_images: Tensor, sentence: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one stage's discriminator, and its mean logits by kind of pair.
+    """(loss of one stage's discriminator, its mean logits by kind of pair).
 
-    Mismatched pairs: each real image but the last with the caption of the next one.
+    real_images, fake_images: (N, 3, H, W) in [-1, 1] at the stage's size, fake ones without a graph.
+    sentence: (N, D).
     """
-    real, fake = stage.features(real_images), stage.features(fake_images)
+    real, fake = stage.features(real_images), stage.features(fake_images)  # (N, C, 4, 4)
+
+    # With captions. Mismatched pairs: each real image but the last with the caption of the next one.
     logits = {
         "real": stage.logits(real, sentence),
         "fake": stage.logits(fake, sentence),
         "mismatched": stage.logits(real[:-1], sentence[1:]),
     }
+
+    # Without captions, where the stage has a head for it.
     alone = {}
     if stage.judges_alone:
         alone = {"real_alone": stage.unconditional(real), "fake_alone": stage.unconditional(fake)}
+
     loss = binary_discriminator_loss(*logits.values(), *alone.values())
     return loss, {name: value.detach().mean() for name, value in (logits | alone).items()}
 
 
 def adversarial_loss(stage: StageDiscriminator, fake_images: Tensor, sentence: Tensor) -> Tensor:
-    """What one stage's discriminator says against G's images."""
+    """One stage's part of G's loss: fake images (N, 3, H, W) up, with their captions (N, D) and without."""
     features = stage.features(fake_images)
     alone = [stage.unconditional(features)] if stage.judges_alone else []
     return binary_generator_loss(stage.logits(features, sentence), *alone)

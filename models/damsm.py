@@ -19,11 +19,15 @@ from models.types import ImageEncoder, Network, TextFeatures
 class TextEncoder(Network):
     """Embedding, dropout, one bidirectional recurrent layer. 0 is the padding index.
 
-    vocabulary_size: entries with `<end>`; text_dim: length of a word feature, half of it for each direction; rnn_type:
-    "LSTM" or "GRU"; max_words: longest caption it was trained with (kept for its callers).
+    vocabulary_size: number of entries, `<end>` included.
+    text_dim: length of a word feature, half of it from each direction.
+    rnn_type: "LSTM" or "GRU".
+    max_words: words of the longest caption in training; not used here, kept for the callers.
+    embedding_dim: length of a word embedding.
+    dropout: probability, on the embeddings.
     """
 
-    compiled_methods = ()  # the compiler cannot follow packed sequences
+    compiled_methods = ()  # torch.compile does not support packed sequences
 
     @dataclass(frozen=True)
     class Settings:
@@ -40,25 +44,35 @@ class TextEncoder(Network):
         self.embedding = nn.Embedding(vocabulary_size, embedding_dim)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
         self.dropout = nn.Dropout(self.settings.dropout)
+
         cell = {"LSTM": nn.LSTM, "GRU": nn.GRU}[self.settings.rnn_type]
         self.rnn = cell(embedding_dim, self.settings.text_dim // 2, batch_first=True, bidirectional=True)
 
     @property
     def max_words(self) -> int:
-        """Words of a caption at most."""
+        """Largest number of words of a caption."""
         return self.settings.max_words
 
     def train(self, mode: bool = True) -> "TextEncoder":
         super().train(mode)
-        self.rnn.train()  # it has no dropout of its own, and cuDNN gives gradients in this mode alone
+
+        # Always in training mode, in which alone cuDNN computes gradients. It has no dropout that this would turn on.
+        self.rnn.train()
         return self
 
     def forward(self, captions: Tensor, lengths: Tensor) -> TextFeatures:
-        """captions (N, T) int64 padded with 0, lengths (N,) from 1 to T, best on the CPU -> TextFeatures; padded words are 0."""
-        embedded = self.dropout(self.embedding(captions))
+        """TextFeatures of N captions; features of padding are 0.
+
+        captions: (N, T) int64, padded with 0.
+        lengths: (N,) from 1 to T; on the CPU they cost no wait for the GPU.
+        """
+        # Packed, so that the backward direction starts at each caption's last word, not at its padding.
+        embedded = self.dropout(self.embedding(captions))  # (N, T, embedding_dim)
         packed = nn.utils.rnn.pack_padded_sequence(embedded, lengths.cpu(), batch_first=True, enforce_sorted=False)
         outputs, state = self.rnn(packed)
-        hidden = state[0] if isinstance(state, tuple) else state  # LSTM gives (h, c), GRU h alone
+        hidden = state[0] if isinstance(state, tuple) else state  # LSTM: (h, c); GRU: h; (2, N, D/2)
+
+        # words (N, T, D), as long as the captions came, and what of it is padding.
         words, _ = nn.utils.rnn.pad_packed_sequence(outputs, batch_first=True, total_length=captions.shape[1])
         positions = torch.arange(captions.shape[1], device=captions.device)
         mask = positions >= lengths.to(captions.device, non_blocking=True)[:, None]
@@ -66,9 +80,11 @@ class TextEncoder(Network):
 
 
 class InceptionEncoder(ImageEncoder):
-    """Inception-v3, frozen, with two trained heads: Mixed_6e -> 17×17 regions, pooled Mixed_7c -> the global code.
+    """Frozen Inception-v3 with two trained heads: Mixed_6e -> 17×17 regions, pooled Mixed_7c -> the global code.
 
-    Images are resized to 299 px (bilinear) and not normalised beyond [-1, 1], as the released weights expect.
+    Images are resized to 299 px (bilinear) and stay in [-1, 1], as the released weights expect.
+
+    text_dim: length of region features and code.
     """
 
     image_size = 299
@@ -80,43 +96,55 @@ class InceptionEncoder(ImageEncoder):
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
         text_dim = self.settings.text_dim
+
+        # Without its classifier. The weights come from a file, so that none are drawn.
         trunk = inception_v3(weights=None, transform_input=False, aux_logits=False, init_weights=False)
         del trunk.fc
         self.trunk = trunk.requires_grad_(False)
+
         self.region_head = nn.Conv2d(768, text_dim, 1, bias=False)
         self.code_head = nn.Linear(2048, text_dim)
         for head in (self.region_head, self.code_head):
             nn.init.uniform_(head.weight, -0.1, 0.1)
 
     def train(self, mode: bool = True) -> "InceptionEncoder":
-        """Only the heads change mode: a frozen trunk keeps ImageNet's batch statistics (see batch_statistics)."""
+        """Only the heads change mode; the trunk keeps ImageNet's batch statistics unless `batch_statistics` is set."""
         super().train(mode)
         self.trunk.train(mode and self.batch_statistics)
         return self
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """What training changes; the trunk keeps its ImageNet weights."""
+        """Parameters of the heads; the trunk keeps its ImageNet weights."""
         return [*self.region_head.parameters(), *self.code_head.parameters()]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (N, 3, H, W) in [-1, 1] -> regions (N, text_dim, 17, 17), code (N, text_dim)."""
         trunk = self.trunk
         x = F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False)
+
         # On a CPU Inception runs 1.4 times faster in this layout; the values are the same but for rounding.
         x = x.contiguous(memory_format=torch.channels_last)
+
+        # Up to the regions: (N, 768, 17, 17).
         x = trunk.Conv2d_2b_3x3(trunk.Conv2d_2a_3x3(trunk.Conv2d_1a_3x3(x)))
         x = trunk.Conv2d_4a_3x3(trunk.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
         x = trunk.Mixed_5d(trunk.Mixed_5c(trunk.Mixed_5b(F.max_pool2d(x, 3, stride=2))))
         x = trunk.Mixed_6e(trunk.Mixed_6d(trunk.Mixed_6c(trunk.Mixed_6b(trunk.Mixed_6a(x)))))
         regions = self.region_head(x)
+
+        # On to the global code: (N, 2048, 8, 8), averaged.
         x = trunk.Mixed_7c(trunk.Mixed_7b(trunk.Mixed_7a(x)))
         return regions, self.code_head(x.mean(dim=(2, 3)))
 
 
 class SmallImageEncoder(ImageEncoder):
-    """A light convolutional encoder, trained from scratch: for small images and CPUs. Not of any paper; ours.
+    """A small convolutional encoder, trained from scratch, for small images and CPUs. Ours, from no paper.
 
-    image_size: a power of two from 16 on; other images are resized to it. Regions are an 8×8 grid.
+    Regions are an 8×8 grid.
+
+    text_dim: length of region features and code.
+    image_size: pixels, a power of two from 16 on; images of other sizes are resized to it.
+    nf: base number of channels.
     """
 
     @dataclass(frozen=True)
@@ -128,12 +156,16 @@ class SmallImageEncoder(ImageEncoder):
         super().__init__(*arguments, **named)
         text_dim, nf = self.settings.text_dim, self.settings.nf
         self.image_size = image_size = self.settings.image_size
+
+        # Downsample to the 8×8 grid, with up to 8·nf channels.
         layers, channels, size = [], 3, image_size
         while size > 8:
             wider = nf if channels == 3 else min(2 * channels, 8 * nf)
             layers += self._layer(channels, wider, stride=2)
             channels, size = wider, size // 2
         self.trunk = nn.Sequential(*layers, *self._layer(channels, 8 * nf, stride=1))
+
+        # Regions from the grid; the code from one more downsampling, averaged.
         self.region_head = nn.Conv2d(8 * nf, text_dim, 1, bias=False)
         self.global_trunk = nn.Sequential(*self._layer(8 * nf, 8 * nf, stride=2))
         self.code_head = nn.Linear(8 * nf, text_dim)
@@ -144,16 +176,18 @@ class SmallImageEncoder(ImageEncoder):
         return [convolution, nn.BatchNorm2d(channels_out), nn.LeakyReLU(0.2, inplace=True)]
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """What training changes: everything, as there are no ImageNet weights to keep."""
+        """All parameters: there are no ImageNet weights to keep."""
         return list(self.parameters())
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (N, 3, H, W) in [-1, 1] -> regions (N, text_dim, 8, 8), code (N, text_dim)."""
+        # Antialiased when images get smaller, or fine detail would turn into noise.
         if images.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             shrinks = images.shape[-1] > self.image_size
-            wide = images.to(torch.promote_types(images.dtype, torch.float32))  # smooth shrinking knows no bf16
+            wide = images.to(torch.promote_types(images.dtype, torch.float32))  # antialiasing does not support bfloat16
             images = F.interpolate(wide, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
+
         x = self.trunk(images)
         return self.region_head(x), self.code_head(self.global_trunk(x).mean(dim=(2, 3)))
 
@@ -167,12 +201,16 @@ def matching_losses(
     gamma2: float,
     gamma3: float,
 ) -> dict[str, Tensor]:
-    """How badly images (N, 3, H, W) in [-1, 1] fit their captions: {"words", "sentence"}, both directions each summed.
+    """DAMSM losses of images and their captions: {"words", "sentence"}, each the sum of both directions.
 
-    batch: its lengths (N,) of the captions and class_ids (N,), see miscc.losses.word_loss. Inside
-    `miscc.distributed.global_damsm` over the images and captions of all processes.
+    images: (N, 3, H, W) in [-1, 1].
+    batch: gives lengths (N,) and class_ids (N,) of the captions, see miscc.losses.word_loss.
+    gamma1, gamma2, gamma3: see miscc.losses.word_loss.
+
+    Inside `miscc.distributed.global_damsm` the images and captions of all processes form one batch.
     """
     rows = (*image_encoder(images), text.words, text.sentence, batch.lengths, batch.class_ids)
     regions, code, words, sentence, lengths, class_ids = all_gather_with_grad(*rows)
+
     by_word = word_loss(regions, words, lengths, class_ids, gamma1, gamma2, gamma3)
     return {"words": sum(by_word), "sentence": sum(sentence_loss(code, sentence, class_ids, gamma3))}

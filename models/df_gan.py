@@ -24,7 +24,7 @@ CHANNELS = (8, 8, 8, 8, 4, 2, 1)  # of nf: of the 4×4 features, then after each
 
 
 class DFGenerator(Generator):
-    """noise and sentence -> image. Each block doubles the size, then fuses [noise, sentence] in by affine layers.
+    """noise and sentence -> image. Each block upsamples by 2, then fuses [noise, sentence] in by affine layers.
 
     nf: base number of channels; image_size: a power of two from 8 on.
     """
@@ -50,7 +50,7 @@ class DFGenerator(Generator):
         condition = torch.cat([noise, text.sentence], dim=1)
         x = self.fc(noise).view(noise.shape[0], -1, 4, 4)
         for block in self.blocks:
-            x = block(x, condition, doubles=True)
+            x = block(x, condition, upsample=True)
         return GeneratorOutput(images=[self.to_rgb(x)])
 
     def activation_blocks(self) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""Layers that at least two systems use: the one-way discriminator, affine fusion blocks, convolution of doubled features."""
+"""Layers that at least two systems use: the one-way discriminator, affine fusion blocks, the number of upsamplings."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from models.types import Discriminator
 
 
 class DownBlock(nn.Module):
-    """out = halve(shortcut(x)) + gate · residual(x): half the size; the gate is one learned number, 0 at the start."""
+    """out = shortcut(avg_pool_2x(x)) + gate · residual(x), at half the size. The gate is a learned scalar, initially 0."""
 
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__()
@@ -26,23 +26,27 @@ class DownBlock(nn.Module):
             Conv2d(channels_out, channels_out, 3, padding=1, bias=False),
             LeakyReLU(),
         )
-        # The released weights hold this convolution also where channels stay the same and it has no effect.
+
+        # Also built, unused, where the number of channels stays the same: the released weights contain it.
         self.shortcut = Conv2d(channels_in, channels_out, 1)
         self.gate = nn.Parameter(torch.zeros(1))
         self.changes_channels = channels_in != channels_out
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C', H/2, W/2)
-        # The originals convolve, then pool. A 1×1 convolution and a mean commute, and a quarter of the pixels is left.
+        # The authors convolve, then pool. A 1×1 convolution and a mean commute; pooled first, it works on 1/4 of the pixels.
         pooled = avg_pool_2x(x)
         shortcut = self.shortcut(pooled) if self.changes_channels else pooled
         return shortcut + self.gate * self.residual(x)
 
 
 class OneWayDiscriminator(Discriminator):
-    """The one-way discriminator of SSA-GAN and DF-GAN: image features, joined with the sentence, give one logit.
+    """The one-way discriminator of SSA-GAN and DF-GAN (Tao et al. 2022, section 3.3): one logit for image and sentence.
 
-    nf: base number of channels; image_size: a power of two from 8 on; multipliers: of nf after each down block, the
-    last one repeated for larger images; sentence_dim: length of the sentence features.
+    nf: base number of channels.
+    image_size: pixels; a power of two from 8 on. ValueError otherwise.
+    multipliers: of nf, after each down block; the last one is repeated for larger images.
+    sentence_dim: length of the sentence features.
+    spectral_normalisation: of all convolutions.
     """
 
     compiled_methods = ("features", "logits")
@@ -54,9 +58,13 @@ class OneWayDiscriminator(Discriminator):
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
         nf, multipliers = self.settings.nf, self.settings.multipliers
+
+        # Channels before the first block and after each block: as many blocks as lead from image_size down to 4.
         num_blocks = num_upsamples(self.settings.image_size)
         multipliers = [1, *multipliers] + [multipliers[-1]] * num_blocks
         channels = [nf * multiplier for multiplier in multipliers[: num_blocks + 1]]
+
+        # The image alone, then its 4×4 features together with the sentence.
         self.from_rgb = Conv2d(3, nf, 3, padding=1)
         self.blocks = nn.ModuleList(DownBlock(a, b) for a, b in zip(channels, channels[1:], strict=False))
         self.head = nn.Sequential(
@@ -64,6 +72,7 @@ class OneWayDiscriminator(Discriminator):
             LeakyReLU(),
             Conv2d(2 * nf, 1, 4, bias=False),
         )
+
         if self.settings.spectral_normalisation:
             for module in list(self.modules()):
                 if isinstance(module, nn.Conv2d):
@@ -87,7 +96,10 @@ class OneWayDiscriminator(Discriminator):
 
 
 class ConditionalAffine(nn.Module):
-    """γ(c)·x + β(c), each channel scaled and shifted by the condition; the identity at the start (DF-GAN, eq. 3-5)."""
+    """γ(c)·x + β(c): the condition scales and shifts each channel (Tao et al. 2022, eq. 3-5). Initially the identity.
+
+    hidden: width of the two MLPs that predict γ and β.
+    """
 
     def __init__(self, channels: int, condition_dim: int, hidden: int):
         super().__init__()
@@ -97,17 +109,19 @@ class ConditionalAffine(nn.Module):
     @staticmethod
     def _head(channels: int, condition_dim: int, hidden: int, start: float) -> nn.Sequential:
         head = nn.Sequential(nn.Linear(condition_dim, hidden), nn.ReLU(), nn.Linear(hidden, channels))
+
+        # Zero weights: until the head is trained, it predicts the same value for every condition.
         nn.init.zeros_(head[2].weight)
         nn.init.constant_(head[2].bias, start)
         return head
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # (N, C, H, W), (N, D) -> (N, C, H, W)
-        gamma, beta = self.gamma(condition)[:, :, None, None], self.beta(condition)[:, :, None, None]
+        gamma, beta = self.gamma(condition)[:, :, None, None], self.beta(condition)[:, :, None, None]  # (N, C, 1, 1)
         return torch.addcmul(beta, x, gamma)
 
 
 class AffineFusion(nn.Module):
-    """Affine, LeakyReLU, affine, LeakyReLU: DF-GAN's fusion of features with a condition."""
+    """Affine, LeakyReLU, affine, LeakyReLU: DF-GAN's fusion of features with a condition (Tao et al. 2022, section 3.4)."""
 
     def __init__(self, channels: int, condition_dim: int, hidden: int):
         super().__init__()
@@ -116,17 +130,15 @@ class AffineFusion(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # (N, C, H, W), (N, D) -> (N, C, H, W)
         for affine in (self.affine0, self.affine1):
-            # In place: nobody needs the affine's own output, and what is kept for backward halves.
+            # In place: saves one activation.
             x = F.leaky_relu(affine(x, condition), 0.2, inplace=True)
         return x
 
 
 class FusionBlock(nn.Module):
-    """out = shortcut(x) + residual(x), residual = fusion, Conv3×3, fusion, Conv3×3 (DF-GAN's UpBlock).
+    """out = shortcut(x) + residual(x), with residual = fusion, Conv3×3, fusion, Conv3×3 (DF-GAN's UpBlock).
 
-    doubles, size: of features that are upsampled first, by 2 or to so many pixels (nearest neighbours); fusion and shortcut
-    treat pixels alike, and work before that.
-    hidden: width of the layers that predict γ and β; None: as many as the features have channels.
+    hidden: width of the MLPs that predict γ and β; None: the number of channels of the features.
     """
 
     def __init__(self, channels_in: int, channels_out: int, condition_dim: int, hidden: int | None = None):
@@ -137,20 +149,27 @@ class FusionBlock(nn.Module):
         self.fusion2 = AffineFusion(channels_out, condition_dim, hidden or channels_out)
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
-    def forward(self, x: Tensor, condition: Tensor, doubles: bool = False, size: int | None = None) -> Tensor:
-        # (N, C, H, W), (N, D) -> (N, C', H, W), or (N, C', 2H, 2W) if it doubles, or (N, C', size, size)
+    def forward(self, x: Tensor, condition: Tensor, upsample: bool = False, size: int | None = None) -> Tensor:
+        """x (N, C, H, W), condition (N, D) -> (N, C', H, W); nearest upsampling of x to (2H, 2W) or (size, size) first.
+
+        upsample: by 2.
+        size: to this number of pixels; None: no change, or as `upsample` says.
+        """
+        # Fusion and shortcut treat each pixel by itself: they work at the smaller size, with the same result.
         fused, shortcut = self.fusion1(x, condition), self.shortcut(x)
-        doubles = doubles or size == 2 * x.shape[-1]
-        if size is not None and not doubles:
+        upsample = upsample or size == 2 * x.shape[-1]
+        if size is not None and not upsample:
             fused, shortcut = (F.interpolate(part, size=size, mode="nearest") for part in (fused, shortcut))
-        residual = conv_after_upsample_2x(self.conv1, fused) if doubles else self.conv1(fused)
+
+        # At the block's own size from here on.
+        residual = conv_after_upsample_2x(self.conv1, fused) if upsample else self.conv1(fused)
         residual = self.conv2(self.fusion2(residual, condition))
-        return (upsample_2x(shortcut) if doubles else shortcut) + residual
+        return (upsample_2x(shortcut) if upsample else shortcut) + residual
 
 
 def num_upsamples(image_size: int) -> int:
-    """How often 4 is doubled to reach image_size. Raises ValueError unless it is a power of two from 8 on."""
+    """Number of 2x upsamplings from 4 pixels to image_size. Raises ValueError unless that is a power of two from 8 on."""
     steps = round(math.log2(image_size / 4)) if image_size >= 8 else 0
     if steps < 1 or 4 * 2**steps != image_size:
-        raise ValueError(f"the image size must be 4 doubled some times (8, 16, ... 256, 512), not {image_size}")
+        raise ValueError(f"the image size must be a power of two from 8 on (8, 16, ... 256, 512), not {image_size}")
     return steps

@@ -1,8 +1,9 @@
-"""A text encoder of two: half of the sentence from DAMSM's recurrent encoder, half from a Transformer (SEMA).
+"""SEMA's text encoder: half of the sentence from DAMSM's recurrent encoder, half from a Transformer.
 
-The paper's: 0.5·LSTM + 0.5·BERT, BERT's part the mean of its last hidden states under the attention mask. Ours: the frozen
-projection where the two widths differ, and that BERT reads the words of the vocabulary, not the raw caption, so that the
-word pieces of each word can be looked up and a checkpoint draws without BERT's own files.
+The paper's: 0.5·LSTM + 0.5·BERT, where BERT's part is the mean of its last hidden states under the attention mask.
+
+Ours: a frozen projection where the two widths differ; and BERT reads the words of the vocabulary, not the raw caption. The
+word pieces of each word thus come from a table in the checkpoint, which draws without BERT's own files.
 """
 
 import json
@@ -18,17 +19,20 @@ from miscc.errors import CheckpointError
 from models.damsm import TextEncoder
 from models.types import Network, TextFeatures
 
-# Entries of a Transformer's description that say where its code comes from, or how to run it.
-NOT_TAKEN = ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation",
-             "_attn_implementation_internal", "_attn_implementation_autoset")  # fmt: skip
+# Entries of a Transformer's configuration that name code to run, or choose how to run it: ignored.
+IGNORED_ENTRIES = ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation",
+                   "_attn_implementation_internal", "_attn_implementation_autoset")  # fmt: skip
 
 
 class MixedTextEncoder(Network):
-    """Words of the recurrent encoder; sentence = half its own, half the Transformer's. The Transformer is never trained.
+    """Words of the recurrent encoder; sentence = (its sentence + the Transformer's) / 2. The Transformer is never trained.
 
-    transformer: its Hugging Face configuration; pieces: the word pieces of each word of the vocabulary; first, last: the
-    pieces before and after a caption ([CLS], [SEP]); recurrent: the arguments of models.damsm.TextEncoder; module: the
-    Transformer itself, instead of an untrained one of that configuration.
+    transformer: its Hugging Face configuration.
+    pieces: indices of the word pieces of each word of the vocabulary.
+    first, last: indices of the pieces before and after a caption ([CLS], [SEP]).
+    module: the Transformer; None: a randomly initialised one of that configuration.
+
+    All other arguments: see models.damsm.TextEncoder. Raises CheckpointError for a configuration that cannot be built.
     """
 
     compiled_methods = ()
@@ -43,13 +47,19 @@ class MixedTextEncoder(Network):
     def __init__(self, module: nn.Module | None = None, **arguments: Any):
         super().__init__(**arguments)
         pieces, transformer = self.settings.pieces, self.settings.transformer
+
+        # The two encoders.
         own = ("transformer", "pieces", "first", "last")
         self.recurrent = TextEncoder(**{name: value for name, value in arguments.items() if name not in own})
         self.transformer = (_untrained(transformer) if module is None else module).eval().requires_grad_(False)
+
+        # Word pieces of each word, (vocabulary, longest), -1 behind them. The arguments hold them already: not persistent.
         self.first, self.last = self.settings.first, self.settings.last
         longest = max(map(len, pieces), default=0)
-        table = [[*own, *[-1] * (longest - len(own))] for own in pieces]
+        table = [[*row, *[-1] * (longest - len(row))] for row in pieces]
         self.register_buffer("table", torch.tensor(table, dtype=torch.int64), persistent=False)
+
+        # Where the widths differ: a random orthogonal projection, frozen, the same in every run.
         width, text_dim = self.transformer.config.hidden_size, self.settings.text_dim
         projection = None
         if width != text_dim:
@@ -59,7 +69,7 @@ class MixedTextEncoder(Network):
 
     @property
     def max_words(self) -> int:
-        """Words of a caption at most."""
+        """Largest number of words of a caption."""
         return self.settings.max_words
 
     @property
@@ -75,20 +85,28 @@ class MixedTextEncoder(Network):
     def forward(self, captions: Tensor, lengths: Tensor) -> TextFeatures:
         """captions (N, T) int64 padded with 0, lengths (N,) from 1 to T, best on the CPU -> TextFeatures."""
         text = self.recurrent(captions, lengths)
-        tokens, attended = self._tokens(captions, text.mask)
+
+        # Mean of the Transformer's states over the pieces of each caption.
+        tokens, attended = self._tokens(captions, text.mask)  # (N, L) both
         with torch.no_grad():
-            states = self.transformer(input_ids=tokens, attention_mask=attended).last_hidden_state
+            states = self.transformer(input_ids=tokens, attention_mask=attended).last_hidden_state  # (N, L, width)
             weights = attended[:, :, None].to(states.dtype)
             mean = (states * weights).sum(dim=1) / weights.sum(dim=1)
             if self.projection is not None:
                 mean = mean @ self.projection.T
+
         return text._replace(sentence=(text.sentence + mean) / 2)
 
     def _tokens(self, captions: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, T) words -> (N, L) word pieces with [CLS] and [SEP], and 1 where there are any; the rest is 0."""
+        """captions and padding (N, T) -> word pieces with [CLS] and [SEP], and the attention mask, (N, L) int64 both.
+
+        L: pieces of the longest caption. Both are 0 behind the last piece.
+        """
         pieces = self.table[captions].masked_fill(padding[:, :, None], -1).flatten(1)
         ends = [torch.full_like(pieces[:, :1], piece) for piece in (self.first, self.last)]
-        pieces = torch.cat([ends[0], pieces, ends[1]], dim=1)
+        pieces = torch.cat([ends[0], pieces, ends[1]], dim=1)  # with gaps, -1, after words of few pieces
+
+        # Close the gaps: a stable sort moves them behind the pieces, whose order it keeps.
         gaps = pieces < 0
         to_the_left = gaps.long().argsort(dim=1, stable=True)
         longest = int((~gaps).sum(dim=1).max())
@@ -99,9 +117,13 @@ class MixedTextEncoder(Network):
 def mixed_text_encoder(text_encoder: nn.Module, words: Sequence[str], folder: str | Path) -> MixedTextEncoder:
     """The recurrent encoder together with the Transformer in a folder, frozen and in eval mode.
 
-    words: the vocabulary, `<end>` first. folder: as transformers' save_pretrained writes it, model and tokenizer. Raises
-    CheckpointError where the package or the weights are missing, or the tokenizer is not BERT's kind.
+    text_encoder: the recurrent encoder, or a mixed one whose Transformer is replaced.
+    words: the vocabulary, `<end>` first.
+    folder: model and tokenizer as transformers' save_pretrained writes them.
+
+    Raises CheckpointError where the package or the weights are missing, or the tokenizer is not of BERT's kind.
     """
+    # Load the Transformer.
     if not Path(folder).is_dir():
         raise CheckpointError(
             f"TEXT.TRANSFORMER: {folder} is no folder; copy a Hugging Face BERT there (config.json, tokenizer and weights), "
@@ -114,6 +136,8 @@ def mixed_text_encoder(text_encoder: nn.Module, words: Sequence[str], folder: st
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"TEXT.TRANSFORMER: {folder} cannot be loaded as a Transformer: {reason}") from None
+
+    # Word pieces of each word; `<end>` has none. A caption of up to 49 words must give the same pieces as its words do.
     pieces = [[], *tokenizer(list(words[1:]), add_special_tokens=False)["input_ids"]]
     some = list(range(1, min(len(words), 50)))
     whole = tokenizer(" ".join(words[i] for i in some))["input_ids"]
@@ -123,6 +147,7 @@ def mixed_text_encoder(text_encoder: nn.Module, words: Sequence[str], folder: st
             f"TEXT.TRANSFORMER: the tokenizer in {folder} does not cut captions word by word between [CLS] and [SEP]; "
             f"take a BERT"
         )
+
     recurrent = text_encoder.recurrent if isinstance(text_encoder, MixedTextEncoder) else text_encoder
     config = json.loads(module.config.to_json_string())
     mixed = MixedTextEncoder(
@@ -133,9 +158,12 @@ def mixed_text_encoder(text_encoder: nn.Module, words: Sequence[str], folder: st
 
 
 def _untrained(config: Mapping[str, Any]) -> nn.Module:
-    """Of a checkpoint's description, of which nothing is taken that could name code to fetch or to run."""
+    """A randomly initialised Transformer of a checkpoint's configuration.
+
+    Entries that could name code to download or to run are ignored. Raises CheckpointError where it cannot be built.
+    """
     transformers = _package()
-    plain = {name: value for name, value in config.items() if name not in NOT_TAKEN}
+    plain = {name: value for name, value in config.items() if name not in IGNORED_ENTRIES}
     try:
         made = transformers.AutoConfig.for_model(**plain)
         return transformers.AutoModel.from_config(made, attn_implementation="eager")
@@ -145,7 +173,7 @@ def _untrained(config: Mapping[str, Any]) -> nn.Module:
 
 
 def _package() -> Any:
-    """transformers, which only this encoder needs."""
+    """The package `transformers`, an optional dependency. Raises CheckpointError where it is missing."""
     try:
         import transformers
     except ImportError:

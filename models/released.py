@@ -1,7 +1,7 @@
-"""The authors' weight files: recognise them by their tensors, rename, load into our networks.
+"""The authors' weight files: recognise them by their tensors, rename the tensors, load them into our networks.
 
-Nothing is taken from file names: system, sizes and stages come from names and shapes of the tensors. `module.` prefixes
-and wrapping dicts are seen through.
+System, sizes and stages come from names and shapes of the tensors, never from file names. `module.` prefixes and wrapping
+dicts are removed.
 """
 
 import os
@@ -24,12 +24,12 @@ from models.types import Discriminator, Network
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """What a weight file's tensors are refused for is said with the file's name in front."""
+    """Prefix the messages of CheckpointErrors raised inside with the file's path."""
     try:
         yield
     except CheckpointError as error:
-        said = str(error)
-        raise CheckpointError(said if said.startswith(str(path)) else f"{path}: {said}") from None
+        message = str(error)
+        raise CheckpointError(message if message.startswith(str(path)) else f"{path}: {message}") from None
 
 
 def load_generator(state_dict: Mapping[str, Any]) -> nn.Module:
@@ -45,18 +45,23 @@ def load_discriminator(state_dict: Mapping[str, Any]) -> nn.Module:
 def load_discriminator_files(path: str | Path, like: Discriminator) -> nn.Module:
     """The authors' discriminator in a file, as a network like `like`.
 
-    Where that one has stages, AttnGAN's, the path names the first of netD0.pth, netD1.pth, ..., and those beside it are
-    read, too. Raises CheckpointError where a file is broken or a stage is missing.
+    path: where `like` has stages (AttnGAN's), the first of netD0.pth, netD1.pth, ...; the others are read beside it.
+
+    Raises CheckpointError where a file is broken or a stage is missing.
     """
+    # One file holds one stage, or the whole discriminator.
     path = Path(path)
     with naming(path):
         first = load_discriminator(load_file(path))
     if not like.has_stages:
         return first
+
+    # The files of the other stages.
     stages = [first]
     while (beside := path.with_name(re.sub(r"D0(?=\D)", f"D{len(stages)}", path.name))).is_file() and beside != path:
         with naming(beside):
             stages.append(load_discriminator(load_file(beside)))
+
     try:
         return like.with_stages(stages)
     except ValueError as error:
@@ -76,7 +81,7 @@ def load_image_encoder(state_dict: Mapping[str, Any]) -> nn.Module:
     return _load(state_dict, "image_encoder")
 
 
-# How each part of a released file is loaded.
+# Part of a released file -> its loader.
 LOADERS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
     "generator": load_generator,
     "discriminator": load_discriminator,
@@ -88,7 +93,10 @@ LOADERS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
 def unwrap(value: Any, part: str) -> dict[str, Tensor]:
     """The tensors of one network, out of wrapping dicts and without `module.` prefixes.
 
-    part says which network to take from a file that holds several, under the names that the originals gave them.
+    value: content of a file.
+    part: which network to take from a file that holds several, under the names that the authors gave them.
+
+    Raises CheckpointError where there are no such tensors.
     """
     names = {
         "generator": ("netG", "generator", "G", "g_ema"),
@@ -96,27 +104,36 @@ def unwrap(value: Any, part: str) -> dict[str, Tensor]:
         "text_encoder": ("text_encoder", "RNN"),
         "image_encoder": ("image_encoder", "CNN"),
     }[part]
+
+    # Each pass removes one wrapping dict.
     for _ in range(4):
         if not isinstance(value, Mapping):
             raise CheckpointError(f"the {part} file holds a {type(value).__name__}, not the tensors of a network")
+
+        # Nothing but tensors: the network itself.
         if value and all(isinstance(tensor, Tensor) for tensor in value.values()):
             return {re.sub(r"^(module\.)+", "", name): tensor for name, tensor in value.items()}
-        if part == "discriminator" and "netD" in value and "netC" in value:  # DF-GAN keeps D's head apart
+
+        # DF-GAN's authors save D's head apart from its body.
+        if part == "discriminator" and "netD" in value and "netC" in value:
             return {**unwrap(value["netD"], part), **unwrap(value["netC"], part)}
+
+        # The part by its own name, before any general one.
         wrapper = next((name for name in (*names, "model", "state_dict", "net", "params") if name in value), None)
         if wrapper is None:
             break
         value = value[wrapper]
+
     raise CheckpointError(f"the {part} file holds no tensors of a network (it has: {_first(value)})")
 
 
 def recognise(state: State) -> Format | None:
-    """Which kind of released file these tensors are; None if none that we know."""
+    """The format of these tensors; None if it is unknown."""
     return next((form for form in FORMATS if all(name in state for name in form.signature)), None)
 
 
 def holds(value: Any, part: str) -> bool:
-    """Whether a released file has this part in it, e.g. a discriminator beside the generator."""
+    """Whether a released file contains this part, e.g. a discriminator beside the generator."""
     try:
         form = recognise(unwrap(value, part))
     except CheckpointError:
@@ -125,12 +142,16 @@ def holds(value: Any, part: str) -> bool:
 
 
 def _load(state_dict: Mapping[str, Any], part: str) -> Network:
+    """The network of one part, in eval mode. Raises CheckpointError for another part, unknown or missing tensors."""
+    # Which kind of file it is.
     state = unwrap(state_dict, part)
     form = recognise(state)
     if form is None or form.part != part:
         article = "an" if form and form.title.startswith("A") else "a"
         what = f"of {article} {form.title}" if form else f"unknown (the first: {_first(state)})"
         raise CheckpointError(f"a {part} is wanted, but the tensors are {what}; give the {part}'s own file")
+
+    # A network of the same sizes, filled with the renamed tensors.
     try:
         module = skip_init(networks_of(part)[form.network], form.arguments(state))
     except (KeyError, IndexError, ValueError) as error:
@@ -141,30 +162,33 @@ def _load(state_dict: Mapping[str, Any], part: str) -> Network:
     return module.eval()
 
 
-def _check_fit(form: Format, given: State, wanted: State) -> None:
-    missing, surplus = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
-    wrong = [name for name in wanted if name in given and given[name].shape != wanted[name].shape]
+def _check_fit(form: Format, actual: State, expected: State) -> None:
+    """Raise CheckpointError, naming one tensor, unless names and shapes are equal."""
+    missing, surplus = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
+    wrong = [name for name in expected if name in actual and actual[name].shape != expected[name].shape]
+
     if missing:
         raise CheckpointError(f"{form.title}: {len(missing)} tensors are missing, for example {missing[0]}")
     if surplus:
         raise CheckpointError(f"{form.title}: {len(surplus)} tensors are not its own, for example {surplus[0]}")
     if wrong:
         name = wrong[0]
-        shapes = f"{tuple(given[name].shape)} instead of {tuple(wanted[name].shape)}"
+        shapes = f"{tuple(actual[name].shape)} instead of {tuple(expected[name].shape)}"
         raise CheckpointError(f"{form.title}: {len(wrong)} tensors have other sizes, for example {name}: {shapes}")
 
 
 def rename(name: str, form: Format) -> str:
-    """A released tensor name as our network has it."""
+    """The name in our network of a released tensor."""
     for pattern, replacement in form.renames:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def _first(value: Mapping) -> str:
+    """The first three names, for an error message."""
     return ", ".join(str(name) for name in list(value)[:3]) or "nothing"
 
 
 if __name__ == "__main__":
-    # The former name of a command that needs the data's vocabulary, which models do not know.
+    # The command's former name. It moved because it needs the data's vocabulary, and models/ imports no datasets.
     os.execv(sys.executable, [sys.executable, "-m", "sampling.convert", *sys.argv[1:]])

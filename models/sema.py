@@ -35,7 +35,7 @@ ADVERSARIES = ("redescriber", "feature_extractor")  # of G, beside D
 
 
 class SEMAGenerator(Generator):
-    """noise and sentence -> image: DF-GAN's early form, whose first block works at 4×4 and the others on doubled features.
+    """noise and sentence -> image: DF-GAN's early form, whose first block works at 4×4 and the others on upsampled features.
 
     nf: base number of channels; image_size: a power of two from 8 on; hidden: width of the layers that predict γ and β.
     """
@@ -61,8 +61,8 @@ class SEMAGenerator(Generator):
     def forward(self, noise: Tensor, text: TextFeatures) -> GeneratorOutput:  # (N, z_dim) -> images (N, 3, H, W)
         condition = torch.cat([noise, text.sentence], dim=1)
         x = self.fc(noise).view(noise.shape[0], -1, 4, 4)
-        for number, block in enumerate(self.blocks):
-            x = block(x, condition, doubles=number > 0)
+        for index, block in enumerate(self.blocks):
+            x = block(x, condition, upsample=index > 0)
         return GeneratorOutput(images=[self.to_rgb(x)])
 
     def activation_blocks(self) -> list[nn.Module]:

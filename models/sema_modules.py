@@ -1,6 +1,6 @@
-"""SEMA's two judges of meaning beside its discriminator: the redescription module R and the feature extractor F.
+"""SEMA's two adversaries of G beside the discriminator: the redescription module R and the feature extractor F.
 
-The paper (Yuan et al., IEEE TMM 2024) says what they do; their layers are ours, as the authors released none.
+Their purpose is the paper's (Yuan et al., IEEE TMM 2024); their layers are ours, as the authors released none.
 """
 
 from dataclasses import dataclass
@@ -15,48 +15,59 @@ from models.layers import num_upsamples
 from models.settings import SentenceSettings, SizeSettings
 from models.types import Network
 
-GRID = 8  # the trunk's features are GRID × GRID
-MULTIPLIERS = (2, 4, 8)  # of nf after each halving, the last one repeated
+GRID = 8  # height and width of the trunk's features
+MULTIPLIERS = (2, 4, 8)  # of nf, after each downsampling; the last one is repeated
 
 
 class ImageTrunk(nn.Sequential):
-    """Images (N, 3, S, S) -> features (N, channels, 8, 8), S a power of two from 8 on.
+    """Images (N, 3, S, S) -> features (N, channels, 8, 8); S: a power of two from 8 on.
 
-    Normalised over each image alone: real and fake images come in different calls, and batch statistics would tell them
-    apart by themselves.
+    Group norm, not batch norm: real and fake images come in different calls, and batch statistics alone would tell them
+    apart.
     """
 
     def __init__(self, nf: int, image_size: int):
         layers, channels = [nn.Conv2d(3, nf, 3, padding=1), nn.LeakyReLU(0.2)], nf
-        for number in range(num_upsamples(image_size) - 1):
-            wider = nf * MULTIPLIERS[min(number, len(MULTIPLIERS) - 1)]
+
+        # Downsample by 2 until 8×8 is left: once less than down to 4×4.
+        for index in range(num_upsamples(image_size) - 1):
+            wider = nf * MULTIPLIERS[min(index, len(MULTIPLIERS) - 1)]
             layers += [nn.Conv2d(channels, wider, 4, stride=2, padding=1), nn.GroupNorm(1, wider), nn.LeakyReLU(0.2)]
             channels = wider
+
         super().__init__(*layers)
         self.channels = channels
 
 
 class Redescriber(Network):
-    """R: writes an image back into a sentence state.
+    """R: predicts an image's sentence features.
 
-    Convolutional features are keys and values; an LSTM looks at them by scaled dot-product attention, once a step, and a
-    linear layer reads the sentence off its last state. nf: base number of channels; image_size: a power of two from 8
-    on; sentence_dim: of what it writes, and width of keys, values and LSTM; steps: how often it looks.
+    Convolutional features are keys and values. In each step an LSTM attends to them by scaled dot-product attention. A
+    linear layer maps its last state to the sentence features.
+
+    nf: base number of channels.
+    image_size: pixels; a power of two from 8 on.
+    sentence_dim: length of the predicted features; also the width of keys, values and LSTM.
+    steps: number of LSTM steps.
     """
 
     @dataclass(frozen=True)
     class Settings(SentenceSettings, SizeSettings):
         nf: int = 32
-        steps: int = setting("SEMA.STEPS", 8, "how often R's LSTM looks at an image", above=0)
+        steps: int = setting("SEMA.STEPS", 8, "number of R's LSTM steps, each with attention to the image", above=0)
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
         sentence_dim, self.steps = self.settings.sentence_dim, self.settings.steps
+
+        # Features of the image, as keys and values; a learned position embedding lets keys depend on where they are.
         self.trunk = ImageTrunk(self.settings.nf, self.settings.image_size)
         channels = self.trunk.channels
-        self.place = nn.Parameter(0.02 * torch.randn(1, channels, GRID, GRID))  # so that keys may say where
+        self.place = nn.Parameter(0.02 * torch.randn(1, channels, GRID, GRID))
         self.keys = nn.Conv2d(channels, sentence_dim, 1)
         self.values = nn.Conv2d(channels, sentence_dim, 1)
+
+        # The LSTM: its queries, its initial state, its output.
         self.query = nn.Linear(sentence_dim, sentence_dim)
         self.start = nn.Linear(sentence_dim, 2 * sentence_dim)
         self.cell = nn.LSTMCell(sentence_dim, sentence_dim)
@@ -65,19 +76,24 @@ class Redescriber(Network):
     def forward(self, images: Tensor) -> Tensor:  # (N, 3, S, S) in [-1, 1] -> (N, sentence_dim)
         features = self.trunk(images)
         keys = self.keys(features + self.place).flatten(2)  # (N, D, 64)
-        values = self.values(features).flatten(2)
+        values = self.values(features).flatten(2)  # (N, D, 64)
+
+        # The initial state comes from the mean of the values; each step attends to the image again.
         hidden, memory = self.start(values.mean(dim=2)).tanh().chunk(2, dim=1)
         for _ in range(self.steps):
-            scores = torch.einsum("nd,ndr->nr", self.query(hidden), keys) / keys.shape[1] ** 0.5
+            scores = torch.einsum("nd,ndr->nr", self.query(hidden), keys) / keys.shape[1] ** 0.5  # (N, 64)
             context = torch.einsum("nr,ndr->nd", scores.softmax(dim=1), values)
             hidden, memory = self.cell(context, (hidden, memory))
+
         return self.sentence(hidden)
 
 
 class FeatureExtractor(Network):
-    """F: features of an image, learned by telling real images from fake ones.
+    """F: features of an image, learned by classifying images as real or fake.
 
-    nf: base number of channels; image_size: a power of two from 8 on; feature_dim: length of the features.
+    nf: base number of channels.
+    image_size: pixels; a power of two from 8 on.
+    feature_dim: length of the features.
     """
 
     compiled_methods = ("logits", "forward")

@@ -46,14 +46,14 @@ def test_down_block_equals_the_plain_form(channels):
 
 
 @pytest.mark.parametrize("channels_out", [4, 6])
-def test_a_block_that_doubles_equals_one_of_doubled_features(channels_out):
+def test_a_block_that_upsamples_equals_one_of_upsampled_features(channels_out):
     torch.manual_seed(5)
     block = FusionBlock(4, channels_out, condition_dim=3).double()
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
     x = torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True)
     condition = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    ours, plain = block(x, condition, doubles=True), block(upsample_2x(x), condition)
+    ours, plain = block(x, condition, upsample=True), block(upsample_2x(x), condition)
     torch.testing.assert_close(ours, plain)
     wanted = [x, condition, *block.parameters()]
     for a, b in zip(
@@ -63,7 +63,7 @@ def test_a_block_that_doubles_equals_one_of_doubled_features(channels_out):
 
 
 @pytest.mark.parametrize(("size", "steps"), [(8, 1), (32, 3), (256, 6), (512, 7)])
-def test_doublings(size, steps):
+def test_num_upsamples(size, steps):
     assert num_upsamples(size) == steps
 
 
