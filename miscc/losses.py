@@ -1,4 +1,4 @@
-"""Adversarial and matching losses: tensors in, scalars out. Weights and schedules live with the system using them."""
+"""Adversarial and matching losses: tensors in, scalars out. Weights and schedules live with the system that uses them."""
 
 import functools
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-# Largest number of attention values (images × captions × words × regions) that word_loss keeps at once.
-ATTENTION_VALUES = 64 * 2**20
-WORD_GROUPS = 4  # of captions with similar lengths, so that word_loss computes little for padding
+# Largest number of attention values (images × captions × words × regions) that word_loss keeps in memory at once.
+MAX_ATTENTION_VALUES = 64 * 2**20
+NUM_LENGTH_GROUPS = 4  # of captions with similar lengths, so that word_loss computes little for padding
 
 
 def in_float32(loss: Callable) -> Callable:
-    """A loss that computes in float32 under autocast, too: 16-bit arguments are widened. Others stay as they are."""
+    """Decorator: the loss computes without autocast, in float32 where its tensors are of 16 bits, else in their own dtype."""
 
     def widened(value: Any) -> Any:
         half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
@@ -35,7 +35,9 @@ def in_float32(loss: Callable) -> Callable:
 def hinge_discriminator_loss(real: Tensor, fake: Tensor, mismatched: Tensor) -> Tensor:
     """Matching-aware hinge (Tao et al. 2022, eq. 1): real pairs up; fake images and wrong captions, half each, down.
 
-    Logits of any shape -> scalar >= 0.
+    real, fake, mismatched: logits, each of any shape.
+
+    Returns a scalar >= 0.
     """
     return F.relu(1 - real).mean() + (F.relu(1 + fake).mean() + F.relu(1 + mismatched).mean()) / 2
 
@@ -54,10 +56,14 @@ def binary_discriminator_loss(
     real_alone: Tensor | None = None,
     fake_alone: Tensor | None = None,
 ) -> Tensor:
-    """Binary cross-entropy of AttnGAN's discriminators (Xu et al. 2018, eq. 6), weighed as in the authors' code.
+    """Binary cross-entropy of AttnGAN's discriminators (Xu et al. 2018, eq. 6), weighted as in the authors' code.
 
-    With R = real, F = fake, M = mismatched pairs: (R + R_alone)/2 + (F + F_alone + M)/3 where there are also logits
-    without a caption (`*_alone`), else R + (F + M)/2. Logits, before the sigmoid, of any shape -> scalar.
+    (real + real_alone)/2 + (fake + fake_alone + mismatched)/3; without the *_alone: real + (fake + mismatched)/2.
+
+    real, fake, mismatched: logits of pairs, before the sigmoid, each of any shape.
+    real_alone, fake_alone: logits of images without a caption; None where the discriminator has none.
+
+    Returns a scalar >= 0.
     """
     # With captions alone.
     if real_alone is None or fake_alone is None:
@@ -71,15 +77,22 @@ def binary_discriminator_loss(
 
 @in_float32
 def binary_generator_loss(*logits: Tensor) -> Tensor:
-    """−log sigmoid of the fake logits, averaged over each tensor and summed over the tensors."""
+    """AttnGAN's loss of G (Xu et al. 2018): −log sigmoid(fake logits), mean over each tensor, summed over the tensors.
+
+    Without the paper's factor 1/2, as in the authors' code.
+    """
     return torch.stack([_binary(values, 1.0) for values in logits]).sum()
 
 
 @in_float32
 def kl_to_standard_normal(mu: Tensor, logvar: Tensor) -> Tensor:
-    """Mean over all values of KL(N(μ, σ²) ‖ N(0, 1)) = (μ² + σ² − 1 − log σ²) / 2; mu, log σ² of one shape -> scalar.
+    """KL(N(μ, σ²) ‖ N(0, 1)) = (μ² + σ² − 1 − log σ²) / 2, averaged over samples and dimensions.
 
-    The paper (Zhang et al. 2017, eq. 2) sums over the dimensions; the authors' codes average, as here.
+    The paper (Zhang et al. 2017, eq. 2) sums over the dimensions; the authors' code averages, as here.
+
+    mu, logvar: μ and log σ², of one shape.
+
+    Returns a scalar >= 0.
     """
     return (mu.square() + logvar.exp() - 1 - logvar).mean() / 2
 
@@ -89,8 +102,12 @@ def matching_aware_gradient_penalty(
 ) -> Tensor:
     """MA-GP (Tao et al. 2022, eq. 2): weight · mean ‖(∂D/∂x, ∂D/∂s)‖^power on real images with their own captions.
 
-    logits (N,) computed from images (N, 3, H, W) and sentence (N, D), both of which must require gradients. One norm is
-    taken over both gradients together. Returns a scalar that can be differentiated once more.
+    One norm over both gradients together.
+
+    logits: (N,), computed from images and sentence.
+    images, sentence: (N, 3, H, W) and (N, D); both must require gradients.
+
+    Returns a scalar >= 0 that can be differentiated once more.
     """
     gradients = torch.autograd.grad(logits.sum(), (images, sentence), create_graph=True)
     by_images, by_sentence = (gradient.flatten(1).square().sum(dim=1) for gradient in gradients)  # (N,) each
@@ -102,9 +119,11 @@ def matching_aware_gradient_penalty(
 def word_attention(regions: Tensor, words: Tensor, lengths: Tensor, gamma1: float = 5.0) -> Tensor:
     """Attention of each word of a caption over the regions of its own image (Xu et al. 2018, eq. 8-9).
 
-    regions (N, D, h, w), words (N, D, T), lengths (N,) -> (N, T, h, w): sums to 1 over the regions; 0 past the length.
+    regions (N, D, h, w), words (N, D, T), lengths (N,) -> (N, T, h, w): sums to 1 over the regions; 0 for padding.
     """
     padding = _padding(lengths, words)
+
+    # Softmax over the words of each region, then over the regions of each word.
     scores = torch.einsum("ndt,ndr->ntr", words, regions.flatten(2))
     scores = scores.masked_fill(padding[:, :, None], -torch.inf).softmax(dim=1)
     attention = (gamma1 * scores).softmax(dim=2).masked_fill(padding[:, :, None], 0.0)
@@ -123,22 +142,32 @@ def word_loss(
 ) -> tuple[Tensor, Tensor]:
     """DAMSM at word level (Xu et al. 2018, eq. 8-12), without the outer 1/γ2 of eq. 10, as in the authors' code.
 
-    regions (N, D, h, w); words (N, D, T); lengths (N,) valid words; class_ids (N,): other samples of the same class do
-    not count as mismatches. Returns (image-to-text, text-to-image), two scalars.
+    regions: (N, D, h, w).
+    words: (N, D, T).
+    lengths: (N,), number of words that are not padding.
+    class_ids: (N,), other samples of the same class do not count as mismatches; None: all of them do.
+    gamma1, gamma2, gamma3: sharpness of attention, of joining the words, of the match over the batch.
+
+    Returns (image-to-text, text-to-image), two scalars >= 0.
     """
     regions, padding = regions.flatten(2), _padding(lengths, words)
-    products = regions.transpose(1, 2) @ regions
+    products = regions.transpose(1, 2) @ regions  # VᵀV, (N, R, R)
+
+    # R(Q, D) of every image with every caption, (N, N): in groups of similar length, each cut to its longest caption.
     groups = _of_similar_length(lengths)
     if groups is None:
         matching = _bounded_matching(regions, products, words, padding, gamma1, gamma2)
     else:
         parts = []
         for rows, longest in groups:
-            rows = rows.to(words.device, non_blocking=True)  # indexing by a CPU's numbers would wait for the GPU
+            rows = rows.to(words.device, non_blocking=True)  # indexing with a CPU tensor would wait for the GPU
             own = words[rows, :, :longest], padding[rows, :longest]
             parts.append(_bounded_matching(regions, products, *own, gamma1, gamma2))
+
+        # Back in the order of the batch.
         back = torch.cat([rows for rows, _ in groups]).argsort().to(words.device, non_blocking=True)
         matching = torch.cat(parts, dim=1)[:, back]
+
     return _matching_loss(gamma3 * matching, class_ids)
 
 
@@ -146,9 +175,12 @@ def word_loss(
 def sentence_loss(
     code: Tensor, sentence: Tensor, class_ids: Tensor | None = None, gamma3: float = 10.0
 ) -> tuple[Tensor, Tensor]:
-    """DAMSM at sentence level (Xu et al. 2018, eq. 13): cosine of global codes (N, D) and (N, D), times γ3.
+    """DAMSM at sentence level (Xu et al. 2018, eq. 13): cosine of code and sentence, times γ3.
 
-    class_ids as in word_loss. Returns (image-to-text, text-to-image), two scalars.
+    code, sentence: (N, D).
+    class_ids, gamma3: as in word_loss.
+
+    Returns (image-to-text, text-to-image), two scalars >= 0.
     """
     similarity = F.normalize(code, dim=1, eps=1e-8) @ F.normalize(sentence, dim=1, eps=1e-8).T
     return _matching_loss(gamma3 * similarity, class_ids)
@@ -156,7 +188,7 @@ def sentence_loss(
 
 @in_float32
 def semantic_distance(a: Tensor, b: Tensor) -> Tensor:
-    """SEM(a, b) = 1 − cos(a, b), in [0, 2]: our reading of SEMA's distance. (N, D), (N, D) -> (N,)."""
+    """SEM(a, b) = 1 − cos(a, b), in [0, 2]; (N, D), (N, D) -> (N,). SEMA's distance is not published; this one is ours."""
     return 1 - F.cosine_similarity(a, b, dim=1, eps=1e-8)
 
 
@@ -166,22 +198,24 @@ def _binary(logits: Tensor, target: float) -> Tensor:
 
 
 def _of_similar_length(lengths: Tensor) -> list[tuple[Tensor, int]] | None:
-    """Captions sorted into groups by length: [(their numbers, the longest's length)], so that little is computed for
-    padding. None where that does not pay, or would have to wait for a GPU to know the lengths."""
-    if lengths.device.type != "cpu" or len(lengths) < 2 * WORD_GROUPS:
+    """Captions in groups of similar length: [(their indices, length of the longest)]; None: one group for all."""
+    # Small batches gain nothing. Lengths on a GPU would have to be waited for.
+    if lengths.device.type != "cpu" or len(lengths) < 2 * NUM_LENGTH_GROUPS:
         return None
+
     order = lengths.argsort(stable=True)
-    return [(rows, int(lengths[rows[-1]])) for rows in order.tensor_split(WORD_GROUPS)]
+    return [(rows, int(lengths[rows[-1]])) for rows in order.tensor_split(NUM_LENGTH_GROUPS)]
 
 
 def _bounded_matching(
     regions: Tensor, products: Tensor, words: Tensor, padding: Tensor, gamma1: float, gamma2: float
 ) -> Tensor:
-    """_word_matching; for a large batch some images at a time, recomputed in the backward pass."""
-    rows = max(1, ATTENTION_VALUES // (len(words) * words.shape[2] * regions.shape[2]))
+    """_word_matching in bounded memory: for a large batch some images at a time, recomputed in the backward pass."""
+    rows = max(1, MAX_ATTENTION_VALUES // (len(words) * words.shape[2] * regions.shape[2]))
     inputs = (words, padding, gamma1, gamma2)
     if rows >= len(regions):
         return _word_matching(regions, products, *inputs)
+
     blocks = zip(regions.split(rows), products.split(rows), strict=True)
     return torch.cat([checkpoint(_word_matching, *block, *inputs, use_reentrant=False) for block in blocks])
 
@@ -189,28 +223,35 @@ def _bounded_matching(
 def _word_matching(
     regions: Tensor, products: Tensor, words: Tensor, padding: Tensor, gamma1: float, gamma2: float
 ) -> Tensor:
-    """R(Q, D) of every image with every caption: (I, D, R), VᵀV (I, R, R), (N, D, T), (N, T) -> (I, N).
+    """R(Q, D) of every image with every caption (Xu et al. 2018, eq. 10), without the outer 1/γ2.
 
-    The contexts c = Σ_r α_r·v_r, (I·N·T) vectors of length D, are never formed: their product with the word is Σ_r α_r·s_r
-    of the scores s that are there already, and ‖c‖² = αᵀ(VᵀV)α.
+    regions (I, D, R), products VᵀV (I, R, R), words (N, D, T), padding (N, T) -> (I, N).
+
+    The region contexts c = Σ_r α_r·v_r, I·N·T vectors of length D, are never computed. Their cosine with a word e needs
+    only c·e = Σ_r α_r·s_r, with the scores s_r = v_r·e, and ‖c‖² = αᵀ(VᵀV)α.
     """
+    # Attention of each word over the regions: softmax over the words, then over the regions.
     num_captions, dim, num_words = words.shape
     queries = words.transpose(1, 2).reshape(num_captions * num_words, dim)
     scores = (queries @ regions).unflatten(1, (num_captions, num_words))  # (I, N, T, R)
     attention = scores.masked_fill(padding[None, :, :, None], -torch.inf).softmax(dim=2)
     attention = (gamma1 * attention).softmax(dim=3)
+
+    # Cosine of each word with its region context, (I, N, T).
     agreement = (attention * scores).sum(dim=3)
     squared_norms = _SquaredContextNorms.apply(attention.flatten(1, 2), products)
     context_norms = squared_norms.clamp_min(1e-16).sqrt().unflatten(1, (num_captions, num_words))
     word_norms = queries.norm(dim=1).clamp_min(1e-8).unflatten(0, (num_captions, num_words))
     cosine = agreement / (context_norms * word_norms)
+
+    # A caption's words joined into one score.
     return (gamma2 * cosine).masked_fill(padding, -torch.inf).logsumexp(dim=2)
 
 
 class _SquaredContextNorms(torch.autograd.Function):
     """αᵀPα for each row α of (I, K, R) with symmetric P (I, R, R) -> (I, K).
 
-    As P is symmetric, the gradient by α is twice the product that the value needs anyway; autograd would take another.
+    The gradient by α is 2Pα, as P is symmetric: twice the product that the forward pass has. Autograd would compute another.
     """
 
     @staticmethod
@@ -230,16 +271,18 @@ class _SquaredContextNorms(torch.autograd.Function):
 
 
 def _matching_loss(similarity: Tensor, class_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cross entropy of picking the own caption (rows) and the own image (columns): (N, N) -> two scalars."""
+    """Cross-entropy of finding the own caption of each image (rows) and vice versa (columns): (N, N) -> two scalars."""
+    # Others of the same class are no mismatches: left out of the softmax.
     if class_ids is not None:
         same_class = class_ids[:, None] == class_ids[None, :]
         itself = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
         similarity = similarity.masked_fill(same_class & ~itself, -torch.inf)
+
     own = torch.arange(len(similarity), device=similarity.device)
     return F.cross_entropy(similarity, own), F.cross_entropy(similarity.T, own)
 
 
 def _padding(lengths: Tensor, words: Tensor) -> Tensor:
-    """lengths (N,) and words (N, D, T) -> (N, T) where the words are, True past the length."""
+    """lengths (N,), words (N, D, T) -> (N, T) on the device of words, True = padding."""
     lengths = lengths.to(words.device, non_blocking=True)
     return torch.arange(words.shape[2], device=words.device) >= lengths[:, None]

@@ -213,7 +213,7 @@ class AttnDCGenerator(AttnGenerator):
 
 
 class AttnGAN(AdversarialSystem):
-    """The objective (Xu et al. 2018, eq. 3-7): a discriminator for each stage, KL and DAMSM losses for the generator.
+    """The objective (Xu et al. 2018, section 3): a discriminator for each stage, KL and DAMSM losses for the generator.
 
     networks: generator, discriminator (of all stages), text_encoder and, where the DAMSM loss has a weight,
     image_encoder.

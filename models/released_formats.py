@@ -1,6 +1,6 @@
-"""The kinds of released weight files: by which tensors they are known, our names for theirs, sizes from shapes.
+"""The formats of released weight files: tensors that tell them apart, our names for theirs, sizes from shapes.
 
-Recognising and loading is released.py's.
+released.py recognises and loads the files.
 """
 
 import re
@@ -18,9 +18,13 @@ State = Mapping[str, Tensor]
 class Format(NamedTuple):
     """One kind of released file.
 
-    part: generator, discriminator, text_encoder or image_encoder; network: its name in our registry; signature: tensor
-    names that tell it from all others; renames: (regular expression, replacement) from their names to ours; arguments:
-    sizes from shapes; ignored: names that our network has no use for.
+    title: for error messages.
+    part: generator, discriminator, text_encoder or image_encoder.
+    network: its name in our registry.
+    signature: tensor names that, together, tell it from the formats after it in FORMATS.
+    renames: (regular expression, replacement) from the authors' names to ours, applied in this order.
+    arguments: function from the tensors to our network's constructor arguments.
+    ignored: regular expression of the names that our network does not have.
     """
 
     title: str
@@ -33,7 +37,7 @@ class Format(NamedTuple):
 
 
 def _count(state: State, pattern: str) -> int:
-    """How many different numbers the names have at the pattern's group, e.g. blocks of `block(\\d+)\\.`."""
+    """Number of different values of the pattern's group among the names, e.g. of blocks with `block(\\d+)\\.`."""
     return len({match.group(1) for name in state if (match := re.match(pattern, name))})
 
 
@@ -41,6 +45,7 @@ def _ssa_generator_arguments(state: State) -> dict[str, Any]:
     return {
         "nf": state["conv_img.2.weight"].shape[1],
         "z_dim": state["fc.weight"].shape[1],
+        # The first block works at 4×4, each further one at twice the size.
         "image_size": 4 * 2 ** (_count(state, r"block(\d+)\.") - 1),
         "sentence_dim": state["block0.affine0.fc_gamma.linear1.weight"].shape[1],
     }
@@ -49,7 +54,9 @@ def _ssa_generator_arguments(state: State) -> dict[str, Any]:
 def _one_way_discriminator_arguments(state: State) -> dict[str, Any]:
     num_blocks = _count(state, r"block(\d+)\.")
     nf = state["conv_img.weight"].shape[0]
-    channels = [state[f"block{number}.conv_r.0.weight"].shape[0] for number in range(num_blocks)]
+    channels = [state[f"block{index}.conv_r.0.weight"].shape[0] for index in range(num_blocks)]
+
+    # The head's first convolution takes features and sentence together.
     return {
         "nf": nf,
         "image_size": 4 * 2**num_blocks,
@@ -60,6 +67,8 @@ def _one_way_discriminator_arguments(state: State) -> dict[str, Any]:
 
 def _df_generator_arguments(state: State) -> dict[str, Any]:
     z_dim = state["fc.weight"].shape[1]
+
+    # The affine layers take noise and sentence together; every block upsamples, the first one included.
     return {
         "nf": state["to_rgb.1.weight"].shape[1],
         "z_dim": z_dim,
@@ -70,7 +79,9 @@ def _df_generator_arguments(state: State) -> dict[str, Any]:
 
 def _sema_generator_arguments(state: State) -> dict[str, Any]:
     z_dim = state["fc.weight"].shape[1]
-    hidden, condition_dim = state["block0.fuse1.affine0.fc_gamma.linear1.weight"].shape
+    hidden, condition_dim = state["block0.fuse1.affine0.fc_gamma.linear1.weight"].shape  # z_dim + sentence_dim
+
+    # The first block works at 4×4, each further one at twice the size.
     return {
         "nf": state["conv_img.1.weight"].shape[1],
         "z_dim": z_dim,
@@ -86,9 +97,12 @@ def _df_discriminator_arguments(state: State) -> dict[str, Any]:
             "DF-GAN discriminator: its condition head is not here; the authors keep it as netC beside netD: give a "
             "state_epoch_*.pth, which holds both, or a file of {'netD': ..., 'netC': ...}"
         )
+
+    # As for the one-way discriminator, under other names.
     nf = state["conv_img.weight"].shape[0]
     num_blocks = _count(state, r"DBlocks\.(\d+)\.")
-    channels = [state[f"DBlocks.{number}.conv_r.0.weight"].shape[0] for number in range(num_blocks)]
+    channels = [state[f"DBlocks.{index}.conv_r.0.weight"].shape[0] for index in range(num_blocks)]
+
     return {
         "nf": nf,
         "image_size": 4 * 2**num_blocks,
@@ -104,6 +118,8 @@ def _galip_generator_arguments(state: State) -> dict[str, Any]:
         state["mapping.fc_prompt.weight"].shape[0] // width,
         state["mapping.fc_prompt.weight"].shape[1],
     )
+
+    # The ViT has a position for each patch of the image, and one for the class token.
     return {
         "nf": state["to_rgb.1.weight"].shape[1],
         "z_dim": z_dim,
@@ -122,6 +138,8 @@ def _galip_discriminator_arguments(state: State) -> dict[str, Any]:
             "that holds both, or one of {'netD': ..., 'netC': ...}"
         )
     channels, width = state["main.conv_r.0.weight"].shape[:2]
+
+    # A block for each map of ViT features but the last.
     return {
         "width": width,
         "num_maps": 1 + _count(state, r"DBlocks\.(\d+)\."),
@@ -133,9 +151,11 @@ def _galip_discriminator_arguments(state: State) -> dict[str, Any]:
 
 def _attn_generator_arguments(state: State) -> dict[str, Any]:
     """Of AttnGAN and AttnDCGAN; image sizes follow from the up blocks of the first stage and the number of stages."""
+    # The gated linear unit takes twice (mu, logvar). AttnDCGAN has one image layer, AttnGAN one for each stage.
     condition_dim, sentence_dim = state["ca_net.fc.weight"].shape[0] // 4, state["ca_net.fc.weight"].shape[1]
     to_rgb = next(name for name in ("img_net1.img.0.weight", "img_net.img.0.weight") if name in state)
     num_stages = _count(state, r"h_net(\d+)\.")
+
     sizes = {
         "gf_dim": state[to_rgb].shape[1],
         "z_dim": state["h_net1.fc.0.weight"].shape[1] - condition_dim,
@@ -144,6 +164,8 @@ def _attn_generator_arguments(state: State) -> dict[str, Any]:
         "base_size": 4 * 2 ** _count(state, r"h_net1\.upsample(\d+)\."),
         "num_stages": num_stages,
     }
+
+    # Residual blocks: in the stages after the first.
     return sizes | ({"r_num": _count(state, r"h_net2\.residual\.(\d+)\.")} if num_stages > 1 else {})
 
 
@@ -151,6 +173,8 @@ def _attn_discriminator_arguments(state: State) -> dict[str, Any]:
     convolutions = [name for name, tensor in state.items() if name.startswith("img_code_s16.") and tensor.ndim == 4]
     width = state["COND_DNET.outlogits.0.weight"].shape[1]
     further = _count(state, r"img_code_s(\d+)\.") - 1  # s32, s64 beside the s16
+
+    # Each convolution of the s16 and each further one downsamples by 2, down to 4×4.
     return {
         "df_dim": width // 8,
         "image_size": 4 * 2 ** (len(convolutions) + further),
@@ -161,6 +185,8 @@ def _attn_discriminator_arguments(state: State) -> dict[str, Any]:
 
 def _text_encoder_arguments(state: State) -> dict[str, Any]:
     vocabulary_size, embedding_dim = state["encoder.weight"].shape
+
+    # weight_hh stacks the matrices of all gates: 4 in an LSTM, 3 in a GRU.
     hidden = state["rnn.weight_hh_l0"].shape[1]
     gates = state["rnn.weight_hh_l0"].shape[0] // hidden
     return {

@@ -96,10 +96,10 @@ def test_word_loss_follows_the_formulas(pairs, class_ids, gamma1):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("values", [miscc.losses.ATTENTION_VALUES, 1])
+@pytest.mark.parametrize("values", [miscc.losses.MAX_ATTENTION_VALUES, 1])
 def test_word_loss_in_groups_of_similar_length_follows_the_formulas(values, monkeypatch):
     """From eight captions on they are sorted by length; the result is in their own order."""
-    monkeypatch.setattr(miscc.losses, "ATTENTION_VALUES", values)
+    monkeypatch.setattr(miscc.losses, "MAX_ATTENTION_VALUES", values)
     torch.manual_seed(6)
     regions = torch.randn(9, 6, 2, 3, dtype=torch.float64, requires_grad=True)
     words = torch.randn(9, 6, 7, dtype=torch.float64, requires_grad=True)
@@ -115,7 +115,7 @@ def test_word_loss_in_groups_of_similar_length_follows_the_formulas(values, monk
 def test_word_loss_in_parts_is_the_same(pairs, monkeypatch):
     whole = word_loss(*pairs)
     gradient = torch.autograd.grad(sum(whole), pairs[0])[0]
-    monkeypatch.setattr(miscc.losses, "ATTENTION_VALUES", 1)  # one image at a time
+    monkeypatch.setattr(miscc.losses, "MAX_ATTENTION_VALUES", 1)  # one image at a time
     parts = word_loss(*pairs)
     assert torch.stack(parts).tolist() == pytest.approx(torch.stack(whole).tolist(), rel=1e-12)
     torch.testing.assert_close(torch.autograd.grad(sum(parts), pairs[0])[0], gradient)
