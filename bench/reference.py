@@ -52,12 +52,12 @@ class PlainDiscriminator(OneWayDiscriminator):
 
 
 class PlainGenerator(SSAGenerator):
-    """Features are doubled before they go into a block."""
+    """Features are upsampled before they go into a block."""
 
-    def _sized_for_block(self, x: Tensor) -> Tensor:
+    def _upsample_before_block(self, x: Tensor) -> Tensor:
         if self.settings.upsample == "nearest":
             return F.interpolate(x, scale_factor=2, mode="nearest")
-        return super()._sized_for_block(x)
+        return super()._upsample_before_block(x)
 
 
 class PlainInceptionEncoder(InceptionEncoder):

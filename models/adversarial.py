@@ -1,4 +1,4 @@
-"""What the systems' objectives share: an Adam for G and one for D, what D sees, the projected D, DAMSM's loss, the log."""
+"""What the systems' objectives share: optimizers of G and D, inputs of D, steps of the projected D, DAMSM's loss, the log."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -14,13 +14,14 @@ from models.settings import AdversarialSettings
 from models.types import OptimizerSpec, System, TextFeatures, Update
 
 ENCODERS = ("text_encoder", "image_encoder")
-DISCRIMINATORS = ("discriminator", "projected")  # the paper's, and the one on frozen features; one of them or both
+DISCRIMINATORS = ("discriminator", "projected")  # the paper's, and the one on frozen features: either or both
 
 
 class Seen(NamedTuple):
-    """What the discriminators see in one training step, augmented alike.
+    """Inputs of the discriminators in one training step, real and fake with the same augmentation.
 
-    real, fake: images (N, 3, H, W); fake with G's graph.
+    real: images (N, 3, H, W).
+    fake: images (N, 3, H, W), with G's graph.
     projected: frozen features of the fake images, fine to coarse, with G's graph; None without a projected D.
     """
 
@@ -62,13 +63,14 @@ class AdversarialSystem(System):
         return [self.networks[part] for part in ENCODERS if part in self.networks]
 
     def discriminators(self) -> list[nn.Module]:
-        """Those that are there."""
+        """The discriminators of this run."""
         return [self.networks[part] for part in DISCRIMINATORS if part in self.networks]
 
     def seen(self, batch: Batch, fake_images: Tensor) -> Seen:
-        """What the discriminators see of a batch and of G's images (N, 3, H, W)."""
+        """Inputs of the discriminators: the batch's images and G's, (N, 3, H, W) in [-1, 1], augmented."""
         augment = augmentation(self.settings.augment_kinds, self.seed, self.step, batch.indices.tolist())
         real, fake = augment(batch.images), augment(fake_images)
+
         # Frozen features do not change between D's step and G's: one forward pass serves both.
         projected = self.networks["projected"].project(fake) if "projected" in self.networks else None
         return Seen(real, fake, projected)
@@ -77,11 +79,15 @@ class AdversarialSystem(System):
         """The step of the projected discriminator, if there is one: hinge over all heads' logits; sentence (N, D)."""
         if seen.projected is None:
             return
+
+        # Features of real images, and of fake ones without G's graph.
         network = self.networks["projected"]
         with torch.no_grad():
             projected_real = network.project(seen.real)
         real = network.features(projected_real)
         fake = network.features([scale.detach() for scale in seen.projected])
+
+        # Real pairs up; fake images and wrong captions down.
         logits = {
             "projected_real": network.logits(real, sentence),
             "projected_fake": network.logits(fake, sentence),
@@ -91,14 +97,16 @@ class AdversarialSystem(System):
         yield Update("projected", {"projected_hinge": hinge_discriminator_loss(*logits.values())}, logit_stats(logits))
 
     def adversarial_losses(self, seen: Seen, sentence: Tensor) -> dict[str, Tensor]:
-        """What the discriminators add to G's loss: {"adversarial", "projected_adversarial"} as far as they are there."""
+        """The discriminators' part of G's loss: {"adversarial", "projected_adversarial"}, one for each discriminator."""
         losses = {}
         if "discriminator" in self.networks:
             losses["adversarial"] = hinge_generator_loss(self.networks["discriminator"](seen.fake, sentence))
+
         if seen.projected is not None:
             network = self.networks["projected"]
             logits = network.logits(network.features(seen.projected), sentence)
             losses["projected_adversarial"] = self.settings.projected_weight * hinge_generator_loss(logits)
+
         return losses
 
     def damsm_losses(self, images: Tensor, text: TextFeatures, batch: Batch) -> dict[str, Tensor]:

@@ -20,13 +20,15 @@ from models.projected import ProjectedDiscriminator
 from models.settings import AdversarialSettings, DiscriminatorSettings, GeneratorSettings, PenaltySettings
 from models.types import Generator, GeneratorOutput, TextFeatures, Update
 
-CHANNELS = (8, 8, 8, 8, 4, 2, 1)  # of nf: of the 4×4 features, then after each block at 256 px
+CHANNELS = (8, 8, 8, 8, 4, 2, 1)  # multiples of nf: of the 4×4 features, then after each block at 256 px
 
 
 class DFGenerator(Generator):
     """noise and sentence -> image. Each block upsamples by 2, then fuses [noise, sentence] in by affine layers.
 
-    nf: base number of channels; image_size: a power of two from 8 on.
+    nf: base number of channels.
+    z_dim, sentence_dim: lengths of noise and sentence features.
+    image_size: pixels; a power of two from 8 on. ValueError otherwise.
     """
 
     @dataclass(frozen=True)
@@ -37,9 +39,13 @@ class DFGenerator(Generator):
         super().__init__(*arguments, **named)
         nf, z_dim, sentence_dim = self.settings.nf, self.settings.z_dim, self.settings.sentence_dim
         self.z_dim, self.noise_dim, self.image_size = z_dim, z_dim, self.settings.image_size
+
+        # Channels before the first block and after each: the last of CHANNELS, or more at its widest for larger images.
         num_blocks = num_upsamples(self.image_size)
         multipliers = ([CHANNELS[0]] * num_blocks + list(CHANNELS))[-num_blocks - 1 :]
         channels = [nf * multiplier for multiplier in multipliers]
+
+        # noise -> 4×4 features -> blocks, under noise and sentence -> image.
         self.fc = nn.Linear(z_dim, channels[0] * 4 * 4)
         self.blocks = nn.ModuleList(
             FusionBlock(a, b, z_dim + sentence_dim) for a, b in zip(channels, channels[1:], strict=False)
@@ -47,7 +53,7 @@ class DFGenerator(Generator):
         self.to_rgb = nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(channels[-1], 3, 3, padding=1), nn.Tanh())
 
     def forward(self, noise: Tensor, text: TextFeatures) -> GeneratorOutput:  # (N, z_dim) -> images (N, 3, H, W)
-        condition = torch.cat([noise, text.sentence], dim=1)
+        condition = torch.cat([noise, text.sentence], dim=1)  # (N, z_dim + sentence_dim)
         x = self.fc(noise).view(noise.shape[0], -1, 4, 4)
         for block in self.blocks:
             x = block(x, condition, upsample=True)
@@ -58,7 +64,7 @@ class DFGenerator(Generator):
 
 
 class DFDiscriminator(OneWayDiscriminator):
-    """The one-way discriminator with DF-GAN's channels: nf·2, 4, 8, and 8 from there on."""
+    """The one-way discriminator with DF-GAN's channels: 2·nf, 4·nf, then 8·nf in all further blocks."""
 
     @dataclass(frozen=True)
     class Settings(OneWayDiscriminator.Settings):
@@ -69,7 +75,7 @@ class DFDiscriminator(OneWayDiscriminator):
 class DFGAN(AdversarialSystem):
     """The objective: matching-aware hinge and MA-GP in one step of D, then the adversarial loss of G. No DAMSM loss.
 
-    networks: generator, discriminator, text_encoder (frozen; another encoder that is there is not looked at).
+    networks: generator, discriminator, text_encoder (frozen); an image encoder is ignored.
     """
 
     @dataclass(frozen=True)
@@ -91,8 +97,12 @@ class DFGAN(AdversarialSystem):
         """Discriminator, (projected discriminator,) then generator."""
         text = self.networks["text_encoder"](batch.captions, batch.lengths).detach()
         fake_images = self.networks["generator"](noise, text).images[-1]
+
+        # Discriminators: real pairs up; fake images and wrong captions down.
         seen = self.seen(batch, fake_images)
         yield from self.discriminator_updates(seen, text.sentence)
+
+        # Generator: fake images up, through discriminators that take no gradient.
         with no_parameter_grad(*self.discriminators()):
             yield Update("generator", self.adversarial_losses(seen, text.sentence))
 
@@ -101,6 +111,7 @@ class DFGAN(AdversarialSystem):
         if "discriminator" in self.networks:
             losses, stats = self.discriminator_losses(seen.real, seen.fake.detach(), sentence)
             yield Update("discriminator", losses, stats)
+
         yield from self.projected_updates(seen, sentence)
 
     def discriminator_losses(
@@ -121,6 +132,7 @@ class DFGAN(AdversarialSystem):
             if self.settings.penalty_is_due(self.step):
                 value = matching_aware_gradient_penalty(real_logits, images, own, **self.settings.penalty)
                 penalty = {"penalty": value}
+
         # Mismatched pairs: each caption with the image of the next one, the last with the first's.
         mismatched_logits = discriminator.logits(features.roll(-1, dims=0), sentence)
         fake_logits = discriminator(fake_images, sentence)

@@ -1,15 +1,17 @@
 """SEMA (Yuan et al., IEEE TMM 2024, doi 10.1109/TMM.2023.3278992): adversarial semantic distances on top of DF-GAN.
 
-**The paper's**: the generator, as its weights are released; truncated sampling; that a redescription module R (an
-attention LSTM over convolutional features) and a feature extractor F (trained on real against fake by cross entropy)
-each give G a semantic distance to minimise; that R minimises its distance on real images and maximises it on fake ones;
-the sentence as half LSTM, half Transformer (models/mixed_text.py).
+**The paper's**
+- The generator, as in the released weights, and truncated sampling.
+- A redescription module R, an attention LSTM over convolutional features, and a feature extractor F, trained to classify
+  real and fake images by cross-entropy. Each gives G a semantic distance to minimise.
+- R minimises its distance on real images and maximises it on fake ones.
+- The sentence is half LSTM, half Transformer (models/mixed_text.py).
 
-**Ours**, because the training code was never released and the exact distance and weights are not public: the distance,
-SEM(a, b) = 1 − cos(a, b); the margin up to which R pushes fake images away, max(0, margin − SEM(R(x̂), s)), beyond which
-only reading real images well still pays; the weights 1 of both distances in G's loss; the layers of R and F;
-their learning rate, D's; the order of the steps; D, which is DF-GAN's of the same early form as the generator (channels
-up to 16·nf), with its hinge and MA-GP.
+**Ours**, as the training code was never released and the exact distance and weights are not public
+- The distance, SEM(a, b) = 1 − cos(a, b), with weight 1 in G's loss for both.
+- The margin: R's loss on fake images is max(0, margin − SEM(R(x̂), s)), and has no effect beyond it.
+- The layers of R and F; their learning rate, which is D's; the order of the steps.
+- D: DF-GAN's in the same early form as the generator (channels up to 16·nf), with its hinge and MA-GP.
 """
 
 from collections.abc import Iterator
@@ -35,9 +37,12 @@ ADVERSARIES = ("redescriber", "feature_extractor")  # of G, beside D
 
 
 class SEMAGenerator(Generator):
-    """noise and sentence -> image: DF-GAN's early form, whose first block works at 4×4 and the others on upsampled features.
+    """noise and sentence -> image: DF-GAN's early form, whose first block works at 4×4; all others upsample by 2.
 
-    nf: base number of channels; image_size: a power of two from 8 on; hidden: width of the layers that predict γ and β.
+    nf: base number of channels.
+    z_dim, sentence_dim: lengths of noise and sentence features.
+    image_size: pixels; a power of two from 8 on. ValueError otherwise.
+    hidden: width of the MLPs that predict γ and β.
     """
 
     @dataclass(frozen=True)
@@ -48,9 +53,13 @@ class SEMAGenerator(Generator):
         super().__init__(*arguments, **named)
         nf, z_dim, sentence_dim = self.settings.nf, self.settings.z_dim, self.settings.sentence_dim
         self.z_dim, self.noise_dim, self.image_size = z_dim, z_dim, self.settings.image_size
+
+        # Channels before the first block and after each; one block more than DF-GAN, at 4×4.
         num_blocks = num_upsamples(self.image_size) + 1
         multipliers = ([CHANNELS[0]] * num_blocks + list(CHANNELS))[-num_blocks:]
         channels = [nf * multiplier for multiplier in [multipliers[0], *multipliers]]
+
+        # noise -> 4×4 features -> blocks, under noise and sentence -> image.
         self.fc = nn.Linear(z_dim, channels[0] * 4 * 4)
         self.blocks = nn.ModuleList(
             FusionBlock(a, b, z_dim + sentence_dim, self.settings.hidden)
@@ -59,7 +68,7 @@ class SEMAGenerator(Generator):
         self.to_rgb = nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(channels[-1], 3, 3, padding=1), nn.Tanh())
 
     def forward(self, noise: Tensor, text: TextFeatures) -> GeneratorOutput:  # (N, z_dim) -> images (N, 3, H, W)
-        condition = torch.cat([noise, text.sentence], dim=1)
+        condition = torch.cat([noise, text.sentence], dim=1)  # (N, z_dim + sentence_dim)
         x = self.fc(noise).view(noise.shape[0], -1, 4, 4)
         for index, block in enumerate(self.blocks):
             x = block(x, condition, upsample=index > 0)
@@ -84,7 +93,11 @@ class SEMA(DFGAN):
         feature_weight: float = setting(
             "SEMA.FEATURE_WEIGHT", 1.0, "weight of SEM(F(fake), F(real)) in G's loss; 0: without F"
         )
-        margin: float = setting("SEMA.MARGIN", 0.5, "distance up to which R pushes what it writes of fake images away")
+        margin: float = setting(
+            "SEMA.MARGIN",
+            0.5,
+            "distance up to which R's loss pushes its predictions for fake images away from the sentence",
+        )
 
     @dataclass(frozen=True)
     class TextSettings:
@@ -118,21 +131,27 @@ class SEMA(DFGAN):
         networks, real_images = self.networks, batch.images
         text = networks["text_encoder"](batch.captions, batch.lengths).detach()
         fake_images = networks["generator"](noise, text).images[-1]
+
+        # Discriminators, as in DF-GAN.
         seen = self.seen(batch, fake_images)
         yield from self.discriminator_updates(seen, text.sentence)
+
+        # R: close to the sentence on real images, far from it on fake ones. F: real or fake.
         if self.settings.redescription_weight > 0:
             losses, stats = self.redescriber_losses(real_images, fake_images.detach(), text.sentence)
             yield Update("redescriber", losses, stats)
         if self.settings.feature_weight > 0:
             losses, stats = self.feature_extractor_losses(real_images, fake_images.detach())
             yield Update("feature_extractor", losses, stats)
+
+        # Generator: against all of them, which take no gradient.
         with no_parameter_grad(*self.discriminators(), *(networks[part] for part in ADVERSARIES)):
             yield Update("generator", self.generator_losses(real_images, fake_images, text.sentence, seen))
 
     def redescriber_losses(
         self, real_images: Tensor, fake_images: Tensor, sentence: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """R's: SEM(R(x), s) and max(0, margin − SEM(R(x̂), s)), each sample by itself, then the mean."""
+        """R's losses and values for the log: means over the samples of SEM(R(x), s) and max(0, margin − SEM(R(x̂), s))."""
         redescriber = self.networks["redescriber"]
         real = semantic_distance(redescriber(real_images), sentence)
         fake = semantic_distance(redescriber(fake_images), sentence)
@@ -142,9 +161,9 @@ class SEMA(DFGAN):
     def feature_extractor_losses(
         self, real_images: Tensor, fake_images: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """F's: cross entropy of telling real images (class 1) from fake ones (class 0), half each."""
+        """F's loss and values for the log: cross-entropy of real images (class 1) and fake ones (class 0)."""
         extractor = self.networks["feature_extractor"]
-        logits = torch.cat([extractor.logits(extractor(images)) for images in (real_images, fake_images)])
+        logits = torch.cat([extractor.logits(extractor(images)) for images in (real_images, fake_images)])  # (2N, 2)
         is_real = torch.arange(len(logits), device=logits.device) < len(real_images)
         accuracy = (logits.detach().argmax(dim=1) == is_real).float().mean()
         return {"real_or_fake": F.cross_entropy(logits, is_real.long())}, {"accuracy/real_or_fake": accuracy}
@@ -152,9 +171,9 @@ class SEMA(DFGAN):
     def generator_losses(
         self, real_images: Tensor, fake_images: Tensor, sentence: Tensor, seen: Seen | None = None
     ) -> dict[str, Tensor]:
-        """G's: −D(x̂, s), and weighted SEM(R(x̂), s) and SEM(F(x̂), F(x)), x the real image of the same caption.
+        """G's losses: −D(x̂, s), weighted SEM(R(x̂), s) and SEM(F(x̂), F(x)), where x is the caption's real image.
 
-        seen: what D sees of the images; None: the images themselves.
+        seen: inputs of the discriminators; None: the images themselves.
         """
         networks = self.networks
         losses = self.adversarial_losses(seen or Seen(real_images, fake_images, None), sentence)

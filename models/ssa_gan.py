@@ -29,14 +29,16 @@ from models.settings import (
 )
 from models.types import Generator, GeneratorOutput, OptimizerSpec, TextFeatures, Update
 
-CHANNELS = (8, 8, 8, 8, 4, 2, 1)  # of nf, block by block at 256 px
+CHANNELS = (8, 8, 8, 8, 4, 2, 1)  # multiples of nf after each block at 256 px
 
 
 class SSCBN(nn.Module):
-    """Semantic-spatial condition batch norm: normalise, then shift and scale by the sentence where the mask says so.
+    """Semantic-spatial condition batch norm: normalise, then scale and shift by the sentence, weighted by the mask.
 
-    x̃ = x̂·(1 + m·γ(s)) + m·β(s) ("code" and the paper's figure), or m·(γ(s)·x̂ + β(s)) ("paper", its text, eq. 5).
-    Features half as large as the mask are doubled on the way.
+    Features at half the size of the mask are upsampled (nearest).
+
+    form: "code", x̂·(1 + m·γ(s)) + m·β(s), as in the authors' code and the paper's figure; or "paper",
+        m·(γ(s)·x̂ + β(s)), as in its text (eq. 5).
     """
 
     def __init__(self, channels: int, sentence_dim: int, form: str):
@@ -49,19 +51,21 @@ class SSCBN(nn.Module):
     @staticmethod
     def _head(sentence_dim: int, channels: int) -> nn.Sequential:
         head = nn.Sequential(nn.Linear(sentence_dim, 256), nn.ReLU(), nn.Linear(256, channels))
+
+        # γ = β = 0 at first: form "code" starts as a plain batch norm.
         nn.init.zeros_(head[2].weight)
         nn.init.zeros_(head[2].bias)
         return head
 
     def forward(self, x: Tensor, sentence: Tensor, mask: Tensor) -> Tensor:
         # (N, C, H, W) or (N, C, H/2, W/2), (N, D), (N, 1, H, W) -> (N, C, H, W)
-        # A compiler fuses the plain forms, and better.
+        # Normalise before upsampling: 1/4 of the pixels, the same values. A compiler does better with the plain forms.
         upsamples = x.shape[2:] != mask.shape[2:]
         if upsamples and (self.form == "paper" or torch.compiler.is_compiling()):
             x, upsamples = upsample_2x(x), False
         normalised = batch_norm_before_upsample_2x(self.norm, x) if upsamples else self.norm(x)
 
-        # Scale and shift, one per channel, weighted by the mask.
+        # Scale and shift each channel, (N, C), weighted by the mask, (N, 1, H, W).
         gamma, beta, mask = (value.to(normalised.dtype) for value in (self.gamma(sentence), self.beta(sentence), mask))
         if self.form == "code":
             return masked_affine(normalised, gamma, beta, mask)
@@ -69,9 +73,12 @@ class SSCBN(nn.Module):
 
 
 class SSABlock(nn.Module):
-    """out = shortcut(x) + gate · residual(x), both SSCBN under one mask; predicts the next block's mask logits.
+    """out = shortcut(x) + gate · residual(x), where the residual's two SSCBN share one mask.
 
-    Features half as large as the mask come out doubled (nearest): the first SSCBN and the shortcut work before doubling.
+    Features at half the size of the mask are upsampled (nearest).
+
+    gate: a learned scalar, initially 0.
+    mask_predictor: from the output to the next block's mask logits; None in the last block.
     """
 
     def __init__(self, channels_in: int, channels_out: int, sentence_dim: int, form: str, predicts_mask: bool):
@@ -88,6 +95,8 @@ class SSABlock(nn.Module):
         # (N, C, H, W) or (N, C, H/2, W/2), (N, D), (N, 1, H, W) -> (N, C', H, W)
         residual = self.conv1(F.relu(self.sscbn1(x, sentence, mask), inplace=True))
         residual = self.conv2(F.relu(self.sscbn2(residual, sentence, mask), inplace=True))
+
+        # A 1×1 convolution and nearest upsampling commute: convolved first, it works on 1/4 of the pixels.
         shortcut = self.shortcut(x)
         return (shortcut if x.shape[2:] == mask.shape[2:] else upsample_2x(shortcut)) + self.gate * residual
 
@@ -100,8 +109,12 @@ def mask_predictor(channels: int) -> nn.Sequential:
 class SSAGenerator(Generator):
     """noise and sentence -> image, with the mask of every block.
 
-    nf: base number of channels; image_size: a power of two from 8 on; sscbn: "code" or "paper"; upsample: "nearest"
-    (code) or "bilinear" (paper); mask: "predicted", or "ones" to switch the spatial part off (an ablation).
+    nf: base number of channels.
+    z_dim, sentence_dim: lengths of noise and sentence features.
+    image_size: pixels; a power of two from 8 on. ValueError otherwise.
+    sscbn: form of the SSCBN, "code" or "paper".
+    upsample: "nearest" (the authors' code) or "bilinear" (the paper).
+    mask: "predicted", or "ones", without spatial conditioning (an ablation).
     """
 
     predicts_masks = True
@@ -128,9 +141,13 @@ class SSAGenerator(Generator):
         super().__init__(*arguments, **named)
         nf, z_dim, image_size = self.settings.nf, self.settings.z_dim, self.settings.image_size
         self.z_dim, self.noise_dim, self.image_size = z_dim, z_dim, image_size
+
+        # Channels before the first block and after each: the last of CHANNELS, or more at its widest for larger images.
         num_blocks = num_upsamples(image_size) + 1
         multipliers = ([CHANNELS[0]] * num_blocks + list(CHANNELS))[-num_blocks:]
         channels = [nf * multiplier for multiplier in [multipliers[0], *multipliers]]
+
+        # noise -> 4×4 features -> blocks -> image. Each block's output gives the mask of the next.
         self.fc = nn.Linear(z_dim, channels[0] * 4 * 4)
         self.first_mask_predictor = mask_predictor(channels[0])
         self.blocks = nn.ModuleList(
@@ -151,17 +168,20 @@ class SSAGenerator(Generator):
         )
 
     def forward(self, noise: Tensor, text: TextFeatures) -> GeneratorOutput:  # (N, z_dim) -> images (N, 3, H, W)
-        sentence = text.sentence
         x = self.fc(noise).view(noise.shape[0], -1, 4, 4)
-        mask_logits = self.first_mask_predictor(x)
+        mask_logits = self.first_mask_predictor(x)  # (N, 1, 4, 4)
         masks = []
-        for number, block in enumerate(self.blocks):
-            if number > 0:
-                x = self._sized_for_block(x)
+        for index, block in enumerate(self.blocks):
+            # Each block but the first works at twice the size.
+            if index > 0:
+                x = self._upsample_before_block(x)
                 mask_logits = F.interpolate(mask_logits, scale_factor=2, mode="bilinear", align_corners=True)
+
+            # Under its mask; its output gives the next one.
             masks.append(torch.ones_like(mask_logits) if self.settings.mask == "ones" else torch.sigmoid(mask_logits))
-            x = block(x, sentence, masks[-1])
+            x = block(x, text.sentence, masks[-1])
             mask_logits = block.mask_predictor(x) if block.mask_predictor is not None else mask_logits
+
         return GeneratorOutput(images=[self.to_rgb(x)], masks=masks)
 
     def activation_blocks(self) -> list[nn.Module]:
@@ -170,15 +190,15 @@ class SSAGenerator(Generator):
     def gates(self) -> list[nn.Parameter]:
         return [block.gate for block in self.blocks]
 
-    def _sized_for_block(self, x: Tensor) -> Tensor:
-        """What a block is given: features at the size of its mask, or as they are, where it doubles them itself."""
+    def _upsample_before_block(self, x: Tensor) -> Tensor:
+        """Bilinear upsampling by 2. Nearest upsampling is left to the block, which does it faster."""
         if self.settings.upsample == "nearest":
             return x
         return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 class SSAGAN(AdversarialSystem):
-    """The objective: hinge with mismatched captions, MA-GP in a step of its own, DAMSM; optional fine-tuning.
+    """The objective: hinge with mismatched captions, MA-GP in a step of its own, DAMSM; optionally fine-tuned encoders.
 
     networks: generator, discriminator, text_encoder and, where the DAMSM loss has a weight, image_encoder.
     """
@@ -229,29 +249,35 @@ class SSAGAN(AdversarialSystem):
 
     def train(self) -> None:
         super().train()
+
+        # Mode of the encoders.
         batch_statistics = self.settings.finetune_encoders and self.settings.finetune_mode == "train"
         if "image_encoder" in self.networks:
             self.networks["image_encoder"].batch_statistics = batch_statistics
         for encoder in self.encoders():
             encoder.train(batch_statistics)
+
+        # What fine-tuning trains: the whole text encoder, the heads of the image encoder.
         if self.settings.finetune_encoders:
             self.networks["text_encoder"].requires_grad_(True)
             for parameter in self.networks["image_encoder"].head_parameters():
                 parameter.requires_grad_(True)
 
     def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
-        """(Encoders,) discriminator, penalty, (projected discriminator,) generator, in the originals' order."""
+        """(Encoders,) discriminator, penalty, (projected discriminator,) generator, in the authors' order."""
         encoded = self.networks["text_encoder"](batch.captions, batch.lengths)
         if self.settings.finetune_encoders:
             yield Update("encoders", self.damsm_losses(batch.images, encoded, batch))
         text = encoded.detach()
         fake = self.networks["generator"](noise, text)
 
+        # Discriminators, in their own steps, on the same augmented images.
         seen = self.seen(batch, fake.images[-1])
         if "discriminator" in self.networks:
             yield from self._discriminator_updates(seen, text.sentence)
         yield from self.projected_updates(seen, text.sentence)
 
+        # Generator: fake images up, and matched to their words, through networks that take no gradient.
         with no_parameter_grad(*self.discriminators(), *self.encoders()):
             losses = self.adversarial_losses(seen, text.sentence)
             if self.settings.whole_damsm_weight > 0:
@@ -260,7 +286,7 @@ class SSAGAN(AdversarialSystem):
             yield Update("generator", losses, {"mask_mean": fake.masks[-1].detach().mean()})
 
     def _discriminator_updates(self, seen: Seen, sentence: Tensor) -> Iterator[Update]:
-        """Hinge, and the penalty every penalty_every steps, times as much: jointly, or in a step of its own."""
+        """Hinge, and every penalty_every steps the penalty, weighted by that number: jointly, or in a step of its own."""
         losses, stats = self._discriminator_losses(seen.real, seen.fake.detach(), sentence)
         is_due, joint = self.settings.penalty_is_due(self.step), self.settings.penalty_step == "joint"
         if joint and is_due:
@@ -275,6 +301,7 @@ class SSAGAN(AdversarialSystem):
         discriminator = self.networks["discriminator"]
         features = discriminator.features(real_images)
         real_logits = discriminator.logits(features, sentence)
+
         # Mismatched pairs: each real image but the last with the caption of the next one.
         mismatched_logits = discriminator.logits(features[:-1], sentence[1:])
         fake_logits = discriminator(fake_images, sentence)
