@@ -9,21 +9,22 @@ from torch import nn
 
 @contextmanager
 def no_tf32() -> Iterator[None]:
-    """float32 without TF32, which a GPU otherwise uses for convolutions and which keeps three digits only."""
-    places = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [place.allow_tf32 for place in places]
+    """float32 without TF32, which GPUs use for convolutions by default and which keeps only three digits."""
+    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
     try:
-        for place in places:
-            place.allow_tf32 = False
+        for backend in backends:
+            backend.allow_tf32 = False
         yield
     finally:
-        for place, allowed in zip(places, before, strict=True):
-            place.allow_tf32 = allowed
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 @contextmanager
 def no_parameter_grad(*modules: nn.Module) -> Iterator[None]:
     """`with no_parameter_grad(D):` its parameters take no gradient: G's step then skips D's weight gradients (bit-identical)."""
+    # Parameters that were frozen before stay frozen afterwards.
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -59,5 +60,5 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a network lives."""
+    """The device of a network's parameters."""
     return next(module.parameters()).device
