@@ -90,6 +90,10 @@ class BytePairs(Vocabulary):
                 merges["".join(pieces[:number]) + " " + pieces[number]] = None
         return cls.of_merges(merges)
 
+    def __contains__(self, word: str) -> bool:
+        """Every word is known, letter by letter if need be."""
+        return bool(word.strip())
+
     def encode(self, caption: str) -> tuple[list[int], list[str]]:
         """A caption -> its tokens between start and end, [] for one without a character; there are no unknown words."""
         indices = [index for piece in _PIECE.findall(clean(caption)) for index in self._word(piece)]

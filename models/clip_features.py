@@ -133,7 +133,7 @@ class ClipImageEncoder(Network):
 
     def tokens(self, images: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, 1 + patches, width): what the first block reads
         patches = self.conv1(self.pixels(images)).flatten(2).transpose(1, 2)
-        class_token = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        class_token = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         return self.ln_pre(torch.cat([class_token, patches], dim=1) + self.positional_embedding)
 
     def patches(self, images: Tensor) -> list[Tensor]:
@@ -198,18 +198,20 @@ class ClipTextEncoder(Network):
         sentence (N, text_dim), not normalised; words (N, width, T): the states of the tokens, not projected. Tokens see only
         those before them, so the padding behind the longest caption is not computed.
         """
-        ends = captions.argmax(dim=1)
-        longest = int((ends + 1 if lengths is None else lengths).max())
-        captions = captions[:, :longest]
+        longest = int((captions.argmax(dim=1) + 1 if lengths is None else lengths).max())
+        return self.encode(captions[:, :longest])
 
-        x = self.token_embedding(captions) + self.positional_embedding[:longest]  # (N, T, width)
+    def encode(self, captions: Tensor) -> TextFeatures:
+        """The same for all positions (N, T) that are given."""
+        ends = captions.argmax(dim=1)
+        x = self.token_embedding(captions) + self.positional_embedding[: captions.shape[1]]  # (N, T, width)
         for block in self.transformer.resblocks:
             x = block(x, causal=True)
         states = self.ln_final(x)
 
-        sentence = states[torch.arange(len(states), device=states.device), ends] @ self.text_projection
-        padding = torch.arange(longest, device=states.device) > ends[:, None]
-        return TextFeatures(sentence, states.transpose(1, 2), padding)
+        last = states.gather(1, ends[:, None, None].expand(-1, 1, states.shape[2]))[:, 0]  # (N, width)
+        padding = torch.arange(captions.shape[1], device=states.device) > ends[:, None]
+        return TextFeatures(last @ self.text_projection, states.transpose(1, 2), padding)
 
 
 class Clip(nn.Module):

@@ -98,7 +98,7 @@ class PromptedViT(nn.Module):
 
     def forward(self, bridge: Tensor, prompts: Tensor) -> Tensor:
         """bridge (N, C, 7, 7), prompts (N, P, C), one for each of the blocks 1 to P -> patch features (N, C, 7, 7)."""
-        class_token = self.class_embedding.to(bridge.dtype).expand(len(bridge), 1, -1)
+        class_token = self.class_embedding.to(bridge.dtype).expand(bridge.shape[0], 1, -1)
         x = torch.cat([class_token, bridge.flatten(2).transpose(1, 2)], dim=1)  # (N, 50, C)
         x = self.ln_pre(x + self.positional_embedding)
         for number, block in enumerate(self.transformer.resblocks):
@@ -157,7 +157,7 @@ class GALIPGenerator(Generator):
         return [*self.mapping_blocks, *self.blocks]
 
     def bridge_features(self, noise: Tensor, condition: Tensor) -> Tensor:  # (N, z_dim), (N, D) -> (N, width, 7, 7)
-        x = self.fc(noise).view(len(noise), CODE_CHANNELS, GRID, GRID)
+        x = self.fc(noise).view(noise.shape[0], CODE_CHANNELS, GRID, GRID)
         for block in self.mapping_blocks:
             x = block(x, condition)
         return self.bridge(x)

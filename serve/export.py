@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from miscc.errors import ConfigError, UserError, run_command
 from miscc.files import write_atomically
 from miscc.randomness import noise_array, stream
+from models.clip_features import ClipTextEncoder
 from models.damsm import TextEncoder
 from models.types import TextFeatures
 from sampling.pipeline import TextToImage
@@ -61,12 +62,27 @@ class ExportableTextEncoder(nn.Module):
         return TextFeatures(sentence=sentence, words=words.transpose(1, 2), mask=mask)
 
 
+class ExportableClipEncoder(nn.Module):
+    """models.clip_features.ClipTextEncoder over all its positions, since a graph has one size for captions."""
+
+    def __init__(self, encoder: ClipTextEncoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, captions: Tensor, lengths: Tensor) -> TextFeatures:
+        return self.encoder.encode(captions)
+
+
+# What can be exported, and how.
+EXPORTABLE: dict[type, type[nn.Module]] = {TextEncoder: ExportableTextEncoder, ClipTextEncoder: ExportableClipEncoder}
+
+
 class ExportedModel(nn.Module):
     """(tokens (N, T), lengths (N,), noise (N, noise_dim)) -> the tensors of `output_names`."""
 
     def __init__(self, pipeline: TextToImage):
         super().__init__()
-        self.text_encoder = ExportableTextEncoder(pipeline.text_encoder)
+        self.text_encoder = EXPORTABLE[type(pipeline.text_encoder)](pipeline.text_encoder)
         self.generator = pipeline.generator
 
     def forward(self, tokens: Tensor, lengths: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
@@ -92,7 +108,7 @@ def export(pipeline: TextToImage, path: str | Path, kind: str = "onnx", overwrit
     path = Path(path)
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists already; give --overwrite or another name")
-    if not isinstance(pipeline.text_encoder, TextEncoder):
+    if type(pipeline.text_encoder) not in EXPORTABLE:
         raise ConfigError(
             "half of this model's sentence comes from a Transformer, which is not exported; serve its checkpoint"
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from miscc.byte_pairs import vocabulary_of
 from miscc.errors import CheckpointError, DataError, UserError
 from miscc.vocabulary import Vocabulary
 from serve.models import Drawn, Model, told_of
@@ -66,7 +67,7 @@ def load_onnx_model(path: str | Path) -> OnnxModel:
     metadata = session.get_modelmeta().custom_metadata_map
     try:
         about, outputs = json.loads(metadata["model"]), json.loads(metadata["outputs"])
-        vocabulary = Vocabulary(json.loads(metadata["vocabulary"]))
+        vocabulary = vocabulary_of(json.loads(metadata["vocabulary"]))
         return OnnxModel(Path(path).stem, session, about, vocabulary, outputs)
     except (KeyError, TypeError, ValueError, DataError) as error:
         raise CheckpointError(

@@ -181,3 +181,34 @@ def test_released_files_become_one_of_ours_which_trains_on(
     last = load_checkpoint(tmp_path / "00000-coco_galip-galip" / "checkpoints" / "last.pth")
     after = last["networks"]["discriminator"]["state"]["head.0.weight"]
     assert after.shape == before.shape and 0 < (after - before).abs().max() < 0.01
+
+
+def test_published_and_exported_it_draws_the_same(released_file, clip_folder, drawn_folder, tmp_path):
+    convert(released_file, clip_folder, drawn_folder, tmp_path / "ours.pth", dataset="folder")
+    pipeline = TextToImage.load(tmp_path / "ours.pth", "cpu")
+    drawn = pipeline.generate(["A red bird!"], seed=5).images
+    pipeline.save_pretrained(tmp_path / "published", examples=["a red bird"])
+    again = TextToImage.from_pretrained(tmp_path / "published", "cpu")
+    assert again.vocabulary == pipeline.vocabulary and (again.generate(["A red bird!"], seed=5).images == drawn).all()
+
+    # The graph that is exported, without capturing it: captions over all positions, the same images.
+    from serve.export import INPUTS, ExportedModel, output_names
+
+    encoded, noise = pipeline.tokens(["A red bird!"]), pipeline.noise(5, [0])
+    with torch.no_grad():
+        inputs = dict(zip(INPUTS, (encoded.tokens, encoded.lengths, noise), strict=True))
+        outputs = ExportedModel(pipeline)(*inputs.values())
+    assert len(outputs) == len(output_names(pipeline)) == 2
+    assert (outputs[0].numpy().astype(int) - drawn.astype(int)).max() <= 1
+
+
+def test_it_is_scored_while_it_trains(drawn_folder, tmp_path):
+    overrides = tiny_overrides(drawn_folder, "", tmp_path) | UNTRAINED | {
+        "TRAIN.MAX_STEPS": "0", "TRAIN.MAX_EPOCH": "1", "TRAIN.EVAL_EVERY": "1", "TRAIN.EVAL_IMAGES": "8",
+        "TRAIN.EVAL_CLASSES": "0.3",
+    }  # fmt: skip
+    assert run_main("cfg/bird_galip.yml", overrides) == 0
+    lines = (tmp_path / "00000-bird_galip-galip" / "stats.jsonl").read_text().splitlines()
+    scores = [value for line in lines for name, value in json.loads(line).items() if "FD[" in name]
+    assert len(scores) == 1 and scores[0] > 0
+    assert (tmp_path / "00000-bird_galip-galip" / "checkpoints" / "best.pth").is_file()
