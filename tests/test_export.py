@@ -9,6 +9,7 @@ import torch
 from tiny_models import CAPTIONS, GENERATORS, tiny_checkpoint, tiny_pipeline
 
 from miscc.errors import CheckpointError, UserError
+from models.damsm import TextEncoder
 from serve import export as exporting
 from serve.export import ExportableTextEncoder, compare, export, output_names
 
@@ -138,7 +139,7 @@ def test_an_export_that_differs_is_refused_and_deleted(tmp_path, monkeypatch):
             text = super().forward(captions, lengths)
             return text._replace(sentence=text.sentence.roll(1, dims=1))
 
-    monkeypatch.setattr(exporting, "ExportableTextEncoder", Wrong)
+    monkeypatch.setitem(exporting.EXPORTABLE, TextEncoder, Wrong)
     with pytest.raises(UserError, match="differs from the checkpoint .*values by .* was deleted"):
         export(tiny_pipeline(), tmp_path / "model.pt2", "pt2")
     assert not list(tmp_path.iterdir())
