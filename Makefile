@@ -20,7 +20,9 @@ $(VENV)/installed: requirements.txt
 # MINUTES bounds the whole demo, after installation, on a slow machine as on a fast one: what drawing and the encoders leave,
 # less half a minute for the last captions, is SSA-GAN's. Each step goes on from what is there, so a stopped demo continues
 # where it was, and `make demo MINUTES=60` makes the birds of a finished one better.
+# RECIPE: the settings in cfg/, demo or demo_projected.
 MINUTES ?= 15
+RECIPE  ?= demo
 
 demo: environment
 	@mkdir -p $(DEMO) && date +%s > $(DEMO)/started
@@ -29,11 +31,11 @@ demo: environment
 	@echo "2/4 training the text and image encoders"
 	@$(RUN) pretrain_DAMSM.py --cfg cfg/DAMSM/demo.yml --out $(DEMO)/encoders --continue $(DEVICE)
 	@echo "3/4 training SSA-GAN; a picture of its state every 90 seconds in $(DEMO)/*/pictures: first colours and backgrounds,"
-	@echo "    then outlines and masks that follow them, then heads, wings and beaks"
+	@echo "    then outlines, then heads, wings and beaks"
 	@left=$$(awk "BEGIN { m = $(MINUTES) - 0.5 - ($$(date +%s) - $$(cat $(DEMO)/started)) / 60; print (m > 1 ? m : 1) }"); \
-	$(RUN) main.py --cfg cfg/demo.yml --continue --set TRAIN.MAX_MINUTES $$left $(DEVICE)
+	$(RUN) main.py --cfg cfg/$(RECIPE).yml --continue --set TRAIN.MAX_MINUTES $$left $(DEVICE)
 	@echo "4/4 drawing test captions"
-	@$(RUN) main.py --cfg cfg/demo.yml --set B_VALIDATION True --num-images 24 --out $(DEMO)/samples --overwrite $(DEVICE)
+	@$(RUN) main.py --cfg cfg/$(RECIPE).yml --set B_VALIDATION True --num-images 24 --out $(DEMO)/samples --overwrite $(DEVICE)
 
 clean-demo:
 	rm -rf $(DEMO)
