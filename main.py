@@ -1,4 +1,6 @@
-"""Train a text-to-image GAN or draw with it, as a YAML file says. Arguments and objects only; no maths here.
+"""Train a text-to-image GAN or draw with it, as a YAML file says.
+
+Arguments and objects only; no maths here.
 
 python main.py --cfg cfg/bird.yml --gpu 0                       train
 python main.py --cfg cfg/bird.yml --resume                      go on where it stopped

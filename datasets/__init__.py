@@ -29,7 +29,7 @@ def check_name(name: str) -> None:
     """Raises DataError, with the nearest name, when there is no such data set."""
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(DATASETS)}"
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(DATASETS)}."
         raise DataError(f"DATASET_NAME: no data set {name!r}; {hint} Images of your own are `folder`.")
 
 
