@@ -22,11 +22,10 @@ import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
 
-from eval.metric import Metric, Run, Score, ScoringBatch
-from eval.R_precision import CandidateLists, about_lists, candidate_lists, lists_for, r_precision
-from eval.scripts import add_ranking_arguments, broken, open_samples, ranking_options, report, update_from
+from eval.metric import Metric, Needs, Run, Score, ScoringBatch, Tools
+from eval.R_precision import CandidateLists, about_lists, lists_for, r_precision
+from eval.scripts import add_ranking_arguments, run_script
 from miscc.checkpoint import hash_tensors
-from miscc.command_line import named_device
 from miscc.errors import run_command
 from miscc.images import from_uint8
 from miscc.vocabulary import Vocabulary, encode_rows
@@ -107,6 +106,7 @@ def clip_score(image_codes: torch.Tensor, caption_codes: torch.Tensor) -> torch.
 class ClipScore(Metric):
     """CLIPScore and CLIP-R-precision, the latter in per cent."""
 
+    needs = Needs(captions=True)
     accumulated = ("codes",)
 
     def __init__(
@@ -152,42 +152,15 @@ class ClipScore(Metric):
         return [score, Score(f"CLIP-R-precision%[{encoder.label}]", 100 * mean, said, std=100 * std)]
 
 
-def clip_scores(
-    folder: str | Path,
-    encoder: ImageTextEncoder,
-    *,
-    num_candidates: int = 99,
-    folds: int = 10,
-    seed: int = 2020,
-    lists: str | Path | None = None,
-    skip_broken: bool = False,
-    **options,
-) -> list[Score]:
-    """CLIPScore and, in per cent, CLIP-R-precision of a folder that the sampler wrote.
-
-    lists: where the candidate lists are, or shall be written (default: in the folder, by seed);
-    options: as `eval.scripts.update_from`.
-    Raises DataError.
-    """
-    source, samples, skipped = open_samples(folder, skip_broken)
-    drawn, about = candidate_lists(folder, samples, lists, num_candidates, seed)
-    metric = ClipScore(encoder, [sample.caption for sample in samples], drawn, folds, seed)
-    score, precision = update_from(source, metric, **options).compute()
-
-    origin = {"images": str(folder), "skipped": len(skipped), "skipped_names": list(skipped)}
-    warnings = broken(folder, skipped)
-    return [score.of(origin, warnings), precision.of(origin | about, warnings)]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="CLIPScore and CLIP-R-precision of sampled images")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clip", default=MODEL, metavar="NAME", help=f"file, folder, or name in the cache (default {MODEL})"
     )
     add_ranking_arguments(parser)
-    args = parser.parse_args()
-    encoder = load_clip(args.clip, named_device(args.device))
-    report(clip_scores(args.samples, encoder, **ranking_options(args)), args.json)
+
+
+def main() -> None:
+    run_script(ClipScore, add_options, tools_of=lambda args: Tools(clip=args.clip, lists=args.lists))
 
 
 if __name__ == "__main__":

@@ -32,11 +32,10 @@ from eval.scripts import (
     add_arguments,
     add_cache_arguments,
     add_sources,
-    broken,
-    describe,
     extraction_of,
     network_of,
     report,
+    say_origin,
     update_from,
 )
 from miscc.errors import DataError, run_command
@@ -243,8 +242,7 @@ def fid(
         source, skipped = load_source(fake, skip_broken)
         scores = update_from(source, metric, network, **options).compute()
 
-    origin = describe("real", real, of_real.skipped) | describe("fake", fake, skipped)
-    return [score.of(origin, broken(real, of_real.skipped) + broken(fake, skipped)) for score in scores]
+    return say_origin(scores, (real, of_real.skipped), (fake, skipped))
 
 
 def main() -> None:

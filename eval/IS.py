@@ -17,9 +17,8 @@ import torch
 
 from eval.features.classifier import load_classifier
 from eval.features.networks import FeatureNetwork
-from eval.features.statistics import load_source
 from eval.metric import Metric, Needs, Run, Score, ScoringBatch, score_name
-from eval.scripts import add_arguments, broken, extraction_of, network_of, report, update_from
+from eval.scripts import network_of, run_script
 from miscc.command_line import named_device
 from miscc.errors import ConfigError, DataError, run_command
 
@@ -108,41 +107,23 @@ def inception_score(logits: torch.Tensor, splits: int = 10, seed: int = 2020) ->
     return float(values.mean()), float(values.std())
 
 
-def image_score(
-    path: str | Path,
-    network: FeatureNetwork,
-    *,
-    splits: int = 10,
-    seed: int = 2020,
-    skip_broken: bool = False,
-    **options,
-) -> Score:
-    """The Inception score of the images at `path`; options as `eval.scripts.update_from`."""
-    source, skipped = load_source(path, skip_broken)
-    metric = InceptionScore(len(source), splits, seed, network)
-    update_from(source, metric, network, **options)
-    (score,) = metric.compute()
-    origin = {"images": str(path), "skipped": len(skipped), "skipped_names": list(skipped)}
-    return score.of(origin, broken(path, skipped))
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--splits", type=int, default=10, help="default 10, as the papers")
+    add("--classifier", metavar="FILE", help="score by the classifier of eval/train_classifier.py: IS[<data set>]")
+
+
+def load(args: argparse.Namespace) -> FeatureNetwork:
+    """The network that the options name, or a classifier, which is a network with weights and filter of its own."""
+    if not args.classifier:
+        return network_of(args)
+    if args.weights or args.resize or args.network != "inception-tf":
+        raise ConfigError("--classifier is a network with weights and filter; leave --network, --weights, --resize out")
+    return load_classifier(args.classifier, named_device(args.device))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Inception score of a set of images")
-    parser.add_argument("images", help="generated images: folder, list of files, .zip or .npz")
-    parser.add_argument("--splits", type=int, default=10, help="default 10, as the papers")
-    parser.add_argument(
-        "--classifier", metavar="FILE", help="score by the classifier of eval/train_classifier.py: IS[<data set>]"
-    )
-    add_arguments(parser)
-    args = parser.parse_args()
-
-    # A classifier is a network with weights and filter of its own.
-    if args.classifier and (args.weights or args.resize or args.network != parser.get_default("network")):
-        raise ConfigError("--classifier is a network with weights and filter; leave --network, --weights, --resize out")
-    network = load_classifier(args.classifier, named_device(args.device)) if args.classifier else network_of(args)
-
-    choices = {"splits": args.splits, "seed": args.seed, "skip_broken": args.skip_broken}
-    report([image_score(args.images, network, **choices, **extraction_of(args))], args.json)
+    run_script(InceptionScore, add_options, load=load)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ import torch
 from tqdm import tqdm
 
 from eval.features.networks import FeatureNetwork
-from eval.features.statistics import collect_features, load_source
 from eval.metric import Metric, Needs, Run, Score, ScoringBatch, distance_name
-from eval.scripts import add_arguments, add_sources, broken, describe, extraction_of, network_of, report, update_from
+from eval.scripts import run_script
+from miscc.command_line import at_least, positive
 from miscc.errors import DataError, run_command
 
 
@@ -87,9 +87,12 @@ class KernelDistance(Metric):
 
     def compute(self) -> list[Score]:
         fake, name = torch.cat(self.features), distance_name("KID", self.network)  # (N, D)
+
+        # Subsets of as many images as there are.
         size = min(self.subset_size, len(fake), len(self.real))
         if size < 2:
-            raise DataError(f"{name}: a single image; KID needs two or more")
+            single = "generated" if len(fake) < 2 else "real"
+            raise DataError(f"{name}: a single image ({single}); KID needs two or more")
         warnings = ()
         if size < self.subset_size:
             warnings = (f"{name}: subsets of {size} instead of {self.subset_size} images; the ± is too small",)
@@ -100,42 +103,14 @@ class KernelDistance(Metric):
         return [Score(name, mean, about, std=std, warnings=warnings)]
 
 
-def kid(
-    real: str | Path,
-    fake: str | Path,
-    network: FeatureNetwork,
-    *,
-    subsets: int = 100,
-    subset_size: int = 1000,
-    seed: int = 2020,
-    skip_broken: bool = False,
-    **options,
-) -> Score:
-    """KID of generated against real images; options as `eval.scripts.update_from`."""
-    real_source, skipped_real = load_source(real, skip_broken)
-    fake_source, skipped_fake = load_source(fake, skip_broken)
-    if min(len(real_source), len(fake_source)) < 2:
-        raise DataError(f"{real if len(real_source) < 2 else fake}: holds a single image; KID needs two or more")
-
-    features = collect_features(real_source, network, **options)
-    metric = KernelDistance(network, features, subsets, subset_size, seed)
-    (score,) = update_from(fake_source, metric, network, **options).compute()
-    origin = describe("real", real, skipped_real) | describe("fake", fake, skipped_fake)
-    return score.of(origin, broken(real, skipped_real) + broken(fake, skipped_fake))
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--subsets", dest="kid_subsets", metavar="N", type=positive, default=100, help="default 100")
+    add("--subset-size", dest="kid_subset_size", metavar="N", type=at_least(2), default=1000, help="default 1000")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Kernel Inception distance between two sets of images")
-    add_sources(parser)
-    parser.add_argument("--subsets", type=int, default=100, help="default 100")
-    parser.add_argument("--subset-size", type=int, default=1000, help="default 1000")
-    add_arguments(parser)
-    args = parser.parse_args()
-    if args.subsets < 1 or args.subset_size < 2:
-        raise DataError("--subsets must be at least 1 and --subset-size at least 2")
-    choices = {"subsets": args.subsets, "subset_size": args.subset_size}
-    choices |= {"seed": args.seed, "skip_broken": args.skip_broken, **extraction_of(args)}
-    report([kid(args.real, args.fake, network_of(args), **choices)], args.json)
+    run_script(KernelDistance, add_options)
 
 
 if __name__ == "__main__":

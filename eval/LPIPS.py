@@ -27,7 +27,7 @@ from torch import nn
 from eval.features.networks import find_weights
 from eval.features.sources import CAPTIONS_FILE, ImageSource, drop_broken, open_source, read_samples
 from eval.metric import Metric, Needs, Run, Score, ScoringBatch
-from eval.scripts import add_arguments, broken, extraction_of, open_samples, report, update_from
+from eval.scripts import add_arguments, broken, extraction_of, open_images, report, score_set, update_from
 from miscc.checkpoint import hash_tensors, load_file
 from miscc.command_line import named_device, seed_number
 from miscc.errors import CheckpointError, DataError, run_command
@@ -255,8 +255,8 @@ def caption_diversity(
     options: as `eval.scripts.update_from`.
     The ± is the spread over captions.
     """
-    source, samples, skipped = open_samples(path, skip_broken)
-    samples = [replace(sample, caption=" ".join(sample.caption.lower().split())) for sample in samples]
+    images = open_images(path, skip_broken, with_samples=True)
+    samples = [replace(sample, caption=" ".join(sample.caption.lower().split())) for sample in images.samples]
     groups = defaultdict(list)
     for index, sample in enumerate(samples):
         groups[sample.caption].append(index)
@@ -269,12 +269,11 @@ def caption_diversity(
             indices = [indices[position] for position in sorted(chosen)]
         order += indices if len(indices) > 1 else []
 
-    chosen = [samples[index] for index in order]
-    metric = Diversity(network, [sample.caption for sample in chosen])
-    (score,) = update_from(source.subset(order), metric, samples=chosen, **options).compute()
-    origin = {"images": str(path), "captions_with_one_image": len(groups) - score.protocol["num_captions"]}
-    origin |= {"max_images": max_images, "seed": seed, "skipped": len(skipped), "skipped_names": list(skipped)}
-    return score.of(origin, broken(path, skipped))
+    chosen = replace(images, source=images.source.subset(order), samples=tuple(samples[index] for index in order))
+    metric = Diversity(network, [sample.caption for sample in chosen.samples])
+    (score,) = score_set(metric, chosen, **options)
+    alone = len(groups) - score.protocol["num_captions"]
+    return score.of({"captions_with_one_image": alone, "max_images": max_images, "seed": seed})
 
 
 def paired_distance(

@@ -10,7 +10,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: this folder hides other packages' names
@@ -21,9 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from datasets.captions import encode_batch
-from eval.features.sources import Sample
-from eval.metric import Metric, Needs, Run, Score, ScoringBatch
-from eval.scripts import add_ranking_arguments, broken, open_samples, ranking_options, report, update_from
+from eval.metric import Metric, Needs, Run, Score, ScoringBatch, Tools
+from eval.scripts import add_ranking_arguments, run_script
 from miscc.checkpoint import hash_tensors
 from miscc.command_line import named_device
 from miscc.errors import CheckpointError, DataError, UserError, run_command
@@ -34,19 +33,18 @@ from miscc.vocabulary import Vocabulary, tokenize
 from models.modes import no_tf32
 from sampling.encoders import Encoders, load_encoders, released_vocabulary
 
-ABOUT_FILE = "samples.json"  # beside the samples: what they were made with, `encoder_hash` among it
-
 SAME = 1e-12  # cosines that differ by less are equal: captions that differ only in words that the encoder does not know
 
 
 @dataclass(frozen=True)
 class CandidateLists:
-    """For each of N images its own caption and K wrong ones, as indices into `pool`."""
+    """For each of N images its own caption and K wrong ones, as indices into `pool`. file: where they are kept, "" nowhere."""
 
     pool: tuple[str, ...]
     true: np.ndarray  # (N,)
     candidates: np.ndarray  # (N, K)
     seed: int
+    file: str = ""
 
     def save(self, path: str | Path, files: Sequence[str]) -> None:
         """Write JSON: the captions once, and for each image's file its own caption and the wrong ones."""
@@ -178,7 +176,7 @@ def encoder_hash(encoders: Encoders) -> str:
 class RPrecision(Metric):
     """R-precision, in per cent, by DAMSM's encoders."""
 
-    needs = Needs(encoders=True)
+    needs = Needs(encoders=True, captions=True)
     accumulated = ("codes",)
 
     def __init__(
@@ -189,12 +187,14 @@ class RPrecision(Metric):
         folds: int = 10,
         seed: int = 2020,
         generators_encoder: str | None = None,
+        folder: Path | None = None,
     ) -> None:
         """Raises DataError without a vocabulary, CheckpointError without an image encoder.
 
         vocabulary: for encoders that carry none;
         lists: of all images, in the order in which they come;
-        generators_encoder: fingerprint of the generator's text encoder, None where it is not known.
+        generators_encoder: fingerprint of the generator's text encoder, None where it is not known;
+        folder: of the samples, None where images come from elsewhere.
         """
         self.encoders, self.vocabulary = encoders, encoders.vocabulary or vocabulary
         if self.vocabulary is None:
@@ -204,7 +204,7 @@ class RPrecision(Metric):
                 "these encoders have no image encoder; put image_encoder*.pth beside text_encoder*.pth"
             )
         self.lists, self.folds, self.seed = lists, folds, seed
-        self.generators_encoder = generators_encoder
+        self.generators_encoder, self.folder = generators_encoder, folder
         self.device = next(encoders.image_encoder.parameters()).device
         self.codes: list[torch.Tensor] = []
 
@@ -216,7 +216,8 @@ class RPrecision(Metric):
         if len(run.requests) < protocol.folds:
             raise DataError(f"{len(run.requests)} images cannot be dealt to {protocol.folds} folds; draw more")
         lists = lists_for(run)
-        return cls(encoders, run.vocabulary, lists, protocol.folds, protocol.seed, run.text_encoder_hash)
+        about_samples = (run.text_encoder_hash, run.folder)
+        return cls(encoders, run.vocabulary, lists, protocol.folds, protocol.seed, *about_samples)
 
     @torch.inference_mode()
     def update(self, batch: ScoringBatch) -> None:
@@ -232,6 +233,7 @@ class RPrecision(Metric):
         codes = torch.cat(self.codes)  # (N, D)
         mean, std = r_precision(codes, captions, lists.true, lists.candidates, self.folds, self.seed)
 
+        # Whether the generator was trained by these encoders.
         same = None if self.generators_encoder is None else self.generators_encoder == encoder
         about = {"encoder_hash": encoder, "num_images": len(codes), **about_lists(lists), "folds": self.folds}
         about |= {"seed": self.seed, "encoder_of_the_generator": same}
@@ -241,102 +243,64 @@ class RPrecision(Metric):
                 "R-precision: these are the encoders that the generator was trained with, which flatters it; score with "
                 "encoders that were trained apart (--encoders)",
             )
+        if same is None and self.folder is not None:
+            warnings = (
+                f"{self.folder}: does not say which encoders the generator was trained with; R-precision by the same ones "
+                "would flatter it",
+            )
         return [Score(f"R-precision%[damsm:{encoder[:8]}]", 100 * mean, about, std=100 * std, warnings=warnings)]
 
 
 def lists_for(run: Run) -> CandidateLists:
-    """The candidate lists of a protocol's run. Raises DataError for too few captions."""
+    """The candidate lists of a run: drawn; for a folder of samples read from their file, or drawn and written to it.
+
+    Raises DataError for too few captions, or a file of other samples.
+    """
+    protocol = run.protocol
     captions, keys = [r.caption for r in run.requests], [r.key for r in run.requests]
-    return draw_candidates(captions, keys, run.protocol.candidates, run.protocol.seed)
+    if run.folder is None:
+        return draw_candidates(captions, keys, protocol.candidates, protocol.seed)
+
+    # Lists of an earlier run of the script.
+    name = f"r_precision_{protocol.candidates}_seed{protocol.seed}.json"
+    path = Path(run.tools.lists or run.folder / name)
+    if path.is_file():
+        return replace(CandidateLists.load(path, run.files, captions), file=str(path))
+
+    lists = draw_candidates(captions, keys, protocol.candidates, protocol.seed)
+    try:
+        lists.save(path, run.files)
+    except (OSError, UserError) as error:
+        raise DataError(
+            f"{path}: the candidate lists cannot be written ({error}); give another place with --lists"
+        ) from None
+    return replace(lists, file=str(path))
 
 
 def about_lists(lists: CandidateLists) -> dict:
     """The fields of a score's protocol that say among what captions an image's own was ranked."""
     num_candidates = lists.candidates.shape[1]
-    return {
-        "candidates": num_candidates,
-        "pool": len(lists.pool),
-        "unit": "%",
-        "chance": 100 / (1 + num_candidates),
-    }
+    about = {"candidates": num_candidates, "pool": len(lists.pool), "unit": "%", "chance": 100 / (1 + num_candidates)}
+    return about | ({"lists": lists.file, "lists_seed": lists.seed} if lists.file else {})
 
 
-def sample_precision(
-    folder: str | Path,
-    encoders: Encoders,
-    *,
-    vocabulary: Vocabulary | None = None,
-    num_candidates: int = 99,
-    folds: int = 10,
-    seed: int = 2020,
-    lists: str | Path | None = None,
-    skip_broken: bool = False,
-    **options,
-) -> Score:
-    """R-precision, in per cent, of a folder that the sampler wrote.
-
-    vocabulary: for encoders that carry none;
-    lists: where the candidate lists are, or shall be written (default: in the folder, by seed);
-    options: as `eval.scripts.update_from`.
-    Raises DataError, or CheckpointError without an image encoder.
-    """
-    source, samples, skipped = open_samples(folder, skip_broken)
-    drawn, about = candidate_lists(folder, samples, lists, num_candidates, seed)
-    made_with = _made_with(Path(folder))
-    metric = RPrecision(encoders, vocabulary, drawn, folds, seed, made_with)
-    (score,) = update_from(source, metric, **options).compute()
-
-    warnings = broken(folder, skipped)
-    if made_with is None:
-        warnings = (
-            f"{folder}: does not say which encoders the generator was trained with; R-precision by the same ones "
-            "would flatter it",
-            *warnings,
-        )
-    origin = {"images": str(folder), "skipped": len(skipped), "skipped_names": list(skipped), **about}
-    return score.of(origin, warnings)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--encoders", required=True, metavar="CKPT", help="DAMSM checkpoint, or text_encoder*.pth")
+    add("--data-dir", metavar="DIR", help="folder of captions.pickle, for the authors' encoders")
+    add_ranking_arguments(parser)
 
 
-def candidate_lists(
-    folder: str | Path, samples: Sequence[Sample], path: str | Path | None, num_candidates: int, seed: int
-) -> tuple[CandidateLists, dict]:
-    """Read the lists at `path`, or draw them and write them there; and the fields that say where they are.
-
-    path: None: in the folder, by seed.
-    """
-    path = Path(path or Path(folder) / f"r_precision_{num_candidates}_seed{seed}.json")
-    files, captions = [sample.file for sample in samples], [sample.caption for sample in samples]
-    if path.is_file():
-        lists = CandidateLists.load(path, files, captions)
-        return lists, {"lists": str(path), "lists_seed": lists.seed}
-
-    lists = draw_candidates(captions, [sample.key for sample in samples], num_candidates, seed)
-    try:
-        lists.save(path, files)
-    except (OSError, UserError) as error:
-        raise DataError(
-            f"{path}: the candidate lists cannot be written ({error}); give another place with --lists"
-        ) from None
-    return lists, {"lists": str(path), "lists_seed": lists.seed}
-
-
-def _made_with(folder: Path) -> str | None:
-    """The fingerprint of the text encoder behind the samples, None where they do not say."""
-    try:
-        return json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8")).get("encoder_hash")
-    except (OSError, ValueError, AttributeError):
-        return None
+def tools_of(args: argparse.Namespace) -> Tools:
+    """The encoders that the options name, with a vocabulary where --data-dir has one."""
+    encoders = load_encoders(args.encoders, named_device(args.device))
+    if args.data_dir and encoders.vocabulary is None:
+        encoders = encoders._replace(vocabulary=released_vocabulary(args.data_dir))
+    return Tools(encoders, lists=args.lists)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="R-precision of sampled images by DAMSM encoders")
-    parser.add_argument("--encoders", required=True, metavar="CKPT", help="DAMSM checkpoint, or text_encoder*.pth")
-    parser.add_argument("--data-dir", metavar="DIR", help="folder of captions.pickle, for the authors' encoders")
-    add_ranking_arguments(parser)
-    args = parser.parse_args()
-    encoders = load_encoders(args.encoders, named_device(args.device))
-    vocabulary = released_vocabulary(args.data_dir) if args.data_dir and encoders.vocabulary is None else None
-    report([sample_precision(args.samples, encoders, vocabulary=vocabulary, **ranking_options(args))], args.json)
+    run_script(RPrecision, add_options, tools_of=tools_of)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from eval.toybirds.classifiers import (
     trained,
 )
 from eval.toybirds.networks import AttributeNetwork
-from eval.toybirds.samples import BirdMetric, run_script
+from eval.toybirds.samples import BirdMetric, run_bird_script
 from miscc.errors import DataError, UserError, run_command
 from miscc.randomness import stream
 
@@ -371,7 +371,7 @@ class AttributeAccuracy(BirdMetric):
 
 
 def main() -> None:
-    run_script("attributes", "attributes that captions name, read off generated ToyBirds", AttributeAccuracy)
+    run_bird_script("attributes", "attributes that captions name, read off generated ToyBirds", AttributeAccuracy)
 
 
 if __name__ == "__main__":

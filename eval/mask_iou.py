@@ -35,7 +35,7 @@ from eval.toybirds.classifiers import (
     train,
     trained,
 )
-from eval.toybirds.samples import BirdMetric, run_script
+from eval.toybirds.samples import BirdMetric, run_bird_script
 from miscc.errors import DataError, UserError, run_command
 from miscc.randomness import stream
 
@@ -326,7 +326,7 @@ class MaskIoU(BirdMetric):
 
 
 def main() -> None:
-    run_script("masks", "IoU of a generator's masks with the birds in its ToyBirds images", MaskIoU)
+    run_bird_script("masks", "IoU of a generator's masks with the birds in its ToyBirds images", MaskIoU)
 
 
 if __name__ == "__main__":

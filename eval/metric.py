@@ -111,6 +111,7 @@ class Needs:
     masks: the generator's;
     repeats: several images of each caption, drawn apart from the others;
     real_images: the real image of each generated one's key;
+    captions: the caption of each image, so that its script reads folders of samples alone;
     data_set: images of this data set alone.
     """
 
@@ -120,6 +121,7 @@ class Needs:
     masks: bool = False
     repeats: bool = False
     real_images: bool = False
+    captions: bool = False
     data_set: str = ""
 
 
@@ -130,6 +132,7 @@ class Tools:
     encoders: of R-precision;
     weights, lpips_weights: files in place of those in torch hub's cache;
     clip: folder of a CLIP, or its name in Hugging Face's cache, None: the usual one;
+    lists: file of R-precision's candidate lists, for a folder of samples; None: in that folder, by seed;
     cache: folder of kept features and classifiers, None: keep no features;
     progress: whether to show bars, None: on a terminal only.
     """
@@ -141,15 +144,18 @@ class Tools:
     cache: str | Path | None = None
     batch_size: int = 32
     progress: bool | None = None
+    lists: str | Path | None = None
 
 
 @dataclass(frozen=True)
 class Run:
-    """The run of a protocol, from which a metric takes what it needs.
+    """The run of a protocol or a script, from which a metric takes what it needs.
 
     requests: of all images that are scored, or of those drawn apart for a metric that needs repeats;
     text_encoder_hash: of the generator, None for real images;
-    network, reference: None where no metric needs them; reference only in the main process.
+    vocabulary: None for a folder of images;
+    network, reference: None where no metric needs them; reference only in the main process;
+    folder, files: the folder of samples that a script scores, and its images, in the order of the requests.
     """
 
     protocol: Protocol
@@ -157,10 +163,12 @@ class Run:
     device: torch.device
     requests: Sequence[Request]
     image_size: int
-    vocabulary: Vocabulary
+    vocabulary: Vocabulary | None
     text_encoder_hash: str | None = None
     network: FeatureNetwork | None = None
     reference: Reference | None = None
+    folder: Path | None = None
+    files: Sequence[str] = ()
 
 
 class Metric:

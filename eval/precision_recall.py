@@ -14,9 +14,9 @@ if __package__ in (None, ""):  # run as a script: this folder hides other packag
 import torch
 
 from eval.features.networks import FeatureNetwork
-from eval.features.statistics import collect_features, load_source
 from eval.metric import Metric, Needs, Run, Score, ScoringBatch
-from eval.scripts import add_arguments, add_sources, broken, describe, extraction_of, network_of, report, update_from
+from eval.scripts import run_script
+from miscc.command_line import positive
 from miscc.errors import DataError, run_command
 
 ROWS = 2048  # compared with the whole other set at a time: 30,000 images take 240 MB
@@ -82,35 +82,16 @@ class PrecisionRecall(Metric):
         return [Score(name, value, about, warnings=warnings) for name, value in zip(names, values, strict=True)]
 
 
-def image_precision_recall(
-    real: str | Path,
-    fake: str | Path,
-    network: FeatureNetwork,
-    *,
-    neighbourhood: int = 3,
-    skip_broken: bool = False,
-    **options,
-) -> list[Score]:
-    """Precision and recall of generated against real images; options as `eval.scripts.update_from`."""
-    real_source, skipped_real = load_source(real, skip_broken)
-    fake_source, skipped_fake = load_source(fake, skip_broken)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--neighbourhood", type=positive, default=3, metavar="K", help="default 3")
 
-    metric = PrecisionRecall(network, collect_features(real_source, network, **options), neighbourhood)
-    scores = update_from(fake_source, metric, network, **options).compute()
-    origin = describe("real", real, skipped_real) | describe("fake", fake, skipped_fake)
-    return [score.of(origin, broken(real, skipped_real) + broken(fake, skipped_fake)) for score in scores]
+
+def build(run: Run, args: argparse.Namespace) -> PrecisionRecall:
+    return PrecisionRecall(run.network, run.reference.features, args.neighbourhood)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Improved precision and recall of generated against real images")
-    add_sources(parser)
-    parser.add_argument("--neighbourhood", type=int, default=3, help="default 3")
-    add_arguments(parser)
-    args = parser.parse_args()
-    if args.neighbourhood < 1:
-        raise DataError("--neighbourhood must be at least 1")
-    choices = {"neighbourhood": args.neighbourhood, "skip_broken": args.skip_broken, **extraction_of(args)}
-    report(image_precision_recall(args.real, args.fake, network_of(args), **choices), args.json)
+    run_script(PrecisionRecall, add_options, build)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,35 @@
-"""What the metrics' scripts share: their options, the loop over a folder of images, and the output as lines and JSON."""
+"""What the metrics' scripts share: `run_script`, their options, the loop over a set of images, the output as lines and JSON."""
 
 import argparse
 import itertools
 import json
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from eval.features.networks import NETWORKS, RESIZE, FeatureNetwork, WeightsError, load_network
+from eval.features.reference import Reference
 from eval.features.sources import ImageSource, Sample, batches, read_samples
-from eval.features.statistics import default_cache, load_source
-from eval.metric import Metric, Score, ScoringBatch
+from eval.features.statistics import collect_features, default_cache, load_source, statistics_of_features
+from eval.metric import Metric, Run, Score, ScoringBatch, Tools
+from eval.protocol.protocols import Protocol
 from miscc.command_line import add_device_option, named_device, positive, seed_number
 from miscc.errors import CheckpointError
 from miscc.files import write_json
 from sampling.requests import Request
 
+ABOUT_FILE = "samples.json"  # beside sampled images: what they were made with, `encoder_hash` among it
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "transformers", "pillow", "numpy", "scipy")
+
+
+Skipped = tuple[str | Path, Sequence[str]]  # where images are, and the names of broken ones left out
+PROTOCOL_FIELDS = ("splits", "kid_subsets", "kid_subset_size", "candidates", "folds", "seed")  # that options may set
 
 
 def add_arguments(parser: argparse.ArgumentParser, network: bool = True, weights: bool = True) -> None:
@@ -51,20 +60,12 @@ def add_sources(parser: argparse.ArgumentParser, statistics: bool = False) -> No
 
 
 def add_ranking_arguments(parser: argparse.ArgumentParser) -> None:
-    """A folder of samples, and the options of a metric that ranks an image's own caption among others."""
+    """The options of a metric that ranks an image's own caption among others."""
     add = parser.add_argument
-    add("--samples", required=True, metavar="DIR", help="folder that main.py sampled into")
     add("--candidates", type=positive, default=99, metavar="N", help="wrong captions an image (default 99)")
     add("--lists", metavar="PATH", help="candidate lists as JSON: read if there, else written")
     add("--folds", type=int, default=10, help="default 10, as AttnGAN")
     add("--seed", type=seed_number, default=2020, help="of candidate lists and folds")
-    add_arguments(parser, network=False, weights=False)
-
-
-def ranking_options(args: argparse.Namespace) -> dict:
-    """What `add_ranking_arguments` adds, beside samples and device."""
-    names = {"num_candidates": args.candidates, "folds": args.folds, "seed": args.seed, "lists": args.lists}
-    return names | {"skip_broken": args.skip_broken, **extraction_of(args)}
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,18 +89,156 @@ def extraction_of(args: argparse.Namespace) -> dict:
     return {"batch_size": args.batch_size, "workers": args.workers, "progress": True}
 
 
-def open_samples(folder: str | Path, skip_broken: bool = False) -> tuple[ImageSource, list[Sample], tuple[str, ...]]:
-    """The images that main.py sampled into a folder, what each was made from, and the names of broken ones left out."""
-    by_file = {sample.file: sample for sample in read_samples(folder)}
-    source, skipped = load_source(folder, skip_broken)
-    return source, [by_file[name] for name in source.names], skipped
+@dataclass(frozen=True)
+class ImageSet:
+    """Images on disk that are scored.
+
+    skipped: names of broken images that were left out;
+    samples: what each image was made from, () where nothing says it.
+    """
+
+    path: str | Path
+    source: ImageSource
+    skipped: tuple[str, ...] = ()
+    samples: tuple[Sample, ...] = ()
+
+    @property
+    def requests(self) -> list[Request]:
+        """The request behind each image; without caption and key where there are no samples."""
+        if not self.samples:
+            return [Request(index, "", "", 0, 0) for index in range(len(self.source))]
+        return [Request(i, s.caption, s.key, s.caption_number, s.sample) for i, s in enumerate(self.samples)]
+
+
+def open_images(path: str | Path, skip_broken: bool = False, with_samples: bool = False) -> ImageSet:
+    """Open a source of eval/features/sources.py; with_samples: a folder that main.py sampled into, else DataError."""
+    by_file = {sample.file: sample for sample in read_samples(path)} if with_samples else {}
+    source, skipped = load_source(path, skip_broken)
+    return ImageSet(path, source, skipped, tuple(by_file[name] for name in source.names if by_file))
+
+
+def score_set(
+    metric: Metric,
+    images: ImageSet,
+    real: ImageSet | None = None,
+    network: FeatureNetwork | None = None,
+    **options,
+) -> list[Score]:
+    """Update a metric with a set of images: its scores, which say what these and `real` were. options: as `update_from`."""
+    scores = update_from(images.source, metric, network, images.requests, **options).compute()
+    if real is not None:
+        return say_origin(scores, (real.path, real.skipped), (images.path, images.skipped))
+    origin = {"images": str(images.path), "skipped": len(images.skipped), "skipped_names": list(images.skipped)}
+    return [score.of(origin, broken(images.path, images.skipped)) for score in scores]
+
+
+def score_images(
+    metric: type[Metric],
+    path: str | Path,
+    real: str | Path | None = None,
+    *,
+    network: FeatureNetwork | None = None,
+    build: Callable[[Run], Metric] | None = None,
+    protocol: Protocol = Protocol("script", ""),  # noqa: B008  # frozen
+    tools: Tools = Tools(),  # noqa: B008  # frozen
+    device: str | torch.device = "cpu",
+    skip_broken: bool = False,
+    **options,
+) -> list[Score]:
+    """The scores of images on disk by a metric that is built as for a protocol.
+
+    real: images that they are compared with, where the metric needs any;
+    build: makes the metric of the run, None: its `from_run`;
+    options: as `update_from`.
+    Raises DataError, naming the file, for an image that cannot be read.
+    """
+    needs = metric.needs
+    images = open_images(path, skip_broken, needs.captions)
+
+    # What generated images are compared with.
+    others = reference = None
+    if needs.real and real is not None and network is not None:
+        others = open_images(real, skip_broken)
+        features = collect_features(others.source, network, **options)
+        statistics = statistics_of_features(features, network.protocol()) if needs.real == "statistics" else None
+        reference = Reference(statistics, features, others.source.fingerprint(), from_cache=False)
+
+    # The metric, as a protocol would build it.
+    run = Run(
+        protocol,
+        tools,
+        torch.device(device),
+        images.requests,
+        image_size=images.source.read(0).shape[0],
+        vocabulary=None,
+        text_encoder_hash=encoder_of_samples(path) if needs.captions else None,
+        network=network,
+        reference=reference,
+        folder=Path(path) if needs.captions else None,
+        files=images.source.names,
+    )
+    built = build(run) if build else metric.from_run(run)
+    return score_set(built, images, others, network if needs.features else None, **options)
+
+
+def encoder_of_samples(folder: str | Path) -> str | None:
+    """The fingerprint of the text encoder behind a folder of samples, None where it does not say."""
+    try:
+        return json.loads((Path(folder) / ABOUT_FILE).read_text(encoding="utf-8")).get("encoder_hash")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def run_script(
+    metric: type[Metric],
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    build: Callable[[Run, argparse.Namespace], Metric] | None = None,
+    load: Callable[[argparse.Namespace], FeatureNetwork] = network_of,
+    tools_of: Callable[[argparse.Namespace], Tools] = lambda args: Tools(),
+) -> None:
+    """The script of a metric; sources and options follow from what it needs, its class's first line is the description.
+
+    add_options: those of its own; one named as a field of Protocol sets that field;
+    build: (run, options) -> metric, None: its `from_run`;
+    load: the feature network;
+    tools_of: see Tools.
+    """
+    needs, parser = metric.needs, argparse.ArgumentParser(description=(metric.__doc__ or "").partition("\n")[0])
+    if needs.captions:
+        parser.add_argument(
+            "--samples", dest="images", required=True, metavar="DIR", help="folder of main.py's samples"
+        )
+    elif needs.real:
+        add_sources(parser)
+    else:
+        parser.add_argument("images", help="generated images: folder, list of files, .zip or .npz")
+    add_options(parser)
+    add_arguments(parser, network=needs.features, weights=needs.features)
+    args = parser.parse_args()
+
+    # Options of a protocol's fields stand for these; network and filter are the network's own.
+    values = vars(args)
+    choices = {name: values[name] for name in PROTOCOL_FIELDS if name in values}
+    network, tools = load(args) if needs.features else None, tools_of(args)
+    scores = score_images(
+        metric,
+        *((args.fake, args.real) if needs.real else (args.images,)),
+        network=network,
+        build=(lambda run: build(run, args)) if build else None,
+        protocol=Protocol("script", "", **choices),
+        tools=tools,
+        device=named_device(args.device),
+        skip_broken=args.skip_broken,
+        **extraction_of(args),
+    )
+    report(scores, args.json)
 
 
 def update_from(
     source: ImageSource,
     metric: Metric,
     network: FeatureNetwork | None = None,
-    samples: Iterable[Sample] = (),
+    requests: Sequence[Request] = (),
     real: ImageSource | None = None,
     batch_size: int = 32,
     workers: int | None = None,
@@ -108,15 +247,11 @@ def update_from(
     """Update a metric with the images of a source, batch by batch; returns the metric.
 
     network: whose features the metric needs;
-    samples: what each image was made from;
+    requests: the request behind each image;
     real: the real image of each;
     progress: whether to show a bar, None: on a terminal only.
     Raises DataError, naming the file, for an image that cannot be read.
     """
-    # The request behind each image, where samples say it.
-    requests = [Request(i, s.caption, s.key, s.caption_number, s.sample) for i, s in enumerate(samples)]
-
-    # Batch by batch, with features and real images where they are needed.
     done, hidden = 0, not (sys.stderr.isatty() if progress is None else progress)
     with tqdm(total=len(source), desc=source.path.name, unit="image", leave=False, disable=hidden) as bar:
         partners = batches(real, batch_size, workers) if real else itertools.repeat(())
@@ -135,9 +270,13 @@ def broken(path: str | Path, skipped: Sequence[str]) -> tuple[str, ...]:
     return (f"{path}: {len(skipped)} broken images were left out, e.g. {skipped[0]}",) if skipped else ()
 
 
-def describe(role: str, path: str | Path, skipped: Sequence[str]) -> dict:
-    """The fields of a score's protocol that say what a set of images was."""
-    return {role: str(path), f"skipped_{role}": len(skipped), f"skipped_{role}_names": [*skipped]}
+def say_origin(scores: Sequence[Score], real: Skipped, fake: Skipped) -> list[Score]:
+    """The same scores, which also say what the real and the generated images were, and warn of what was left out."""
+    origin, warnings = {}, ()
+    for role, (path, skipped) in (("real", real), ("fake", fake)):
+        origin |= {role: str(path), f"skipped_{role}": len(skipped), f"skipped_{role}_names": [*skipped]}
+        warnings += broken(path, skipped)
+    return [score.of(origin, warnings) for score in scores]
 
 
 def versions() -> dict[str, str]:

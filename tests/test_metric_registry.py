@@ -30,13 +30,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 BRIGHTNESS = '''"""Brightness of images: `python eval/brightness.py IMAGES`."""
 
-import argparse
-
 import numpy as np
 
-from eval.features.sources import open_source
 from eval.metric import Metric, Score
-from eval.scripts import add_arguments, extraction_of, report, update_from
+from eval.scripts import run_script
 from miscc.errors import run_command
 
 
@@ -56,11 +53,7 @@ class Brightness(Metric):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("images")
-    add_arguments(parser, network=False, weights=False)
-    args = parser.parse_args()
-    report(update_from(open_source(args.images), Brightness(), **extraction_of(args)).compute(), args.json)
+    run_script(Brightness)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_clip import hugging_face_state
 
-from eval.CLIP import clip_score, clip_scores, load_clip, resized_and_cropped
+from eval.CLIP import ClipScore, clip_score, load_clip, resized_and_cropped
 from eval.CLIP import main as clip_main
+from eval.protocol.protocols import Protocol
+from eval.R_precision import lists_for
+from eval.scripts import score_images
 from miscc.byte_pairs import BytePairs
 from miscc.errors import run_command
 from models.clip_features import untrained_clip
@@ -42,6 +45,16 @@ def write_samples(folder, pairs):
         lines.append(json.dumps({"file": f"{number}.png", "caption": caption, "key": f"k{number}"}))
     (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def clip_scores(folder, encoder, num_candidates, folds, **options):
+    """As the script scores a folder, by an encoder of our own."""
+
+    def build(run):
+        return ClipScore(encoder, [request.caption for request in run.requests], lists_for(run), folds)
+
+    protocol = Protocol("ranking", "", candidates=num_candidates, folds=folds)
+    return score_images(ClipScore, folder, build=build, protocol=protocol, **options)
 
 
 def test_score_by_hand():

@@ -11,10 +11,12 @@ from metrics_help import tiny_network, write_pictures
 from eval.features.sources import open_source
 from eval.features.statistics import Statistics, collect_features, save_statistics, statistics_of_features
 from eval.FID import bootstrap_interval, distance, extrapolated_distance, fid, frechet_distance
-from eval.IS import InceptionScore, image_score, inception_score
-from eval.KID import kernel_distance, kid, squared_discrepancy
+from eval.IS import InceptionScore, inception_score
+from eval.KID import KernelDistance, kernel_distance, squared_discrepancy
 from eval.metric import ScoringBatch
-from eval.precision_recall import image_precision_recall, precision_recall
+from eval.precision_recall import PrecisionRecall, precision_recall
+from eval.protocol.protocols import Protocol
+from eval.scripts import score_images
 from miscc.errors import DataError
 
 
@@ -140,12 +142,13 @@ def test_kernel_distance_of_the_same_distribution_is_zero_on_average():
 
 def test_kid_of_few_images_takes_smaller_subsets_and_says_so(tmp_path):
     real, fake = write_pictures(tmp_path / "real", 9), write_pictures(tmp_path / "fake", 5, tone=90)
-    score = kid(real, fake, tiny_network(), subsets=7)
+    few = Protocol("few", "", kid_subsets=7)
+    (score,) = score_images(KernelDistance, fake, real, network=tiny_network(), protocol=few)
     assert score.name.startswith("KD[tiny") and score.value > 0
     assert score.protocol["subset_size"] == 5 and score.protocol["subsets"] == 7
     assert "subsets of 5 instead of 1000" in score.warnings[0]
     with pytest.raises(DataError, match="single image"):
-        kid(real, write_pictures(tmp_path / "one", 1), tiny_network())
+        score_images(KernelDistance, write_pictures(tmp_path / "one", 1), real, network=tiny_network())
 
 
 def test_inception_score_by_hand():
@@ -187,7 +190,8 @@ def test_inception_score_in_batches_equals_that_at_once_and_holds_no_logits():
 def test_inception_score_of_a_folder(tmp_path):
     folder, network = write_pictures(tmp_path / "set", 12), tiny_network()
     (folder / "003.png").write_bytes(b"broken")
-    score = image_score(folder, network, splits=2, skip_broken=True, batch_size=5)
+    options = {"network": network, "protocol": Protocol("two", "", splits=2), "skip_broken": True, "batch_size": 5}
+    (score,) = score_images(InceptionScore, folder, **options)
     left = open_source(folder).subset([i for i in range(12) if i != 3])
     logits = collect_features(left, network) @ network.classifier.weight.T
     assert (score.value, score.std) == pytest.approx(inception_score(logits, splits=2), rel=1e-4)
@@ -205,9 +209,9 @@ def test_precision_and_recall_by_hand():
 
 def test_precision_and_recall_of_folders(tmp_path):
     real, fake = write_pictures(tmp_path / "real", 6), write_pictures(tmp_path / "fake", 5, tone=150)
-    same = image_precision_recall(real, real, tiny_network())
+    same = score_images(PrecisionRecall, real, real, network=tiny_network())
     assert [score.value for score in same] == [1, 1] and [s.name.split("[")[0] for s in same] == ["precision", "recall"]
-    apart = image_precision_recall(real, fake, tiny_network())
+    apart = score_images(PrecisionRecall, fake, real, network=tiny_network())
     assert apart[0].value < 0.5 and "depend on both numbers" in apart[0].warnings[0]
     with pytest.raises(DataError, match="3 images; 3 neighbours need 4"):
-        image_precision_recall(real, write_pictures(tmp_path / "few", 3), tiny_network())
+        score_images(PrecisionRecall, write_pictures(tmp_path / "few", 3), real, network=tiny_network())

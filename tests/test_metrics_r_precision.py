@@ -8,7 +8,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from eval.R_precision import CandidateLists, draw_candidates, encoder_hash, r_precision, sample_precision
+from eval.metric import Tools
+from eval.protocol.protocols import Protocol
+from eval.R_precision import CandidateLists, RPrecision, draw_candidates, encoder_hash, r_precision
+from eval.scripts import score_images
 from miscc.errors import CheckpointError, DataError
 from miscc.vocabulary import Vocabulary, tokenize
 from models.types import TextFeatures
@@ -140,6 +143,13 @@ def write_samples(folder, shown, captions):
     return folder
 
 
+def sample_precision(folder, encoders, num_candidates, folds=1, lists=None):
+    """As the script scores a folder."""
+    protocol = Protocol("ranking", "", candidates=num_candidates, folds=folds)
+    (score,) = score_images(RPrecision, folder, protocol=protocol, tools=Tools(encoders, lists=lists))
+    return score
+
+
 def test_a_folder_of_right_images_scores_100_and_one_of_wrong_images_0(tmp_path, encoders):
     names = list(COLOURS)
     right = write_samples(tmp_path / "right", names, names)
@@ -192,7 +202,7 @@ def test_encoders_that_cannot_judge_are_refused(tmp_path, encoders):
     bare = encoders._replace(vocabulary=None)
     with pytest.raises(DataError, match="give --data-dir"):
         sample_precision(folder, bare, num_candidates=2)
-    assert sample_precision(folder, bare, vocabulary=encoders.vocabulary, num_candidates=4, folds=1).value == 100
+    assert sample_precision(folder, bare._replace(vocabulary=encoders.vocabulary), num_candidates=4).value == 100
     Image.new("RGB", (9, 9)).save(folder / "0.png")
     with pytest.raises(DataError, match="differ in size"):
         sample_precision(folder, encoders, num_candidates=2)

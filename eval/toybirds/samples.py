@@ -19,7 +19,7 @@ from datasets.toybirds.dataset import ToyBirds
 from eval.features.sources import batches
 from eval.features.statistics import default_cache
 from eval.metric import Metric, Run, ScoringBatch
-from eval.scripts import add_arguments, broken, open_samples, print_lines, versions
+from eval.scripts import add_arguments, broken, open_images, print_lines, versions
 from eval.toybirds.classifiers import Recipe
 from miscc.command_line import named_device, seed_number
 from miscc.errors import DataError
@@ -161,7 +161,8 @@ def read_birds(
     Raises DataError when captions or images are missing or broken, or images differ in size or are not square.
     """
     folder = Path(folder)
-    source, samples, skipped = open_samples(folder, skip_broken)
+    found = open_images(folder, skip_broken, with_samples=True)
+    source, samples, skipped = found.source, found.samples, found.skipped
     images: list[np.ndarray] = []
     with tqdm(total=len(source), desc="reading", unit="image", leave=False) as bar:
         for some in batches(source, 256, workers):
@@ -212,7 +213,7 @@ def _read_mask(path: Path) -> np.ndarray:
         raise DataError(f"{path}: cannot be read as a mask ({error}); sample again") from None
 
 
-def run_script(name: str, description: str, metric_class: type[BirdMetric]) -> None:
+def run_bird_script(name: str, description: str, metric_class: type[BirdMetric]) -> None:
     """The script of a metric of ToyBirds. name: of the report in the JSON."""
     parser = argparse.ArgumentParser(description=description)
     _add_arguments(parser)
