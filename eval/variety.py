@@ -22,7 +22,7 @@ from datasets.toybirds.dataset import named_attributes
 from eval.mask_iou import SMALLEST_BIRD, BirdSegmenter, Segmenter, iou, load_segmenter
 from eval.metric import Needs, Score
 from eval.toybirds.classifiers import crops, draw_captioned
-from eval.toybirds.samples import BirdMetric, run_script
+from eval.toybirds.samples import BirdMetric, run_bird_script
 from miscc.errors import DataError, run_command
 from miscc.images import to_uint8
 from miscc.randomness import stream
@@ -119,7 +119,7 @@ class Variety(BirdMetric):
 
 
 def main() -> None:
-    run_script("variety", "how much outlines of ToyBirds of one caption differ", Variety)
+    run_bird_script("variety", "how much outlines of ToyBirds of one caption differ", Variety)
 
 
 if __name__ == "__main__":
