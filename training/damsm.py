@@ -35,6 +35,7 @@ from training.resume import check_encoders_resumable, check_same_data, fingerpri
 from training.retrieval import retrieval_at
 from training.run_dir import EncoderDir
 from training.step import Clipping, Stepper, adam, restore_adam
+from training.tracker import Tracker, find_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def pretrain(
     Returns the exit code: 0, or 128 + the signal's number. Raises UserError where something is missing, where encoders
     are in the folder already, or when the loss is no longer finite.
     """
+    package = find_tracker(cfg.TRAIN.TRACKER)
     run = EncoderDir(folder)
     if resume and not run.last.is_file():
         raise CheckpointError(f"nothing to resume: {run.last} does not exist; start without --resume")
@@ -61,7 +63,7 @@ def pretrain(
     trainer = EncoderTrainer(cfg, device, load_checkpoint(run.last) if resume else None)
     write_text(run.config, to_yaml(cfg))
     remove_unfinished(run.path)
-    progress = Progress(run, trainer.step)
+    progress = Progress(run, trainer.step, Tracker(package, run, cfg) if package else None)
     try:
         return trainer.run_to_the_end(run, progress)
     finally:

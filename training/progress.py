@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from training.run_dir import RunDir
+from training.tracker import Tracker
 
 logger = logging.getLogger("training")
 
@@ -19,8 +20,9 @@ logger = logging.getLogger("training")
 class Progress:
     """A bar an epoch, a line of stats at intervals, the log. Only the main process shows and writes anything."""
 
-    def __init__(self, run: RunDir | None, start_step: int = 0):
+    def __init__(self, run: RunDir | None, start_step: int = 0, tracker: Tracker | None = None):
         self.run = run
+        self.tracker = tracker
         self.bar: tqdm | None = None
         self.board, self.handler = None, None
         if run is not None:
@@ -65,6 +67,8 @@ class Progress:
             stream.write(json.dumps({"step": step, "epoch": round(epoch, 4), **line}) + "\n")
         for name, value in plain.items():
             self.board.add_scalar(name, value, step)
+        if self.tracker is not None:
+            self.tracker.log(plain, step)
         if self.bar is not None:
             self.bar.set_postfix({name.split("/")[-1]: f"{plain[name]:.3g}" for name in shown if name in plain})
 
@@ -75,6 +79,8 @@ class Progress:
 
     def close(self) -> None:
         self.end_epoch()
+        if self.tracker is not None:
+            self.tracker.close()
         if self.run is not None:
             self.board.close()
             logging.getLogger().removeHandler(self.handler)

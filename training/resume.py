@@ -12,7 +12,8 @@ from models.choice import keys_of, network_parts
 from training.evaluation import held_out_share
 
 # What any run may have its own way, without a word about it.
-FREE = {"RESTORE", "GPU_ID", "WORKERS", "DATA_CACHE", "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS", "TRAIN.MAX_MINUTES"}
+FREE = {"RESTORE", "GPU_ID", "WORKERS", "DATA_CACHE", "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS", "TRAIN.MAX_MINUTES",
+        "TRAIN.TRACKER"}  # fmt: skip
 # What shapes the encoders, their data or the order of it.
 ENCODER_KEYS = ("SEED", "RNN_TYPE", "DAMSM.IMAGE_ENCODER", "TREE.BASE_SIZE", "TEXT.EMBEDDING_DIM", "TEXT.WORDS_NUM",
                 "TRAIN.HELD_OUT", "TRAIN.BATCH_SIZE")  # fmt: skip

@@ -28,6 +28,9 @@ class LoopSettings:
     snapshot_interval: int = setting(
         "TRAIN.SNAPSHOT_INTERVAL", 0, "epochs between numbered checkpoints with everything; 0: none"
     )
+    tracker: str = setting(
+        "TRAIN.TRACKER", "none", "send what is logged to an experiment tracker, too", ("none", "wandb", "trackio")
+    )
 
 
 @dataclass(frozen=True)

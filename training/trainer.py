@@ -46,6 +46,7 @@ from training.resume import changed_settings, check_resumable, check_same_data, 
 from training.run_dir import RunDir
 from training.schedule import Budget, learning_rate_factor, set_learning_rates
 from training.step import FiniteCheck, Stepper, check_accumulation, log_values, make_optimizers, restore_adam
+from training.tracker import Tracker, find_tracker
 
 CHECK_STOP_EVERY = 10  # steps, where several processes train
 DRAWING = ("generator", "generator_ema", "text_encoder")  # what a checkpoint for drawing holds
@@ -60,6 +61,8 @@ def train(cfg: Mapping, world: World, resume: bool = False, resume_if_exists: bo
     Returns the exit code: 0, or 128 + the signal's number. Raises UserError where something is missing or a loss is no
     longer finite.
     """
+    package = find_tracker(cfg.TRAIN.TRACKER)
+
     # The run to continue, and everything that it consists of.
     name = f"{cfg.CONFIG_NAME}-{cfg.GAN.NAME}"
     run = RunDir.newest(cfg.OUTPUT_DIR, name, must_exist=resume) if resume or resume_if_exists else None
@@ -73,7 +76,7 @@ def train(cfg: Mapping, world: World, resume: bool = False, resume_if_exists: bo
     if run is not None:
         remove_unfinished(run.last.parent)
 
-    progress = Progress(run, trainer.step)
+    progress = Progress(run, trainer.step, Tracker(package, run, cfg) if package and run is not None else None)
     try:
         return trainer.run_to_the_end(run, progress)
     finally:
