@@ -88,7 +88,8 @@ def example_captions(pipeline: TextToImage, number: int = NUM_EXAMPLES) -> list[
     except (KeyError, DataError):
         return []
     # Evenly spaced: neighbours in a data set often show the same class.
-    positions = [round(i * (len(records) - 1) / max(1, number - 1)) for i in range(min(number, len(records)))]
+    count = min(number, len(records))
+    positions = [round(i * (len(records) - 1) / max(1, count - 1)) for i in range(count)]
     captions = dict.fromkeys(records.text(position, 0) for position in positions)
     return [caption for caption in captions if pipeline.vocabulary.encode(caption)[0]]
 

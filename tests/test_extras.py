@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("extra", ["serve", "export"])
+@pytest.mark.parametrize("extra", ["serve", "export", "report"])
 def test_requirement_files_and_extras_are_the_same(extra):
     text = (ROOT / "pyproject.toml").read_text()
     extras = re.search(rf"^{extra} = \[(.*)\]$", text, re.M).group(1)
