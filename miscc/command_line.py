@@ -11,6 +11,14 @@ from miscc.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that names the default of each option that has one; None, False and [] say nothing to a reader."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
 # -- values --------------------------------------------------------------------------------------------------------
 
 
@@ -120,9 +128,7 @@ def gpu_number(name: str | None) -> int | None:
 
 def parser_with_settings(description: str, default_cfg: str) -> argparse.ArgumentParser:
     """A parser with --cfg, --set, --resume, --continue and the short forms of single settings."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpWithDefaults, allow_abbrev=False)
     add = parser.add_argument
     add("--cfg", default=default_cfg, metavar="FILE", help="settings of the experiment")
     add("--set", nargs="+", action="append", default=[], metavar="KEY VALUE", help="change settings, may be repeated")

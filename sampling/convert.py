@@ -19,11 +19,12 @@ from models.registry import count_parameters, network_name, to_state
 from models.released import LOADERS, holds, load_discriminator, load_discriminator_files, load_generator, naming
 from sampling.encoders import ENCODERS, check_sentence_length, released_vocabulary
 from sampling.pipeline import TextToImage
+from sampling.published import read_published
 
 
 def describe(path: str | Path) -> list[str]:
     """What a weight file is, a line a network. Raises CheckpointError with the reason where it cannot be loaded."""
-    content = load_file(path)
+    content = read_published(path) if Path(path).is_dir() else load_file(path)
     if isinstance(content, Mapping) and "networks" in content:
         return _describe_ours(path, content)
     parts = [part for part in LOADERS if holds(content, part)]

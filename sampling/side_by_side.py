@@ -68,6 +68,8 @@ def main() -> None:
         name, sign, path = model.partition("=")
         if not sign:
             name, path = Path(model).stem, model
+            if not Path(path).exists():
+                raise UserError(f"{model}: no such checkpoint; name each model as NAME=CKPT")
         if name in pipelines:
             raise UserError(f"{model}: there are two models of the name {name}; name them NAME=CKPT")
         pipelines[name] = TextToImage.load(path, device)

@@ -10,14 +10,14 @@ import argparse
 import os
 import sys
 
-from miscc.command_line import not_negative, positive, truncation
+from miscc.command_line import HelpWithDefaults, not_negative, positive, truncation
 from miscc.errors import UserError, run_command
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m serve", description=__doc__.splitlines()[0], allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpWithDefaults,
     )  # fmt: skip
     add = parser.add_argument
     add("--checkpoint", action="append", default=[], metavar="CKPT", help="a checkpoint, or a published model's folder")

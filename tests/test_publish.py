@@ -12,6 +12,7 @@ from tiny_models import CAPTIONS, GENERATORS, tiny_checkpoint, tiny_pipeline
 from main import main as main_command
 from miscc.errors import CheckpointError, UserError
 from miscc.files import hash_of_file
+from sampling.convert import describe
 from sampling.pipeline import TextToImage
 from sampling.publish import main as publish_command
 from sampling.published import load_model, weight_file
@@ -168,3 +169,9 @@ def test_a_name_online_fetches_the_four_files_alone(tmp_path, monkeypatch):
     assert asked == [("me/birds", ["README.md", "config.json", "model.safetensors", "vocabulary.json"])]
     with pytest.raises(CheckpointError, match="cannot be fetched: no network"):
         TextToImage.from_pretrained("me/gone", device="cpu")
+
+
+def test_a_published_folder_is_described_like_a_checkpoint(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "model", examples=CAPTIONS)
+    lines = describe(tmp_path / "model")
+    assert "checkpoint of this project, step 7" in lines[0] and "generator: ssa_gan" in "".join(lines)

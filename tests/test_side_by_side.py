@@ -63,3 +63,11 @@ def test_the_command(pipelines, tmp_path, monkeypatch, capsys):
     picture = np.asarray(Image.open(tmp_path / "out.png"))
     drawn = pipelines["DF"].generate(CAPTIONS[:1], seed=0).images[0]
     assert np.array_equal(tile(picture, 0, 1), resize_pixels(drawn, CELL))
+
+
+def test_a_model_without_its_name_gets_the_remedy(tmp_path, monkeypatch, capsys):
+    from miscc.errors import UserError
+
+    monkeypatch.setattr("sys.argv", ["side_by_side", "A", "--caption", "a bird", "--out", str(tmp_path / "x.png")])
+    with pytest.raises(UserError, match="A: no such checkpoint; name each model as NAME=CKPT"):
+        main()
