@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from miscc.command_line import not_negative, parser_with_settings, positive, settings_from, truncation
 from miscc.errors import ConfigError, UserError, run_command
+from miscc.settings import from_config
 
 # What needs torch is imported inside the functions: --help should not wait for it.
 
@@ -138,14 +139,16 @@ def draw_captions(cfg: Mapping, options: argparse.Namespace) -> int:
 def draw_each_split(cfg: Mapping, options: argparse.Namespace) -> int:
     """So many captions of every split."""
     from datasets.layout import splits_present
+    from datasets.settings import DataSettings
     from sampling.requests import each_split_requests
     from training.data import read_records
 
     drawing, count = open_drawing(cfg, options), options.each_split
+    data = from_config(DataSettings, cfg)
     present = splits_present(Path(cfg.DATA_DIR)) or ["test"]
 
     def read(split: str) -> Any:
-        return read_records(cfg, split, drawing.pipeline.vocabulary)
+        return read_records(data, split, drawing.pipeline.vocabulary)
 
     for records, requests in each_split_requests(read, present, count, options.seed):
         name = records.split if drawing.out else f"{records.split}-{count}-seed{options.seed}"
@@ -155,6 +158,7 @@ def draw_each_split(cfg: Mapping, options: argparse.Namespace) -> int:
 
 def draw_split(cfg: Mapping, options: argparse.Namespace) -> int:
     """The captions of one split; with TRAIN.FLAG False those of AttnGAN's example_filenames.txt, where it is there."""
+    from datasets.settings import DataSettings
     from sampling.requests import EXAMPLES, example_requests, split_requests
     from training.data import read_records
 
@@ -166,7 +170,7 @@ def draw_split(cfg: Mapping, options: argparse.Namespace) -> int:
         drawing.into(drawing.out or drawing.folder / f"examples-seed{options.seed}", example_requests(cfg.DATA_DIR))
         return 0
 
-    records = read_records(cfg, options.split or "test", drawing.pipeline.vocabulary)
+    records = read_records(from_config(DataSettings, cfg), options.split or "test", drawing.pipeline.vocabulary)
     choice = (options.captions_per_image, options.per_caption, options.num_images, options.seed)
     folder = drawing.out or drawing.folder / f"{records.split}-seed{options.seed}"
     drawing.into(folder, split_requests(records, *choice), records)
@@ -233,19 +237,20 @@ def mode_of(options: argparse.Namespace, cfg: Mapping) -> Mode:
 def open_drawing(cfg: Mapping, options: argparse.Namespace) -> Any:
     """The pipeline that options and settings mean, with what the options say about drawing."""
     from miscc.distributed import choose_device, refuse_several_processes
+    from models.choice import chosen_system
     from models.registry import network_name
     from sampling.drawing import Drawing, open_pipeline
-    from training.build import encoders_path, text_settings
+    from training.settings import StartSettings
 
     refuse_several_processes("drawing")
-    released = {"text_encoder_path": encoders_path(cfg), "data_dir": cfg.DATA_DIR, "max_words": cfg.TEXT.WORDS_NUM}
-    released |= {"encoders": cfg.TEXT.ENCODER}
+    start = from_config(StartSettings, cfg)
+    released = {"text_encoder_path": start.encoders_path, "data_dir": cfg.DATA_DIR, "max_words": cfg.TEXT.WORDS_NUM}
+    released |= {"encoders": start.kind, "transformer": chosen_system(cfg).text.transformer}
     pipeline, folder = open_pipeline(
         options.checkpoint or cfg.TRAIN.NET_G or newest_checkpoint(cfg),
         choose_device(cfg.GPU_ID, cfg.CUDA),
         not options.no_average,
         cfg.OUTPUT_DIR,
-        transformer=text_settings(cfg).transformer,
         **released,
     )
     if (system := network_name(pipeline.generator)) != cfg.GAN.NAME:

@@ -23,7 +23,7 @@ from miscc.distributed import World
 from miscc.errors import ConfigError, run_command
 from models import IMAGE_ENCODERS, SYSTEMS, TEXT_ENCODERS
 from models.adversarial import AdversarialSystem
-from models.choice import keys_of, system_parts
+from models.choice import chosen_system, keys_of, system_parts
 from models.clip_features import ClipTextEncoder, untrained_clip
 from models.types import ImageEncoder, System, Update
 from training.build import build_networks, build_system
@@ -163,13 +163,14 @@ def step_of(cfg: Mapping, encoder: str, batch_size: int, device: torch.device) -
     encoder: name of the image encoder; the small one looks at images of the last stage's size.
     """
     torch.manual_seed(0)
-    networks = build_networks(cfg)
+    chosen = chosen_system(cfg)
+    networks = build_networks(chosen)
     generator = networks["generator"]
     networks |= FRESH_ENCODERS[cfg.TEXT.ENCODER](cfg, encoder, generator.image_size)
     for network in networks.values():
         for gate in network.gates():  # zero at the start, where denormal gradients would make a CPU slow
             nn.init.constant_(gate, 0.1)
-    system = build_system(cfg, {name: network.to(device) for name, network in networks.items()})
+    system = build_system(chosen, {name: network.to(device) for name, network in networks.items()})
     system.train()
     batch = random_batch(batch_size, system.image_sizes, min(cfg.TEXT.WORDS_NUM, LONGEST), device)
     if cfg.TRAIN.ACCUMULATE > 1:

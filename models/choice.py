@@ -10,7 +10,7 @@ from easydict import EasyDict
 
 from miscc.config import Schema, read_given, resolve
 from miscc.errors import ConfigError
-from miscc.settings import schema_of, setting
+from miscc.settings import arguments_from, from_config, schema_of, setting
 from models import SYSTEMS
 from models.settings import NumStagesSettings
 
@@ -23,6 +23,30 @@ class SystemChoice(NumStagesSettings):
     dcgan: bool = setting("GAN.B_DCGAN", False, "AttnDCGAN instead of AttnGAN")
     num_stages: int = 1
     loss: str = setting("loss", "hinge", "adversarial loss; there is no other", ("hinge",))
+
+
+@dataclass(frozen=True)
+class ChosenSystem:
+    """The system of a configuration, with its settings.
+
+    name: as in GAN.NAME.
+    networks: {part: arguments of its network}.
+    objective: the objective's dataclass, `System.Settings`.
+    text: what the system makes of the text encoder, `System.TextSettings`.
+    """
+
+    name: str
+    networks: dict[str, dict[str, Any]]
+    objective: Any
+    text: Any
+
+
+def chosen_system(config: Mapping[str, Any]) -> ChosenSystem:
+    """The system that a resolved configuration names, and its settings in it."""
+    name = config["GAN"]["NAME"]
+    system = SYSTEMS[name]
+    networks = {part: arguments_from(network.Settings, config) for part, network in system.NETWORKS.items()}
+    return ChosenSystem(name, networks, from_config(system.Settings, config), from_config(system.TextSettings, config))
 
 
 # What TEXT.ENCODER makes of settings that depend on it; DAMSM's loss needs DAMSM's own encoders.

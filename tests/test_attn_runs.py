@@ -15,12 +15,15 @@ from main import main
 from miscc.checkpoint import load_checkpoint
 from miscc.distributed import World
 from miscc.errors import CheckpointError, ConfigError, DataError
+from miscc.settings import from_config
 from models.attn_discriminator import AttnDiscriminator, StageDiscriminator
+from models.choice import chosen_system
 from models.registry import network_name
 from models.released import load_discriminator, load_generator
 from sampling.attention import caption_words
 from sampling.pipeline import TextToImage
-from training.build import build_networks, given_networks
+from training.build import build_networks, networks_from_files
+from training.settings import StartSettings
 from training.trainer import Trainer, train
 
 ROOT = Path(__file__).parents[1]
@@ -52,11 +55,17 @@ def wide(tiny):
                               ("GAN.GF_DIM", "1"), ("GAN.DF_DIM", "1"), *more)  # fmt: skip
 
 
+def networks_given(cfg):
+    """What the weight files of these settings hold."""
+    chosen = chosen_system(cfg)
+    return networks_from_files(from_config(StartSettings, cfg), build_networks(chosen), chosen.name)
+
+
 def test_stages_come_from_the_files_beside_the_first(wide, tmp_path):
     for number, size in enumerate((64, 128)):
         torch.save(stage_state(size, sentence_dim=256), tmp_path / f"netD{number}.pth")
     cfg = wide(("TRAIN.NET_D", str(tmp_path / "netD0.pth")))
-    network = given_networks(cfg, build_networks(cfg))["discriminator"]
+    network = networks_given(cfg)["discriminator"]
     assert network_name(network) == "attn_gan" and [stage.image_size for stage in network.stages] == [64, 128]
     released = load_discriminator(stage_state(128, sentence_dim=256))
     for ours, theirs in zip(network.stages[1].state_dict().values(), released.state_dict().values(), strict=True):
@@ -65,15 +74,15 @@ def test_stages_come_from_the_files_beside_the_first(wide, tmp_path):
     rebuilt.load_state_dict(network.state_dict())
     (tmp_path / "netD1.pth").unlink()
     with pytest.raises(CheckpointError, match=r"netD0.pth: .* images of 128 px is missing .*netD1.pth"):
-        given_networks(cfg, build_networks(cfg))
+        networks_given(cfg)
 
 
-def test_discriminators_of_another_system_are_refused(wide, tmp_path):
+def test_networks_given_another_system_are_refused(wide, tmp_path):
     for number, size in enumerate((64, 128)):
         torch.save(stage_state(size, sentence_dim=256, judges_alone=False), tmp_path / f"netD{number}.pth")
     cfg = wide(("TRAIN.NET_D", str(tmp_path / "netD0.pth")))
     with pytest.raises(CheckpointError, match="not of one training of this system"):
-        given_networks(cfg, build_networks(cfg))
+        networks_given(cfg)
 
 
 def test_a_generator_of_another_system_is_refused(wide, tiny, tmp_path):

@@ -13,6 +13,7 @@ from test_trainer import assert_same_state, final_state, stats_of
 
 from datasets import load_records
 from datasets.records import Records
+from datasets.settings import DataSettings
 from eval.features import networks
 from eval.features.networks import load_network
 from eval.features.reference import RealImages
@@ -21,12 +22,14 @@ from eval.FID import distance
 from miscc.checkpoint import load_checkpoint, save_checkpoint
 from miscc.distributed import World
 from miscc.errors import ConfigError, DataError
+from miscc.settings import from_config
 from miscc.vocabulary import Vocabulary
 from sampling.pipeline import TextToImage
 from sampling.requests import split_requests
 from training.dry_run import describe
 from training.evaluation import Evaluation, hold_out, split_records
 from training.run_dir import RunDir
+from training.settings import EvaluationSettings
 from training.trainer import Trainer, train
 
 CPU = World(0, 1, torch.device("cpu"))
@@ -59,6 +62,11 @@ def scripted(monkeypatch):
 
 def run_of(folder):
     return RunDir(folder / "00000-tiny-ssa_gan")
+
+
+def records_of(cfg, vocabulary=None):
+    share = from_config(EvaluationSettings, cfg).held_out_share
+    return split_records(from_config(DataSettings, cfg), share, cfg.SEED, vocabulary)
 
 
 # -- what is held out ---------------------------------------------------------------------------------------------------
@@ -105,7 +113,7 @@ def test_the_number_is_the_distance_to_the_held_out_images(tiny, tmp_path):
     train(cfg, CPU)
     run = run_of(tmp_path / "output")
     pipeline = TextToImage.load(run.best, "cpu")  # the average, of the same step
-    kept, held_out = split_records(cfg, pipeline.vocabulary)
+    kept, held_out = records_of(cfg, pipeline.vocabulary)
     drawn = pipeline.generate([r.caption for r in split_requests(held_out, num_images=6, seed=cfg.SEED)], cfg.SEED)
     network = load_network("efficientnet-lite0", resize="clean")
 
@@ -135,7 +143,7 @@ def test_held_out_images_are_never_trained_on(tiny, monkeypatch, tmp_path):
 
     monkeypatch.setattr(Trainer, "train_step", watch)
     train(cfg, CPU)
-    kept, held_out = split_records(cfg)
+    kept, held_out = records_of(cfg)
     assert len(held_out) == 4 and len(kept) == 36
     assert seen and seen <= set(kept.keys) and not seen & set(held_out.keys)
     assert not set(kept.class_ids) & set(held_out.class_ids)
@@ -144,7 +152,7 @@ def test_held_out_images_are_never_trained_on(tiny, monkeypatch, tmp_path):
 
 
 def test_without_evaluations_everything_is_trained_on(tiny, tmp_path):
-    assert split_records(tiny())[1] is None and len(split_records(tiny())[0]) == 40
+    assert records_of(tiny())[1] is None and len(records_of(tiny())[0]) == 40
     train(tiny(("TRAIN.MAX_EPOCH", "1")), CPU)
     run = run_of(tmp_path / "output")
     assert not run.best.exists() and "evaluation" not in load_checkpoint(run.last)
@@ -287,7 +295,7 @@ def test_broken_held_out_images_cost_nothing_where_they_may_be_left_out(tiny, dr
     data = tmp_path / "data"
     shutil.copytree(drawn_folder, data)
     keys = (*EVERY_EPOCH, ("DATA_DIR", str(data)))
-    broken = split_records(tiny(*keys))[1].image_paths[0]
+    broken = records_of(tiny(*keys))[1].image_paths[0]
     broken.write_bytes(b"no image")
     with pytest.raises(DataError, match=broken.name):
         train(tiny(*keys), CPU)

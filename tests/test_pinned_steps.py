@@ -19,6 +19,7 @@ from miscc.batch import Batch
 from miscc.checkpoint import load_checkpoint, save_checkpoint
 from miscc.distributed import World
 from miscc.randomness import noise_for, seed_everything
+from models.choice import chosen_system
 from models.damsm import SmallImageEncoder, TextEncoder
 from training.build import build_networks, build_system
 from training.damsm import EncoderTrainer
@@ -119,11 +120,12 @@ def settings_of(name, folder, data, encoders):
 def double_precision_run(cfg):
     """Losses of ten steps on random float64 data, without files and loaders, and the generator's weights after them."""
     seed_everything(3)
-    networks = build_networks(cfg)
+    chosen = chosen_system(cfg)
+    networks = build_networks(chosen)
     networks["text_encoder"] = TextEncoder(20, text_dim=32)
     networks["image_encoder"] = SmallImageEncoder(text_dim=32, image_size=16, nf=4)
     networks = {part: network.double() for part, network in networks.items()}
-    system = build_system(cfg, networks)
+    system = build_system(chosen, networks)
     system.train()
     stepper = Stepper(system.updates, make_optimizers(system.optimizers()), CPU, accumulate=cfg.TRAIN.ACCUMULATE)
     losses = []

@@ -8,11 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets.settings import DataSettings
 from datasets.toybirds.dataset import ToyBirds
 from main import main
 from miscc.checkpoint import hash_tensors
 from miscc.distributed import World
 from miscc.errors import CheckpointError, DataError, UserError
+from miscc.settings import from_config
 from miscc.vocabulary import Vocabulary
 from models.damsm import TextEncoder
 from models.ssa_gan import SSAGenerator
@@ -146,7 +148,7 @@ def test_a_failed_write_ends_the_sampling(pipeline, tmp_path, monkeypatch, broke
 
 def test_sampling_a_split(trained, tiny, tmp_path):
     pipeline = TextToImage.load(trained, device="cpu")
-    records = read_records(tiny(), "test", pipeline.vocabulary)
+    records = read_records(from_config(DataSettings, tiny()), "test", pipeline.vocabulary)
     requests = split_requests(records, captions_per_image=2, per_caption=3)
     folder = tmp_path / "samples"
     picture = sample(pipeline, requests, folder, seed=4, batch_size=7, with_masks=True, real=records)
@@ -179,7 +181,7 @@ def test_sampling_a_split(trained, tiny, tmp_path):
 
 
 def test_many_images_are_a_seeded_choice_of_captions(drawn_folder, tiny):
-    records = read_records(tiny(), "test")
+    records = read_records(from_config(DataSettings, tiny()), "test")
     some = split_requests(records, num_images=30, seed=1)
     assert some == split_requests(records, num_images=30, seed=1) != split_requests(records, num_images=30, seed=2)
     assert len({(r.key, r.caption_number) for r in some}) == 30  # no caption twice while there are others

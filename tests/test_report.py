@@ -10,11 +10,13 @@ import torch
 
 pytest.importorskip("matplotlib", reason="the report: pip install -r requirements-report.txt")
 
+from datasets.settings import DataSettings
 from eval.report import Run, main, report
 from eval.report_plots import plots, read_stats
 from eval.report_samples import evenly, nearest_images
 from miscc.distributed import World
 from miscc.errors import DataError
+from miscc.settings import from_config
 from training.data import read_records
 from training.trainer import train
 
@@ -102,7 +104,7 @@ def test_missing_data_costs_its_sections_alone(run_folder, tmp_path):
 
 
 def test_the_nearest_training_image_of_a_copy_is_itself(drawn_folder, tiny):
-    training = read_records(tiny(), "train")
+    training = read_records(from_config(DataSettings, tiny()), "train")
     from eval.report_samples import _crop
 
     shown = nearest_images(_crop(training, 7, 16)[None], ["a copy"], training, 40, 16)[0]

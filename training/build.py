@@ -1,18 +1,19 @@
-"""From settings to objects: networks, objective, data. Where plain typed arguments are taken out of the configuration."""
+"""From settings to objects: the networks that a training starts with, and the objective around them. No data here."""
 
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from miscc.byte_pairs import BytePairs
+from datasets.settings import DataSettings
+from miscc.byte_pairs import BytePairs, vocabulary_of
 from miscc.checkpoint import load_file
 from miscc.errors import CheckpointError, ConfigError, UserError
-from miscc.settings import arguments_from, from_config, settings_of
+from miscc.settings import settings_of
 from miscc.vocabulary import Vocabulary
 from models import SYSTEMS, networks_of
+from models.choice import ChosenSystem
 from models.clip_features import untrained_clip
 from models.clip_files import UNTRAINED
 from models.mixed_text import mixed_text_encoder
@@ -21,134 +22,192 @@ from models.released import holds, load_discriminator, load_discriminator_files,
 from models.types import Network, System
 from sampling.encoders import Encoders, load_clip_encoders, load_encoders, released_vocabulary
 from training.data import read_records
+from training.settings import StartSettings
 
 logger = logging.getLogger(__name__)
 
 
-def build_networks(cfg: Mapping) -> dict[str, Network]:
-    """Fresh networks of the chosen system: G, D and others that it has. Raises ConfigError where sizes do not work."""
-    system = SYSTEMS[cfg.GAN.NAME]
-    classes = {part: system.NETWORKS[part] for part in system.parts(objective_settings(cfg))}
+# -- networks ------------------------------------------------------------------------------------------------------
+
+
+def build_networks(system: ChosenSystem) -> dict[str, Network]:
+    """Fresh networks of a system: G, D and others that it has. Raises ConfigError where sizes do not work."""
+    networks = SYSTEMS[system.name].NETWORKS
+    classes = {part: networks[part] for part in SYSTEMS[system.name].parts(system.objective)}
     try:
-        return {part: network(**arguments_from(network.Settings, cfg)) for part, network in classes.items()}
+        return {part: network(**system.networks[part]) for part, network in classes.items()}
     except ValueError as error:
         raise ConfigError(f"TREE.BASE_SIZE: {error}") from None
 
 
-def given_networks(cfg: Mapping, fresh: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """G and D of the weight files that NET_G and NET_D name. Raises CheckpointError where they do not fit the settings."""
-    train, networks = cfg.TRAIN, {}
-    if train.NET_G:
-        content = load_file(train.NET_G)
-        if isinstance(content, dict) and "networks" in content:
-            stored = content["networks"]
-            if "generator" not in stored:
-                raise CheckpointError(f"TRAIN.NET_G: {train.NET_G} holds no generator but {', '.join(stored)}")
-            parts = tuple(fresh) if train.B_NET_D else ("generator",)
-            networks = {part: from_state(stored[part], networks_of(part)) for part in parts if part in stored}
-        else:
-            with naming(train.NET_G):
-                networks["generator"] = load_generator(content)
-                if train.B_NET_D and not train.NET_D and holds(content, "discriminator"):
-                    networks["discriminator"] = load_discriminator(content)
-    if train.NET_D:
-        networks["discriminator"] = load_discriminator_files(train.NET_D, fresh["discriminator"])
+def build_system(system: ChosenSystem, networks: dict[str, nn.Module]) -> System:
+    """The objective around its networks."""
+    return SYSTEMS[system.name](networks, **vars(system.objective))
+
+
+def starting_networks(
+    system: ChosenSystem, start: StartSettings, data: DataSettings
+) -> tuple[dict[str, nn.Module], Vocabulary]:
+    """The networks of a new training, fresh or of NET_G, with the encoders that the settings name. Raises UserError."""
+    encoders, vocabulary = encoders_for(system, start, data)
+    networks: dict[str, nn.Module] = dict(build_networks(system))
+    networks |= networks_from_files(start, networks, system.name)
+    networks["text_encoder"] = encoders.text_encoder
+    if encoders.image_encoder is not None:
+        networks["image_encoder"] = encoders.image_encoder
+    return networks, vocabulary
+
+
+def resumed_networks(system: ChosenSystem, checkpoint: Mapping) -> tuple[dict[str, nn.Module], Vocabulary]:
+    """The networks of a run's checkpoint, all but the average. Raises CheckpointError where one is missing."""
+    networks = {
+        part: from_state(entry, networks_of(part))
+        for part, entry in checkpoint["networks"].items()
+        if part != "generator_ema"
+    }
+    for part in SYSTEMS[system.name].parts(system.objective):
+        if part not in networks:
+            raise CheckpointError(
+                f"the run was started without a network {part!r}, which these settings train; set GAN.DISCRIMINATOR "
+                f"back, or start anew (TRAIN.NET_G)"
+            )
+    if "image_encoder" not in networks and system.objective.needs_image_encoder:
+        raise CheckpointError("the run was started without an image encoder; keep TRAIN.DAMSM_WEIGHT at 0")
+    return networks, vocabulary_of(checkpoint["vocabulary"])
+
+
+# -- weight files --------------------------------------------------------------------------------------------------
+
+
+def networks_from_files(start: StartSettings, fresh: Mapping[str, nn.Module], name: str) -> dict[str, nn.Module]:
+    """G and D of the weight files that NET_G and NET_D name; fresh: the networks of the settings; name: their system's.
+
+    Raises CheckpointError where they do not fit the settings.
+    """
+    # Of the generator's file, which may hold a discriminator, too; of the discriminator's own.
+    networks: dict[str, nn.Module] = {}
+    if start.generator_file:
+        networks = _from_generator_file(start, fresh)
+    if start.discriminator_file:
+        networks["discriminator"] = load_discriminator_files(start.discriminator_file, fresh["discriminator"])
+
+    # What the settings would have built.
     if networks and "discriminator" not in networks:
         logger.warning("the discriminator starts anew; TRAIN.NET_D names the one that goes with TRAIN.NET_G")
     for part, network in networks.items():
-        key = "TRAIN.NET_D" if part == "discriminator" and train.NET_D else "TRAIN.NET_G"
-        if type(network) is not type(fresh[part]):
-            raise CheckpointError(
-                f"{key}: holds the {part} of {network_name(network)}, the settings are for {cfg.GAN.NAME}; set GAN.NAME"
-            )
-        for argument, one in settings_of(type(network).Settings).items():
-            theirs, ours = network.arguments.get(argument), fresh[part].arguments.get(argument)
-            if theirs != ours:
-                raise CheckpointError(
-                    f"{key}: the {part}'s {argument} is {theirs}, {one.key} says {ours}; set it to {theirs}"
-                )
+        key = "TRAIN.NET_D" if part == "discriminator" and start.discriminator_file else "TRAIN.NET_G"
+        _check_same_network(network, fresh[part], key, part, name)
     return networks
 
 
-def build_system(cfg: Mapping, networks: dict[str, nn.Module]) -> System:
-    """The objective around its networks."""
-    system = SYSTEMS[cfg.GAN.NAME]
-    return system(networks, **arguments_from(system.Settings, cfg))
+def _from_generator_file(start: StartSettings, fresh: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The networks in the file that NET_G names: a checkpoint of ours, or the authors' weights."""
+    path = start.generator_file
+    content = load_file(path)
+
+    # Ours: every network that the system trains, or G alone.
+    if isinstance(content, dict) and "networks" in content:
+        stored = content["networks"]
+        if "generator" not in stored:
+            raise CheckpointError(f"TRAIN.NET_G: {path} holds no generator but {', '.join(stored)}")
+        parts = tuple(fresh) if start.with_discriminator else ("generator",)
+        return {part: from_state(stored[part], networks_of(part)) for part in parts if part in stored}
+
+    # The authors'.
+    with naming(path):
+        networks = {"generator": load_generator(content)}
+        if start.with_discriminator and not start.discriminator_file and holds(content, "discriminator"):
+            networks["discriminator"] = load_discriminator(content)
+    return networks
 
 
-def objective_settings(cfg: Mapping) -> Any:
-    """The settings of the chosen system's objective."""
-    return from_config(SYSTEMS[cfg.GAN.NAME].Settings, cfg)
+def _check_same_network(network: nn.Module, fresh: nn.Module, key: str, part: str, name: str) -> None:
+    """Raises CheckpointError where a loaded network is another than the settings'; key: of its file; name: of the system."""
+    if type(network) is not type(fresh):
+        raise CheckpointError(
+            f"{key}: holds the {part} of {network_name(network)}, the settings are for {name}; set GAN.NAME"
+        )
+    for argument, one in settings_of(type(network).Settings).items():
+        stored, configured = network.arguments.get(argument), fresh.arguments.get(argument)
+        if stored != configured:
+            raise CheckpointError(
+                f"{key}: the {part}'s {argument} is {stored}, {one.key} says {configured}; set it to {stored}"
+            )
 
 
-def text_settings(cfg: Mapping) -> Any:
-    """What the chosen system makes of the text encoder."""
-    return from_config(SYSTEMS[cfg.GAN.NAME].TextSettings, cfg)
+# -- encoders ------------------------------------------------------------------------------------------------------
 
 
-def encoders_path(cfg: Mapping) -> str:
-    """What the encoders of TEXT.ENCODER are loaded from."""
-    return {"damsm": cfg.TEXT.DAMSM_NAME, "clip": cfg.CLIP.WEIGHTS}[cfg.TEXT.ENCODER]
-
-
-def damsm_encoders(cfg: Mapping) -> Encoders:
+def damsm_encoders(start: StartSettings, data: DataSettings) -> Encoders:
     """Those that TEXT.DAMSM_NAME names, for captions of TEXT.WORDS_NUM words."""
-    encoders = load_encoders(cfg.TEXT.DAMSM_NAME, max_words=cfg.TEXT.WORDS_NUM)
+    encoders = load_encoders(start.encoders, max_words=data.max_words)
     # The caption length is this training's; the checkpoint must draw with the same.
-    encoders.text_encoder.change_settings(max_words=cfg.TEXT.WORDS_NUM)
+    encoders.text_encoder.change_settings(max_words=data.max_words)
     return encoders
 
 
-def clip_encoders(cfg: Mapping) -> Encoders:
+def clip_encoders(start: StartSettings, data: DataSettings) -> Encoders:
     """CLIP's towers that CLIP.WEIGHTS names, or untrained ones of the settings' sizes with the data set's words."""
-    if cfg.CLIP.WEIGHTS != UNTRAINED:
-        return load_clip_encoders(cfg.CLIP.WEIGHTS, scaled_twice=cfg.CLIP.SCALED_TWICE)
+    if start.clip != UNTRAINED:
+        return load_clip_encoders(start.clip, scaled_twice=start.clip_scaled_twice)
+
+    # Untrained: for checks of everything around it.
     logger.warning("CLIP.WEIGHTS: an untrained CLIP shows that a training runs; what it draws means nothing")
-    vocabulary = BytePairs.of_words(read_records(cfg, "train").vocabulary.words)
-    patch_size = max(1, cfg.TREE.BASE_SIZE // 7)
+    vocabulary = BytePairs.of_words(read_records(data, "train").vocabulary.words)
+    patch_size = max(1, start.image_size // 7)
     clip = untrained_clip(
-        7 * patch_size, patch_size, cfg.CLIP.WIDTH, cfg.CLIP.BLOCKS, cfg.TEXT.EMBEDDING_DIM, len(vocabulary),
-        scaled_twice=cfg.CLIP.SCALED_TWICE,
+        7 * patch_size, patch_size, start.width, start.num_blocks, start.text_dim, len(vocabulary),
+        scaled_twice=start.clip_scaled_twice,
     )  # fmt: skip
     return Encoders(clip.text_encoder, clip.visual, vocabulary, clip.text_encoder.max_words)
 
 
-ENCODERS_OF: dict[str, Callable[[Mapping], Encoders]] = {"damsm": damsm_encoders, "clip": clip_encoders}
+ENCODERS_OF: dict[str, Callable[[StartSettings, DataSettings], Encoders]] = {
+    "damsm": damsm_encoders,
+    "clip": clip_encoders,
+}
 
 
-def encoders_for(cfg: Mapping) -> tuple[Encoders, Vocabulary]:
+def encoders_for(system: ChosenSystem, start: StartSettings, data: DataSettings) -> tuple[Encoders, Vocabulary]:
     """The encoders that the settings name, and their vocabulary. Raises UserError where they do not fit."""
     # A loss that looks at images needs the encoder of its own kind; others take any text encoder.
-    objective = objective_settings(cfg)
-    if objective.needs_image_encoder and objective.encoders_with_images != cfg.TEXT.ENCODER:
+    objective = system.objective
+    if objective.needs_image_encoder and objective.encoders_with_images != start.kind:
         raise ConfigError(
-            f"TEXT.ENCODER: is {cfg.TEXT.ENCODER}, but a loss of these settings looks at images with the encoder of "
+            f"TEXT.ENCODER: is {start.kind}, but a loss of these settings looks at images with the encoder of "
             f"{objective.encoders_with_images}; set it so, or leave that loss out (TRAIN.DAMSM_WEIGHT 0)"
         )
-    encoders = ENCODERS_OF[cfg.TEXT.ENCODER](cfg)
-    vocabulary = encoders.vocabulary or released_vocabulary(cfg.DATA_DIR)
-    if not objective.needs_image_encoder and cfg.TEXT.ENCODER != objective.encoders_with_images:
-        encoders = encoders._replace(image_encoder=None)  # nobody would look with it
-    known = encoders.text_encoder.embedding.num_embeddings
-    if known != len(vocabulary):
+
+    # The files.
+    encoders = ENCODERS_OF[start.kind](start, data)
+    vocabulary = encoders.vocabulary or released_vocabulary(data.data_dir)
+    if not objective.needs_image_encoder and start.kind != objective.encoders_with_images:
+        encoders = encoders._replace(image_encoder=None)  # no loss uses it
+
+    # Whether the words are the data's, and whether images can be looked at.
+    num_known = encoders.text_encoder.embedding.num_embeddings
+    if num_known != len(vocabulary):
         raise CheckpointError(
-            f"TEXT.DAMSM_NAME: {cfg.TEXT.DAMSM_NAME} knows {known} words, the captions.pickle in {cfg.DATA_DIR} has "
+            f"TEXT.DAMSM_NAME: {start.encoders} knows {num_known} words, the captions.pickle in {data.data_dir} has "
             f"{len(vocabulary)}; take the metadata that these encoders were trained with"
         )
     if encoders.image_encoder is None and objective.needs_image_encoder:
         raise CheckpointError(
-            f"TEXT.DAMSM_NAME: there is no image encoder beside {cfg.TEXT.DAMSM_NAME}; put the released "
+            f"TEXT.DAMSM_NAME: there is no image encoder beside {start.encoders}; put the released "
             f"image_encoder*.pth there, or train without the DAMSM loss: --set TRAIN.DAMSM_WEIGHT 0"
         )
-    if folder := text_settings(cfg).transformer:
+
+    # What the system makes of the text encoder.
+    if folder := system.text.transformer:
         mixed = mixed_text_encoder(encoders.text_encoder, vocabulary.words, folder)
         encoders = encoders._replace(text_encoder=mixed)
     text_dim = encoders.text_encoder.arguments["text_dim"]
-    if text_dim != cfg.TEXT.EMBEDDING_DIM:
-        raise ConfigError(
-            f"TEXT.EMBEDDING_DIM: is {cfg.TEXT.EMBEDDING_DIM}, but the encoders give {text_dim}; set it so"
-        )
+    if text_dim != start.text_dim:
+        raise ConfigError(f"TEXT.EMBEDDING_DIM: is {start.text_dim}, but the encoders give {text_dim}; set it so")
     return encoders, vocabulary
+
+
+# -- checks --------------------------------------------------------------------------------------------------------
 
 
 def check_batch_size(batch_size: int, num_processes: int = 1) -> None:
@@ -160,18 +219,22 @@ def check_batch_size(batch_size: int, num_processes: int = 1) -> None:
         )
 
 
-def problems(cfg: Mapping) -> list[str]:
+def problems(system: ChosenSystem, start: StartSettings, data: DataSettings) -> list[str]:
     """What is not there yet for a training: one line each, from the errors that starting it would raise."""
     found, vocabulary = [], None
+
+    # Encoders, then data, which are read with the encoders' words.
     try:
-        _, vocabulary = encoders_for(cfg)
+        _, vocabulary = encoders_for(system, start, data)
     except UserError as error:
         found.append(str(error))
     try:
-        read_records(cfg, "train", vocabulary)
+        read_records(data, "train", vocabulary)
     except UserError as error:
         found.append(str(error))
-    for key in ("NET_G", "NET_D"):
-        if cfg.TRAIN[key] and not Path(cfg.TRAIN[key]).is_file():
-            found.append(f"TRAIN.{key}: {cfg.TRAIN[key]}: no such weight file")
+
+    # Weight files.
+    for key, file in (("NET_G", start.generator_file), ("NET_D", start.discriminator_file)):
+        if file and not Path(file).is_file():
+            found.append(f"TRAIN.{key}: {file}: no such weight file")
     return found

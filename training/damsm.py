@@ -1,7 +1,7 @@
 """The encoders' loop: DAMSM pretraining, with validation loss and retrieval on held-out pairs after each epoch."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from torchvision.models import Inception_V3_Weights
 from datasets.layout import splits_present
 from datasets.loading import ordered_loader, training_loader
 from datasets.records import Records
+from datasets.settings import DataSettings
+from datasets.text_image import TextImageDataset
 from miscc.batch import Batch
 from miscc.checkpoint import load_checkpoint, load_file, save_checkpoint
 from miscc.config import to_plain, to_yaml
@@ -22,8 +24,10 @@ from miscc.images import to_uint8
 from miscc.losses import sentence_loss, word_attention, word_loss
 from miscc.pictures import attention_picture, save_image
 from miscc.randomness import seed_everything, stream
+from miscc.settings import arguments_from, from_config
 from miscc.vocabulary import Vocabulary
 from models import IMAGE_ENCODERS, TEXT_ENCODERS, networks_of
+from models.damsm import TextEncoder
 from models.modes import eval_mode
 from models.registry import from_state, network_name, to_state
 from models.types import TextFeatures, Update
@@ -34,6 +38,7 @@ from training.progress import Progress, StopSignal
 from training.resume import check_encoders_resumable, check_same_data, fingerprint
 from training.retrieval import retrieval_at
 from training.run_dir import EncoderDir
+from training.settings import PretrainingSettings
 from training.step import Clipping, Stepper, adam, restore_adam
 from training.tracker import Tracker, find_tracker
 
@@ -53,6 +58,8 @@ def pretrain(
     are in the folder already, or when the loss is no longer finite.
     """
     package = find_tracker(cfg.TRAIN.TRACKER)
+
+    # The folder: nothing is overwritten unasked.
     run = EncoderDir(folder)
     if resume and not run.last.is_file():
         raise CheckpointError(f"nothing to resume: {run.last} does not exist; start without --resume")
@@ -60,9 +67,12 @@ def pretrain(
         raise CheckpointError(
             f"{run.path}: holds encoders already; give --resume, --overwrite, or another folder with --out"
         )
+
+    # Everything that may be refused comes before the first file.
     trainer = EncoderTrainer(cfg, device, load_checkpoint(run.last) if resume else None)
     write_text(run.config, to_yaml(cfg))
     remove_unfinished(run.path)
+
     progress = Progress(run, trainer.step, Tracker(package, run, cfg) if package else None)
     try:
         return trainer.run_to_the_end(run, progress)
@@ -74,75 +84,101 @@ class EncoderTrainer:
     """Data, encoders, optimizer, and the step that a training of the encoders has reached."""
 
     def __init__(self, cfg: Mapping, device: torch.device, checkpoint: dict | None = None):
-        self.cfg, self.device = cfg, device
-        check_batch_size(cfg.TRAIN.BATCH_SIZE)
-        seed_everything(cfg.SEED)  # the initial weights
-        given, vocabulary = self._given_encoders(checkpoint)
-        self.records, self.validation = split_records(cfg, vocabulary)
+        # Settings: of each part. The configuration as a whole is for checkpoints alone.
+        self.config, self.seed, self.device = to_plain(cfg), cfg.SEED, device
+        self.settings = from_config(PretrainingSettings, cfg)
+        self.data_settings = from_config(DataSettings, cfg)
+        self.text_arguments = arguments_from(TextEncoder.Settings, cfg)
+        check_batch_size(self.settings.batch_size)
+        if checkpoint is not None:
+            check_encoders_resumable(checkpoint, cfg)
+
+        # Pairs, and encoders that know their words.
+        seed_everything(self.seed)  # the initial weights
+        networks, vocabulary = self._stored_encoders(checkpoint)
+        settings = (self.data_settings, self.settings.held_out, self.seed)
+        self.records, self.validation = split_records(*settings, vocabulary)
         self.vocabulary = vocabulary or self.records.vocabulary
-        networks = given or self._fresh_encoders()
-        self.networks = {part: network.to(device) for part, network in networks.items()}
+        self.networks = {part: network.to(device) for part, network in (networks or self._fresh_encoders()).items()}
         self.text_encoder, self.image_encoder = self.networks["text_encoder"], self.networks["image_encoder"]
+        self.dataset = self._dataset(self.records, augment=True)
+        self.steps_per_epoch = max(1, len(self.dataset) // self.settings.batch_size)
+
+        # What takes the steps.
         parameters = [*self.text_encoder.parameters(), *self.image_encoder.head_parameters()]
         for parameter in parameters:
             parameter.requires_grad_(True)
-        self.optimizer = adam(parameters, cfg.TRAIN.ENCODER_LR, cfg.TRAIN.BETAS)
-        clipping = Clipping(list(self.text_encoder.parameters()), cfg.TRAIN.RNN_GRAD_CLIP)
+        self.optimizer = adam(parameters, self.settings.learning_rate, self.settings.betas)
+        clipping = Clipping(list(self.text_encoder.parameters()), self.settings.grad_clip)
         self.stepper = Stepper(self.updates, {"encoders": self.optimizer}, World(0, 1, device), clipping=clipping)
-        self.dataset = make_dataset(cfg, self.records, [cfg.TREE.BASE_SIZE], augment=True)
-        self.steps_per_epoch = max(1, len(self.dataset) // cfg.TRAIN.BATCH_SIZE)
+
+        # Where the training stands.
         self.step, self.best_loss, self.best_epoch = 0, float("inf"), 0
         if checkpoint is not None:
             self._restore(checkpoint)
 
+    # -- the loop ------------------------------------------------------------------------------------------------
+
     def run_to_the_end(self, run: EncoderDir, progress: Progress) -> int:
-        cfg = self.cfg
-        loader = training_loader(
-            self.dataset,
-            cfg.TRAIN.BATCH_SIZE,
-            cfg.SEED,
-            self.step,
-            usable_workers(cfg.WORKERS, self.device),
-            pin_memory=self.device.type == "cuda",
-        )
+        """Train until MAX_EPOCH, PATIENCE or a signal; returns the exit code."""
+        max_epoch = self.settings.max_epoch
         progress.say(
             f"encoders on {self.device}: {len(self.records)} images to train on, {len(self.validation)} held out, "
-            f"{len(self.vocabulary)} words, epoch {self.step // self.steps_per_epoch + 1} of {cfg.TRAIN.MAX_EPOCH}"
+            f"{len(self.vocabulary)} words, epoch {self.step // self.steps_per_epoch + 1} of {max_epoch}"
         )
-        batches = iter(loader)
+        batches = iter(self._loader())
         with StopSignal() as stop:
-            for epoch in range(self.step // self.steps_per_epoch, cfg.TRAIN.MAX_EPOCH):
+            for epoch in range(self.step // self.steps_per_epoch, max_epoch):
                 if self.out_of_patience(epoch):
                     break
+
+                # Epoch: a bar of its own; a resumed one goes on where it stopped.
                 done = self.step - epoch * self.steps_per_epoch
-                progress.start_epoch(f"epoch {epoch + 1}/{cfg.TRAIN.MAX_EPOCH}", done, self.steps_per_epoch)
+                progress.start_epoch(f"epoch {epoch + 1}/{max_epoch}", done, self.steps_per_epoch)
                 for _ in range(done, self.steps_per_epoch):
+                    # Step, log, stop: a signal at an epoch's last step lets the epoch end first.
                     losses = self.train_step(next(batches).to(self.device, non_blocking=True), epoch)
                     progress.advance()
                     if self.step % LOG_EVERY == 0:
                         values = {f"loss/{name}": loss.item() for name, loss in losses.items()}
                         progress.log(self.step, self.step / self.steps_per_epoch, values, tuple(values))
-                    if stop.received and self.step % self.steps_per_epoch:  # else the epoch is ended first
+                    if stop.received and self.step % self.steps_per_epoch:
                         return self._stopped(run, progress, stop.received)
+
+                # Its end: validation and checkpoints.
                 progress.end_epoch()
                 self.end_epoch(epoch + 1, run, progress)
                 if stop.received:
                     return self._stopped(run, progress, stop.received)
+
         progress.say(f"best: epoch {self.best_epoch}, validation loss {self.best_loss:.4f}: {run.best}")
         return 0
 
+    def _loader(self) -> Iterable[Batch]:
+        """The batches that are left, from the present step on."""
+        return training_loader(
+            self.dataset,
+            self.settings.batch_size,
+            self.seed,
+            self.step,
+            usable_workers(self.data_settings.workers, self.device),
+            pin_memory=self.device.type == "cuda",
+        )
+
     def train_step(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
         """One optimizer step; returns the losses. Raises TrainingError, naming the loss, when one is not finite."""
-        train = self.cfg.TRAIN
-        seed_everything(self.cfg.SEED, self.step)  # dropout
+        # Modes and learning rate of this epoch.
+        seed_everything(self.seed, self.step)  # dropout
         self.text_encoder.train()
         self.image_encoder.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = train.ENCODER_LR * max(0.1, train.ENCODER_LR_DECAY**epoch)
+            group["lr"] = self.settings.learning_rate * max(0.1, self.settings.learning_rate_decay**epoch)
 
+        # The step.
         (update,) = self.stepper.steps(batch, torch.empty(len(batch.keys), 0))  # the encoders take no noise
         self.step += 1
 
+        # Losses: checked before anything is saved.
         for name, loss in update.losses.items():
             if not torch.isfinite(loss):
                 raise TrainingError(
@@ -161,15 +197,14 @@ class EncoderTrainer:
 
     def losses(self, batch: Batch, text: TextFeatures, image: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """Word and sentence losses, each the sum of both directions."""
-        smooth = self.cfg.TRAIN.SMOOTH
         regions, code = image
-        gammas = (smooth.GAMMA1, smooth.GAMMA2, smooth.GAMMA3)
-        words = word_loss(regions, text.words, batch.lengths, batch.class_ids, *gammas)
-        sentences = sentence_loss(code, text.sentence, batch.class_ids, smooth.GAMMA3)
+        words = word_loss(regions, text.words, batch.lengths, batch.class_ids, **self.settings.gammas)
+        sentences = sentence_loss(code, text.sentence, batch.class_ids, self.settings.gamma3)
         return {"words": sum(words), "sentence": sum(sentences)}
 
     def end_epoch(self, epoch: int, run: EncoderDir, progress: Progress) -> None:
         """Validate, draw attention, save last, best and the numbered checkpoint that is due."""
+        # Validation: numbers and a picture.
         scores = self.validate()
         progress.log(self.step, epoch, {f"validation/{name}": value for name, value in scores.items()})
         progress.say(
@@ -178,30 +213,36 @@ class EncoderTrainer:
             f"R@5 {scores['text_to_image_r5']:.1%} / {scores['image_to_text_r5']:.1%}"
         )
         self.draw_attention(run, epoch, progress)
-        better = scores["loss"] < self.best_loss
-        if better:
+
+        # Checkpoints: the best is recorded first, as each of them says which one that is.
+        is_best = scores["loss"] < self.best_loss
+        if is_best:
             self.best_loss, self.best_epoch = scores["loss"], epoch
         checkpoint = self.checkpoint(scores)
-        if better:
+        if is_best:
             save_checkpoint(run.best, checkpoint)
-        every = self.cfg.TRAIN.SNAPSHOT_INTERVAL
+        every = self.settings.snapshot_interval
         if every and epoch % every == 0:
             save_checkpoint(run.numbered(epoch), checkpoint)
         save_checkpoint(run.last, checkpoint)
 
     def validate(self) -> dict[str, float]:
         """Mean loss over held-out pairs in full batches, and retrieval among all of them. Nothing random in it."""
-        dataset = make_dataset(self.cfg, self.validation, [self.cfg.TREE.BASE_SIZE], augment=False)
-        batch_size = min(self.cfg.TRAIN.BATCH_SIZE, len(dataset))
+        dataset = self._dataset(self.validation, augment=False)
+        batch_size = min(self.settings.batch_size, len(dataset))
+
+        # Losses and codes, batch by batch; a shorter last batch would be easier, so its loss does not count.
         totals, codes, sentences = [], [], []
         with eval_mode(self.text_encoder, self.image_encoder), torch.inference_mode():
             for batch in ordered_loader(dataset, batch_size, workers=0):
                 batch = batch.to(self.device)
                 text, image = self.encode(batch)
-                if len(batch.lengths) == batch_size:  # a shorter batch would be easier
+                if len(batch.lengths) == batch_size:
                     totals.append(sum(self.losses(batch, text, image).values()).item())
                 codes.append(image[1].float().cpu())
                 sentences.append(text.sentence.float().cpu())
+
+        # Their mean, and retrieval.
         loss = sum(totals) / len(totals)
         if loss != loss:
             raise TrainingError(
@@ -212,13 +253,18 @@ class EncoderTrainer:
     @torch.no_grad()
     def draw_attention(self, run: EncoderDir, epoch: int, progress: Progress) -> None:
         """A picture of where the words of some held-out captions look in their own images."""
-        places = range(0, len(self.validation), max(1, len(self.validation) // NUM_PICTURED))[:NUM_PICTURED]
-        chosen = make_dataset(self.cfg, self.validation.select(places), [self.cfg.TREE.BASE_SIZE], augment=False)
-        batch = next(iter(ordered_loader(chosen, len(places)))).to(self.device)
+        # Evenly spaced pairs.
+        indices = range(0, len(self.validation), max(1, len(self.validation) // NUM_PICTURED))[:NUM_PICTURED]
+        chosen = self._dataset(self.validation.select(indices), augment=False)
+        batch = next(iter(ordered_loader(chosen, len(indices)))).to(self.device)
+
+        # Attention of each word over the regions of its image.
         with eval_mode(self.text_encoder, self.image_encoder):
             text = self.text_encoder(batch.captions, batch.lengths)
             regions, _ = self.image_encoder(batch.images)
-        maps = word_attention(regions, text.words, batch.lengths, self.cfg.TRAIN.SMOOTH.GAMMA1).cpu().numpy()
+        maps = word_attention(regions, text.words, batch.lengths, self.settings.gamma1).cpu().numpy()
+
+        # Words, picture.
         words = [
             [self.vocabulary.words[int(index)] for index in caption[:length]]
             for caption, length in zip(batch.captions, batch.lengths, strict=True)
@@ -229,12 +275,13 @@ class EncoderTrainer:
 
     def out_of_patience(self, epoch: int) -> bool:
         """Whether `epoch` finished epochs are PATIENCE more than the best one."""
-        patience = self.cfg.TRAIN.PATIENCE
+        patience = self.settings.patience
         return bool(patience and epoch and epoch - self.best_epoch >= patience)
 
     def checkpoint(self, scores: Mapping[str, float] | None = None) -> dict[str, Any]:
+        """Everything that resuming needs; scores: of the validation after this epoch."""
         return {
-            "config": to_plain(self.cfg),
+            "config": self.config,
             "vocabulary": self.vocabulary.words,
             "networks": {part: to_state(network_name(network), network) for part, network in self.networks.items()},
             "optimizers": {"encoders": self.optimizer.state_dict()},
@@ -246,74 +293,90 @@ class EncoderTrainer:
         }
 
     def _restore(self, checkpoint: dict) -> None:
-        check_encoders_resumable(checkpoint, self.cfg)
-        check_same_data(checkpoint, self.records, self.cfg.DATA_DIR)
+        """Go on where the checkpoint was written. The networks have their weights already, see `_stored_encoders`."""
+        check_same_data(checkpoint, self.records, self.data_settings.data_dir)
         restore_adam(self.optimizer, checkpoint["optimizers"]["encoders"])
         self.step = checkpoint["step"]
         self.best_loss, self.best_epoch = checkpoint["best"]["loss"], checkpoint["best"]["epoch"]
 
     def _stopped(self, run: EncoderDir, progress: Progress, number: int) -> int:
+        """Save and say so, after the signal of this number; returns the exit code."""
         progress.end_epoch()
         save_checkpoint(run.last, self.checkpoint())
         progress.say(f"stopped after step {self.step}, saved {run.last}; go on with the same command and --resume")
         return 128 + number
 
-    def _given_encoders(self, checkpoint: dict | None) -> tuple[dict[str, nn.Module] | None, Vocabulary | None]:
-        """The encoders of the checkpoint, or of NET_E, with their vocabulary."""
+    # -- build ---------------------------------------------------------------------------------------------------
+
+    def _dataset(self, records: Records, augment: bool) -> TextImageDataset:
+        """Records as a data set of one image size."""
+        return make_dataset(self.data_settings, records, [self.settings.image_size], self.seed, augment)
+
+    def _stored_encoders(self, checkpoint: dict | None) -> tuple[dict[str, nn.Module] | None, Vocabulary | None]:
+        """The encoders of the checkpoint, or of NET_E, with their vocabulary; None, None: they start anew."""
+        # Of the run that is resumed.
         if checkpoint is not None:
             networks = {part: from_state(entry, networks_of(part)) for part, entry in checkpoint["networks"].items()}
             return networks, Vocabulary(checkpoint["vocabulary"])
-        if not self.cfg.TRAIN.NET_E:
+
+        # Of a file.
+        file, data = self.settings.former_encoders, self.data_settings
+        if not file:
             return None, None
-        encoders = load_encoders(self.cfg.TRAIN.NET_E, max_words=self.cfg.TEXT.WORDS_NUM)
+        encoders = load_encoders(file, max_words=data.max_words)
         if encoders.image_encoder is None:
-            raise CheckpointError(f"TRAIN.NET_E: there is no image encoder beside {self.cfg.TRAIN.NET_E}")
-        vocabulary = encoders.vocabulary or released_vocabulary(self.cfg.DATA_DIR)
+            raise CheckpointError(f"TRAIN.NET_E: there is no image encoder beside {file}")
+        vocabulary = encoders.vocabulary or released_vocabulary(data.data_dir)
         return {"text_encoder": encoders.text_encoder, "image_encoder": encoders.image_encoder}, vocabulary
 
     def _fresh_encoders(self) -> dict[str, nn.Module]:
-        cfg = self.cfg
-        arguments = {"text_dim": cfg.TEXT.EMBEDDING_DIM}
-        if cfg.DAMSM.IMAGE_ENCODER == "small":
-            size = cfg.TREE.BASE_SIZE
+        """Encoders with random weights, Inception's trunk with ImageNet's. Raises ConfigError, CheckpointError."""
+        # The image encoder comes first: it draws its weights first.
+        kind = self.settings.image_encoder
+        arguments = {"text_dim": self.text_arguments["text_dim"]}
+        if kind == "small":
+            size = self.settings.image_size
             if size < 16 or size & (size - 1):
                 raise ConfigError(f"TREE.BASE_SIZE: the small encoder takes powers of two from 16 on, not {size}")
             arguments["image_size"] = size
-        image_encoder = IMAGE_ENCODERS[cfg.DAMSM.IMAGE_ENCODER](**arguments)
-        if cfg.DAMSM.IMAGE_ENCODER == "inception":
-            load_imagenet_weights(image_encoder.trunk, cfg.DAMSM.INCEPTION_WEIGHTS)
-        text_encoder = TEXT_ENCODERS["rnn"](
-            vocabulary_size=len(self.vocabulary),
-            text_dim=cfg.TEXT.EMBEDDING_DIM,
-            rnn_type=cfg.RNN_TYPE,
-            max_words=cfg.TEXT.WORDS_NUM,
-        )
+        image_encoder = IMAGE_ENCODERS[kind](**arguments)
+        if kind == "inception":
+            load_imagenet_weights(image_encoder.trunk, self.settings.inception_weights)
+
+        # The text encoder knows the words of the data.
+        sizes = {"vocabulary_size": len(self.vocabulary), "max_words": self.data_settings.max_words}
+        text_encoder = TEXT_ENCODERS["rnn"](**sizes, **self.text_arguments)
         return {"text_encoder": text_encoder, "image_encoder": image_encoder}
 
 
-def split_records(cfg: Mapping, vocabulary: Vocabulary | None) -> tuple[Records, Records]:
+def split_records(
+    data: DataSettings, share: float, seed: int, vocabulary: Vocabulary | None
+) -> tuple[Records, Records]:
     """Training pairs and held-out pairs: the data's val split, or else a seeded share of the training images.
 
-    HELD_OUT 0 without a val split: the test split, as AttnGAN does; what is chosen by it then knows the test set.
+    share: HELD_OUT; 0 without a val split: the test split, as AttnGAN does; what is chosen by it then knows the test set.
     """
-    records = read_records(cfg, "train", vocabulary)
-    if "val" in splits_present(Path(cfg.DATA_DIR)):
-        validation = read_records(cfg, "val", vocabulary)
-    elif cfg.TRAIN.HELD_OUT == 0:
+    records = read_records(data, "train", vocabulary)
+    if "val" in splits_present(Path(data.data_dir)):
+        validation = read_records(data, "val", vocabulary)
+    elif share == 0:
         logger.warning("TRAIN.HELD_OUT is 0: the best encoders are chosen by the test split, as AttnGAN's were")
-        validation = read_records(cfg, "test", vocabulary)
+        validation = read_records(data, "test", vocabulary)
     else:
-        number = min(MOST_VALIDATED, max(2, round(cfg.TRAIN.HELD_OUT * len(records))))
-        order = stream(cfg.SEED, "held out").permutation(len(records))
-        records, validation = records.select(sorted(order[number:])), records.select(sorted(order[:number]))
+        count = min(MOST_VALIDATED, max(2, round(share * len(records))))
+        order = stream(seed, "held out").permutation(len(records))
+        records, validation = records.select(sorted(order[count:])), records.select(sorted(order[:count]))
+
+    # No more than can be ranked against each other.
     if len(validation) > MOST_VALIDATED:
-        places = stream(cfg.SEED, "validated").permutation(len(validation))[:MOST_VALIDATED]
-        validation = validation.select(sorted(places))
+        chosen = stream(seed, "validated").permutation(len(validation))[:MOST_VALIDATED]
+        validation = validation.select(sorted(chosen))
     return records, validation
 
 
 def load_imagenet_weights(trunk: nn.Module, path: str) -> None:
     """Put torchvision's ImageNet weights into Inception-v3. Raises CheckpointError, saying where to get them."""
+    # The file: the user's, or torchvision's.
     url = Inception_V3_Weights.IMAGENET1K_V1.url
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     file = Path(path) if path else cached
@@ -322,11 +385,13 @@ def load_imagenet_weights(trunk: nn.Module, path: str) -> None:
             f"{file}: no ImageNet weights of Inception-v3 there; download {url} to {cached} or set "
             f"DAMSM.INCEPTION_WEIGHTS to the file (or train a light encoder: --set DAMSM.IMAGE_ENCODER small)"
         )
+
+    # Its tensors; those of the classifier, which the trunk lacks, are left out.
     state = load_file(file)
-    wanted = trunk.state_dict()
-    missing = [name for name in wanted if name not in state or state[name].shape != wanted[name].shape]
+    expected = trunk.state_dict()
+    missing = [name for name in expected if name not in state or state[name].shape != expected[name].shape]
     if missing:
         raise CheckpointError(
             f"{file}: is not torchvision's inception_v3, {len(missing)} tensors missing ({missing[0]})"
         )
-    trunk.load_state_dict({name: state[name] for name in wanted})
+    trunk.load_state_dict({name: state[name] for name in expected})

@@ -6,15 +6,19 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from datasets.settings import DataSettings
 from miscc.batch import Batch
 from miscc.config import to_yaml
 from miscc.distributed import World
 from miscc.errors import UserError
+from miscc.settings import from_config
+from models.choice import ChosenSystem, chosen_system
 from models.clip_features import ClipImageEncoder
 from models.registry import count_parameters
 from models.types import ImageEncoder, Network, System, TextFeatures, Update
-from training.build import build_networks, build_system, check_batch_size, objective_settings, problems
+from training.build import build_networks, build_system, check_batch_size, problems
 from training.evaluation import split_records
+from training.settings import EvaluationSettings, StartSettings, TrainerSettings
 from training.step import Stepper, check_accumulation
 
 META = torch.device("meta")  # tensors with a size and no values: nothing is computed
@@ -23,45 +27,63 @@ NUM_WORDS, NUM_REGIONS = 18, 8  # of the stand-ins for the encoders
 
 def describe(cfg: Mapping) -> str:
     """The report as text. Raises ConfigError only for settings that no data could mend."""
-    check_batch_size(cfg.TRAIN.BATCH_SIZE)
-    check_accumulation(cfg.TRAIN.BATCH_SIZE, 1, cfg.TRAIN.ACCUMULATE)
-    with META:
-        networks = build_networks(cfg)
+    # Settings, as they were resolved.
+    settings, data = from_config(TrainerSettings, cfg), from_config(DataSettings, cfg)
+    start, system = from_config(StartSettings, cfg), chosen_system(cfg)
+    check_batch_size(settings.batch_size)
+    check_accumulation(settings.batch_size, 1, settings.accumulate)
     lines = [to_yaml(cfg).rstrip(), ""]
-    for part, network in networks.items():
-        lines.append(f"{part}: {count_parameters(network) / 1e6:.1f} M parameters")
-    state, kept = memory_estimate(cfg, networks)
-    total = state + kept * cfg.TRAIN.BATCH_SIZE
+
+    # Sizes and memory.
+    with META:
+        networks = build_networks(system)
+    lines += [f"{part}: {count_parameters(network) / 1e6:.1f} M parameters" for part, network in networks.items()]
+    state, kept = memory_estimate(system, networks, start)
+    total = state + kept * settings.batch_size
     lines.append(
         f"memory: about {total / 2**30:.1f} GiB ({kept / 2**20:.0f} MiB an image kept for backward at batch "
-        f"{cfg.TRAIN.BATCH_SIZE}, {state / 2**30:.2f} GiB weights and optimizers), without the encoders'"
+        f"{settings.batch_size}, {state / 2**30:.2f} GiB weights and optimizers), without the encoders'"
     )
-    try:
-        num_images = len(split_records(cfg)[0])
-        steps = num_images // cfg.TRAIN.BATCH_SIZE
-        total = min(steps * cfg.TRAIN.MAX_EPOCH, cfg.TRAIN.MAX_STEPS or steps * cfg.TRAIN.MAX_EPOCH)
-        lines.append(f"steps per epoch: {steps} ({num_images} images), {total} in all")
-        if not steps:
-            lines.append(f"not there yet: {num_images} images are fewer than one batch; lower TRAIN.BATCH_SIZE")
-    except UserError:
-        lines.append("steps per epoch: unknown until the data is there")
-    missing = problems(cfg)
+
+    # Steps, and what is missing.
+    share = from_config(EvaluationSettings, cfg).held_out_share
+    lines += _describe_steps(settings, data, share, cfg.SEED)
+    missing = problems(system, start, data)
     lines += [f"not there yet: {line}" for line in missing] or ["data and encoders: found"]
     return "\n".join(lines)
 
 
-def memory_estimate(cfg: Mapping, networks: Mapping[str, nn.Module]) -> tuple[float, float]:
+def _describe_steps(settings: TrainerSettings, data: DataSettings, held_out_share: float, seed: int) -> list[str]:
+    """How many steps an epoch and the whole training have."""
+    try:
+        num_images = len(split_records(data, held_out_share, seed)[0])
+    except UserError:
+        return ["steps per epoch: unknown until the data is there"]
+
+    steps = num_images // settings.batch_size
+    total = min(steps * settings.max_epoch, settings.max_steps or steps * settings.max_epoch)
+    lines = [f"steps per epoch: {steps} ({num_images} images), {total} in all"]
+    if not steps:
+        lines.append(f"not there yet: {num_images} images are fewer than one batch; lower TRAIN.BATCH_SIZE")
+    return lines
+
+
+def memory_estimate(
+    chosen: ChosenSystem, networks: Mapping[str, nn.Module], start: StartSettings
+) -> tuple[float, float]:
     """(bytes of weights, gradients, Adam's state and averaged G; bytes an image that autograd keeps), float32.
 
     networks: on the meta device. What is kept is the most that one step of the system holds for its backward passes,
     counted while that step runs on two images without values.
     """
+    # Weights: with their gradient and Adam's two averages; G once more, as its average.
     weights = {part: 4 * count_parameters(network) for part, network in networks.items()}
     state = 4 * sum(weights.values()) + weights["generator"]
-    text_dim = cfg.TEXT.EMBEDDING_DIM
-    image_encoder = STAND_INS[objective_settings(cfg).encoders_with_images](cfg)
-    stand_ins = {"text_encoder": _TextEncoder(text_dim), "image_encoder": image_encoder}
-    system = build_system(cfg, {**networks, **stand_ins})
+
+    # A step: of the system, on two images.
+    image_encoder = STAND_INS[chosen.objective.encoders_with_images](start)
+    stand_ins = {"text_encoder": _TextEncoder(start.text_dim), "image_encoder": image_encoder}
+    system = build_system(chosen, {**networks, **stand_ins})
     system.train()
     images = [torch.zeros(2, 3, size, size, device=META) for size in system.image_sizes]
     batch = Batch(
@@ -79,6 +101,7 @@ def memory_estimate(cfg: Mapping, networks: Mapping[str, nn.Module]) -> tuple[fl
 
 def _most_kept(system: System, batch: Batch, noise: Tensor) -> float:
     """Bytes of the distinct memory that autograd holds at most before one of a step's backward passes, weights not counted."""
+    # What is kept now, by its memory: an entry is gone when the graph that held it is.
     kept: WeakValueDictionary[int, _Kept] = WeakValueDictionary()
 
     def keep(tensor: Tensor) -> tuple[Tensor, _Kept | None]:
@@ -89,13 +112,15 @@ def _most_kept(system: System, batch: Batch, noise: Tensor) -> float:
         kept[memory] = holder
         return tensor, holder
 
+    # The most at any time: the backward pass frees what only its update needed.
     most = 0.0
 
     def count(update: Update, phase: str) -> None:
         nonlocal most
-        if phase == "forward":  # the backward pass frees what only this update needed
+        if phase == "forward":
             most = max(most, sum(holder.num_bytes for holder in kept.values()))
 
+    # One step.
     optimizers = {name: torch.optim.SGD(spec.parameters, lr=0.0) for name, spec in system.optimizers().items()}
     stepper = Stepper(system.updates, optimizers, World(0, 1, META))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda pair: pair[0]):
@@ -140,15 +165,16 @@ class _ImageEncoder(ImageEncoder):
         return regions, regions.mean(dim=(2, 3))
 
 
-def _clip_without_values(cfg: Mapping) -> ClipImageEncoder:
+def _clip_without_values(start: StartSettings) -> ClipImageEncoder:
+    """CLIP's image tower of the settings' sizes."""
     with META:
-        patch_size = cfg.TREE.BASE_SIZE // 7
-        sizes = {"width": cfg.CLIP.WIDTH, "num_blocks": cfg.CLIP.BLOCKS, "text_dim": cfg.TEXT.EMBEDDING_DIM}
+        patch_size = start.image_size // 7
+        sizes = {"width": start.width, "num_blocks": start.num_blocks, "text_dim": start.text_dim}
         return ClipImageEncoder(image_size=7 * patch_size, patch_size=patch_size, **sizes)
 
 
 # In place of the encoder that looks at images, by its kind.
-STAND_INS: dict[str, Callable[[Mapping], Network]] = {
-    "damsm": lambda cfg: _ImageEncoder(cfg.TEXT.EMBEDDING_DIM),
+STAND_INS: dict[str, Callable[[StartSettings], Network]] = {
+    "damsm": lambda start: _ImageEncoder(start.text_dim),
     "clip": _clip_without_values,
 }

@@ -16,12 +16,14 @@ import torch
 from tqdm import tqdm
 
 from datasets.records import Records
+from datasets.settings import DataSettings
 from miscc.errors import ConfigError, DataError, UserError
 from miscc.randomness import stream
 from miscc.vocabulary import Vocabulary
 from sampling.pipeline import TextToImage
 from sampling.requests import split_requests
 from training.data import read_records
+from training.settings import EvaluationSettings
 
 logger = logging.getLogger(__name__)
 
@@ -32,17 +34,12 @@ MEASURES = {  # TRAIN.EVAL_MEASURE: network and resize filter
 BATCH_SIZE = 32  # images drawn at a time
 
 
-def held_out_share(cfg: Mapping) -> float:
-    """The share of the training classes that a run keeps for its evaluations; 0 where it makes none."""
-    train = cfg["TRAIN"]
-    return float(train.get("EVAL_CLASSES", 0.0)) if train.get("EVAL_EVERY", 0) else 0.0
-
-
-def split_records(cfg: Mapping, vocabulary: Vocabulary | None = None) -> tuple[Records, Records | None]:
-    """The images that are trained on, and those that the evaluations are made with; None where there are none."""
-    records = read_records(cfg, "train", vocabulary)
-    share = held_out_share(cfg)
-    return hold_out(records, share, cfg.SEED) if share else (records, None)
+def split_records(
+    data: DataSettings, share: float, seed: int, vocabulary: Vocabulary | None = None
+) -> tuple[Records, Records | None]:
+    """The images that are trained on, and those that the evaluations are made with; None where the share is 0."""
+    records = read_records(data, "train", vocabulary)
+    return hold_out(records, share, seed) if share else (records, None)
 
 
 def hold_out(records: Records, share: float, seed: int) -> tuple[Records, Records]:
@@ -85,8 +82,7 @@ class Evaluation:
         held_out: Records,
         image_size: int,
         device: torch.device,
-        measure: str = "FD",
-        num_images: int = 2000,
+        settings: EvaluationSettings,
         seed: int = 100,
         skip_broken: bool = False,
     ):
@@ -96,14 +92,15 @@ class Evaluation:
         from eval.metric import distance_name
 
         # The network of the score.
-        name, resize = MEASURES[measure]
+        name, resize = MEASURES[settings.measure]
         try:
             self.network = load_network(name, resize=resize, device=device)
         except (UserError, ImportError) as error:
             reason = error.text if isinstance(error, WeightsError) else error
-            raise ConfigError(f"TRAIN.EVAL_MEASURE: {measure} cannot be computed here: {reason}") from None
+            raise ConfigError(f"TRAIN.EVAL_MEASURE: {settings.measure} cannot be computed here: {reason}") from None
 
         # The real images, and what is drawn.
+        num_images = settings.num_images
         if num_images < 2:
             raise ConfigError(f"TRAIN.EVAL_IMAGES: must be 2 or more, not {num_images}")
         if skip_broken:

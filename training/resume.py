@@ -9,7 +9,6 @@ from datasets.records import Records
 from miscc.config import flatten
 from miscc.errors import CheckpointError, ConfigError, DataError
 from models.choice import keys_of, network_parts
-from training.evaluation import held_out_share
 
 # What any run may have its own way, without a word about it.
 FREE = {"RESTORE", "GPU_ID", "WORKERS", "DATA_CACHE", "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS", "TRAIN.MAX_MINUTES",
@@ -48,7 +47,7 @@ def check_fixed_settings(stored: Mapping, cfg: Mapping, keys: Iterable[str], ins
 
 def check_same_held_out(stored: Mapping, cfg: Mapping) -> None:
     """Raises ConfigError where a resumed run would train on other classes than it has until now."""
-    before, now = held_out_share(stored), held_out_share(cfg)
+    before, now = _held_out_share(stored["TRAIN"]), _held_out_share(cfg["TRAIN"])
     if before == now:
         return
     key = "TRAIN.EVAL_CLASSES" if before and now else "TRAIN.EVAL_EVERY"
@@ -56,6 +55,11 @@ def check_same_held_out(stored: Mapping, cfg: Mapping) -> None:
         f"{key}: the run was started with {before:g} of the classes held out for evaluation, not {now:g}, and has trained "
         f"on the others; set it back, or start anew (without --resume)"
     )
+
+
+def _held_out_share(train: Mapping) -> float:
+    """`EvaluationSettings.held_out_share` of stored settings; a run of former code lacks the keys."""
+    return float(train.get("EVAL_CLASSES", 0.0)) if train.get("EVAL_EVERY", 0) else 0.0
 
 
 def fingerprint(records: Records) -> dict[str, int]:

@@ -14,7 +14,14 @@ from models import SYSTEMS
 from models.choice import SystemChoice, find_system, keys_of, load_for_system, system_parts
 from models.clip_files import MODEL
 from models.damsm import TextEncoder
-from models.settings import BetasSettings, GammaSettings, image_size_setting, sentence_dim_setting
+from models.settings import (
+    BetasSettings,
+    ClipSizeSettings,
+    GammaSettings,
+    ImageSizeSettings,
+    image_size_setting,
+    sentence_dim_setting,
+)
 from sampling.encoders import ENCODERS
 from sampling.settings import SamplingSettings
 
@@ -116,6 +123,11 @@ class EvaluationSettings:
         if self.every and not self.classes:
             raise ConfigError("TRAIN.EVAL_CLASSES: must be above 0 where TRAIN.EVAL_EVERY asks for evaluations")
 
+    @property
+    def held_out_share(self) -> float:
+        """The share of the training classes that a run keeps for its evaluations; 0 where it makes none."""
+        return self.classes if self.every else 0.0
+
 
 @dataclass(frozen=True)
 class FormerEncodersSettings:
@@ -127,8 +139,8 @@ class FormerEncodersSettings:
 
 
 @dataclass(frozen=True)
-class StartSettings(FormerEncodersSettings, DatasetSettings):
-    """What a training, or a drawing, starts from: weight files and encoders."""
+class StartSettings(FormerEncodersSettings, ClipSizeSettings, ImageSizeSettings, DatasetSettings):
+    """What a training, or a drawing, starts from: weight files and encoders. The sizes are those of an untrained CLIP."""
 
     generator_file: str = setting("TRAIN.NET_G", "", "weights to sample from or to continue from: ours or the authors'")
     discriminator_file: str = setting("TRAIN.NET_D", "", "the authors' discriminator that goes with NET_G")
@@ -156,6 +168,11 @@ class StartSettings(FormerEncodersSettings, DatasetSettings):
     def __post_init__(self) -> None:
         encoders = self.encoders or self.former_encoders or f"DAMSMencoders/{self.dataset}/best.pth"
         object.__setattr__(self, "encoders", encoders)
+
+    @property
+    def encoders_path(self) -> str:
+        """What the encoders of TEXT.ENCODER are loaded from."""
+        return {"damsm": self.encoders, "clip": self.clip}[self.kind]
 
 
 @dataclass(frozen=True)

@@ -10,33 +10,26 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasets.loading import EpochBatches, training_loader
+from datasets.settings import DataSettings
 from miscc import distributed
 from miscc.batch import Batch
-from miscc.byte_pairs import vocabulary_of
 from miscc.checkpoint import load_checkpoint, save_checkpoint
 from miscc.config import to_plain, to_yaml
 from miscc.distributed import World
-from miscc.errors import CheckpointError, TrainingError
+from miscc.errors import TrainingError
 from miscc.files import remove_unfinished
 from miscc.pictures import save_image
 from miscc.randomness import noise_for, seed_everything
-from miscc.vocabulary import Vocabulary
-from models import SYSTEMS, networks_of
+from miscc.settings import from_config
+from models.choice import chosen_system
 from models.modes import eval_mode
-from models.registry import from_state, network_name, to_state
+from models.registry import network_name, to_state
 from sampling.folders import generated_picture
 from sampling.pipeline import TextToImage
-from training.build import (
-    build_networks,
-    build_system,
-    check_batch_size,
-    encoders_for,
-    given_networks,
-    objective_settings,
-)
+from training.build import build_system, check_batch_size, resumed_networks, starting_networks
 from training.compute import checkpoint_activations, compile_networks, use_channels_last
 from training.data import fixed_captions, make_dataset, usable_workers
 from training.ema import EMA
@@ -45,6 +38,7 @@ from training.progress import Progress, StopSignal
 from training.resume import changed_settings, check_resumable, check_same_data, fingerprint
 from training.run_dir import RunDir
 from training.schedule import Budget, learning_rate_factor, set_learning_rates
+from training.settings import EvaluationSettings, StartSettings, TrainerSettings
 from training.step import FiniteCheck, Stepper, check_accumulation, log_values, make_optimizers, restore_adam
 from training.tracker import Tracker, find_tracker
 
@@ -88,47 +82,58 @@ class Trainer:
     """All that a run consists of: networks, system, optimizers, average, data, evaluation, and the step it has reached."""
 
     def __init__(self, cfg: Mapping, world: World, checkpoint: dict | None = None):
-        self.cfg, self.world, self.device = cfg, world, world.device
-        check_batch_size(cfg.TRAIN.BATCH_SIZE, world.size)
-        check_accumulation(cfg.TRAIN.BATCH_SIZE, world.size, cfg.TRAIN.ACCUMULATE)
+        # Settings: of each part. The configuration as a whole is for checkpoints alone.
+        self.config, self.seed = to_plain(cfg), cfg.SEED
+        self.settings = from_config(TrainerSettings, cfg)
+        self.data_settings = from_config(DataSettings, cfg)
+        self.evaluation_settings = from_config(EvaluationSettings, cfg)
+        self.chosen = chosen_system(cfg)
+        self.world, self.device = world, world.device
+
+        # Checks, then everything that takes time.
+        check_batch_size(self.settings.batch_size, world.size)
+        check_accumulation(self.settings.batch_size, world.size, self.settings.accumulate)
         if checkpoint is not None:
             check_resumable(checkpoint, cfg)
-        self._build_networks(checkpoint)
+        self._build_networks(checkpoint, from_config(StartSettings, cfg))
         self._build_data()
 
         # Where the run stands, and where it ends.
         self.step, self.changes = 0, []
         if checkpoint is not None:
             self._restore(checkpoint)
-        self.last_step = cfg.TRAIN.MAX_EPOCH * self.steps_per_epoch
-        if cfg.TRAIN.MAX_STEPS:
-            self.last_step = min(self.last_step, cfg.TRAIN.MAX_STEPS)
+        self.last_step = self.settings.max_epoch * self.steps_per_epoch
+        if self.settings.max_steps:
+            self.last_step = min(self.last_step, self.settings.max_steps)
         used = checkpoint.get("seconds", 0.0) if checkpoint is not None else 0.0
-        self.budget = Budget(self.last_step, cfg.TRAIN.MAX_MINUTES, used)
+        self.budget = Budget(self.last_step, self.settings.max_minutes, used)
 
     # -- build ---------------------------------------------------------------------------------------------------
 
-    def _build_networks(self, checkpoint: dict | None) -> None:
+    def _build_networks(self, checkpoint: dict | None, start: StartSettings) -> None:
         """Networks, average, system, optimizers. The order matters: layout before copies, compiling last."""
-        train = self.cfg.TRAIN
-        seed_everything(self.cfg.SEED)  # the initial weights
-        networks, self.vocabulary = self._networks(checkpoint)
+        settings = self.settings
+        seed_everything(self.seed)  # the initial weights
+        if checkpoint is None:
+            networks, self.vocabulary = starting_networks(self.chosen, start, self.data_settings)
+        else:
+            networks, self.vocabulary = resumed_networks(self.chosen, checkpoint)
         self.networks = {
             part: distributed.synchronise(network.to(self.device), self.world) for part, network in networks.items()
         }
-        if train.CHANNELS_LAST:
+        if settings.channels_last:
             use_channels_last(self.networks)
         self.average = None
-        if train.EMA_DECAY > 0:
-            self.average = EMA(self.networks["generator"], train.EMA_DECAY, train.EMA_SHARE)
+        if settings.ema_decay > 0:
+            self.average = EMA(self.networks["generator"], settings.ema_decay, settings.ema_share)
 
         # The objective around them.
-        self.system = build_system(self.cfg, self.networks)
+        self.system = build_system(self.chosen, self.networks)
         self.system.train()
-        self.system.seed = self.cfg.SEED
-        if train.ACTIVATION_CHECKPOINTING:
+        self.system.seed = self.seed
+        if settings.activation_checkpointing:
             checkpoint_activations(self.networks["generator"])
-        if train.COMPILE:
+        if settings.compile:
             compile_networks(self.networks)
 
         # What takes its steps.
@@ -136,61 +141,42 @@ class Trainer:
         self.optimizers = make_optimizers(specs)
         self.base_rates = {name: spec.lr for name, spec in specs.items()}
         self.stepper = Stepper(
-            self.system.updates, self.optimizers, self.world, train.PRECISION, train.ACCUMULATE, train.GLOBAL_DAMSM
+            self.system.updates,
+            self.optimizers,
+            self.world,
+            settings.precision,
+            settings.accumulate,
+            settings.global_damsm,
         )
         self.finite = FiniteCheck(self.device)
 
-    def _networks(self, checkpoint: dict | None) -> tuple[dict[str, nn.Module], Vocabulary]:
-        """The networks to train: of the checkpoint, of NET_G, or fresh ones; with the encoders that the settings name."""
-        if checkpoint is not None:
-            stored = {
-                part: from_state(entry, networks_of(part))
-                for part, entry in checkpoint["networks"].items()
-                if part != "generator_ema"
-            }
-            objective = objective_settings(self.cfg)
-            for part in SYSTEMS[self.cfg.GAN.NAME].parts(objective):
-                if part not in stored:
-                    raise CheckpointError(
-                        f"the run was started without a network {part!r}, which GAN.DISCRIMINATOR {self.cfg.GAN.DISCRIMINATOR} "
-                        f"trains; set it back, or start anew (TRAIN.NET_G)"
-                    )
-            if "image_encoder" not in stored and objective.needs_image_encoder:
-                raise CheckpointError("the run was started without an image encoder; keep TRAIN.DAMSM_WEIGHT at 0")
-            return stored, vocabulary_of(checkpoint["vocabulary"])
-
-        encoders, vocabulary = encoders_for(self.cfg)
-        networks = build_networks(self.cfg)
-        networks |= given_networks(self.cfg, networks)
-        networks["text_encoder"] = encoders.text_encoder
-        if encoders.image_encoder is not None:
-            networks["image_encoder"] = encoders.image_encoder
-        return networks, vocabulary
-
     def _build_data(self) -> None:
         """Images to train on, captions to draw, and what is held out for evaluations."""
-        cfg, world = self.cfg, self.world
-        self.records, held_out = split_records(cfg, self.vocabulary)
+        data, world = self.data_settings, self.world
+        share = self.evaluation_settings.held_out_share
+        self.records, held_out = split_records(data, share, self.seed, self.vocabulary)
         max_words = self.networks["text_encoder"].max_words
-        self.dataset = make_dataset(cfg, self.records, self.system.image_sizes, augment=True, max_words=max_words)
-        self.pictured_captions = fixed_captions(cfg, self.vocabulary, self.records, NUM_PICTURED)
+        self.dataset = make_dataset(data, self.records, self.system.image_sizes, self.seed, True, max_words)
+        self.pictured_captions = fixed_captions(data, self.vocabulary, self.records, NUM_PICTURED)
 
         # Built once here for its checks: of the batch against the data and the processes.
         self.steps_per_epoch = EpochBatches(
-            len(self.dataset), cfg.TRAIN.BATCH_SIZE, cfg.SEED, world_size=world.size
+            len(self.dataset), self.settings.batch_size, self.seed, world_size=world.size
         ).batches_per_epoch
 
+        # Evaluation: the main process's alone.
         self.evaluation = None
         if held_out is not None and world.is_main:
             size = self.networks["generator"].image_size
-            options = (cfg.TRAIN.EVAL_MEASURE, cfg.TRAIN.EVAL_IMAGES, cfg.SEED, cfg.SKIP_BROKEN)
-            self.evaluation = Evaluation(held_out, size, self.device, *options)
+            self.evaluation = Evaluation(
+                held_out, size, self.device, self.evaluation_settings, self.seed, data.skip_broken
+            )
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def run_to_the_end(self, run: RunDir | None, progress: Progress) -> int:
         """Train until the last step or a signal; returns the exit code. run: None in all but the main process."""
-        cfg = self.cfg
+        settings = self.settings
         self._introduce(run, progress)
         batches, epoch = iter(self._loader()), None
         seconds, timed_from = 0.0, self.step
@@ -201,11 +187,11 @@ class Trainer:
                 # Epoch: a bar of its own.
                 if self.step // self.steps_per_epoch != epoch:
                     epoch = self.step // self.steps_per_epoch
-                    title = f"epoch {epoch + 1}/{cfg.TRAIN.MAX_EPOCH}"
+                    title = f"epoch {epoch + 1}/{settings.max_epoch}"
                     progress.start_epoch(title, self.step % self.steps_per_epoch, self.steps_per_epoch)
 
                 # Step: every update of the system, then the averaged generator.
-                wants_log = (self.step + 1) % cfg.TRAIN.LOG_EVERY == 0
+                wants_log = (self.step + 1) % settings.log_every == 0
                 began = time.perf_counter()
                 values = self.train_step(next(batches).to(self.device, non_blocking=True), epoch, wants_log)
                 seconds += time.perf_counter() - began
@@ -217,13 +203,13 @@ class Trainer:
 
                 # Log, draw, evaluate, save: each at its own intervals.
                 if wants_log:
-                    values["images_per_second"] = cfg.TRAIN.BATCH_SIZE * (self.step - timed_from) / seconds
+                    values["images_per_second"] = settings.batch_size * (self.step - timed_from) / seconds
                     seconds, timed_from = 0.0, self.step
                     shown = (*self.system.SHOWN, "images_per_second")
                     progress.log(self.step, self.step / self.steps_per_epoch, values, shown)
                 waited = self.budget.seconds - pictured
-                is_due = cfg.TRAIN.SAMPLE_EVERY and self.step % cfg.TRAIN.SAMPLE_EVERY == 0
-                if run is not None and (is_due or 0 < 60 * cfg.TRAIN.SAMPLE_MINUTES <= waited):
+                is_due = settings.sample_every and self.step % settings.sample_every == 0
+                if run is not None and (is_due or 0 < 60 * settings.sample_minutes <= waited):
                     self.draw(run, progress)
                     pictured = self.budget.seconds
                 self.evaluate_when_due(run, progress)
@@ -246,12 +232,12 @@ class Trainer:
     def train_step(self, batch: Batch, epoch: int, wants_log: bool = False) -> dict[str, float]:
         """One training step: every update of the system, then the average. Returns the values to log, if wanted."""
         # Randomness depends on seed, epoch and image alone: a resumed run draws the same.
-        seed_everything(self.cfg.SEED, self.step, self.world.rank)  # dropout, where encoders are fine-tuned with it
+        seed_everything(self.seed, self.step, self.world.rank)  # dropout, where encoders are fine-tuned with it
         noise_dim = self.networks["generator"].noise_dim
-        noise = noise_for(self.cfg.SEED, epoch, batch.indices.tolist(), noise_dim).to(self.device, non_blocking=True)
+        noise = noise_for(self.seed, epoch, batch.indices.tolist(), noise_dim).to(self.device, non_blocking=True)
 
         # Learning rates: by the share of the budget that is used up.
-        factor = learning_rate_factor(self.budget.share(self.step), self.cfg.TRAIN.LR_DECAY_FROM)
+        factor = learning_rate_factor(self.budget.share(self.step), self.settings.lr_decay_from)
         set_learning_rates(self.optimizers, self.base_rates, factor)
 
         # Updates: discriminator(s) and generator, in the system's order.
@@ -282,10 +268,10 @@ class Trainer:
         """The batches that are left, from the present step on."""
         return training_loader(
             self.dataset,
-            self.cfg.TRAIN.BATCH_SIZE,
-            self.cfg.SEED,
+            self.settings.batch_size,
+            self.seed,
             start_step=self.step,
-            workers=usable_workers(self.cfg.WORKERS, self.device),
+            workers=usable_workers(self.data_settings.workers, self.device),
             rank=self.world.rank,
             world_size=self.world.size,
             pin_memory=self.device.type == "cuda",
@@ -295,12 +281,12 @@ class Trainer:
         """Say what is trained, from which step on, and what differs from the run's start."""
         progress.say(f"run: {run.path if run else '-'}")
         progress.say(
-            f"{self.cfg.GAN.NAME} on {self.device}, {self.world.size} process(es): {len(self.records)} images, "
+            f"{self.chosen.name} on {self.device}, {self.world.size} process(es): {len(self.records)} images, "
             f"{self.steps_per_epoch} steps an epoch, step {self.step} of {max(self.step, self.last_step)}"
         )
-        if self.cfg.TRAIN.MAX_MINUTES:
+        if self.settings.max_minutes:
             used = self.budget.seconds / 60
-            progress.say(f"time: {used:.1f} of {self.cfg.TRAIN.MAX_MINUTES:g} minutes used, whatever the steps")
+            progress.say(f"time: {used:.1f} of {self.settings.max_minutes:g} minutes used, whatever the steps")
         for change in self.changes:
             progress.say(f"setting changed since the run was started: {change}")
         if self.evaluation is not None:
@@ -314,7 +300,7 @@ class Trainer:
         if not self.pictured_captions:
             return
         with self._pipeline() as pipeline:
-            drawn = pipeline.generate(self.pictured_captions, seed=self.cfg.SEED)
+            drawn = pipeline.generate(self.pictured_captions, seed=self.seed)
         picture = generated_picture(self.pictured_captions, drawn)
         save_image(picture, run.picture(self.step))
         progress.picture("samples", picture, self.step)
@@ -331,8 +317,10 @@ class Trainer:
     def evaluate_when_due(self, run: RunDir | None, progress: Progress) -> None:
         """Every EVAL_EVERY epochs: the main process evaluates while the others wait, and keeps the best checkpoint."""
         epoch, step = divmod(self.step, self.steps_per_epoch)
-        if not self.cfg.TRAIN.EVAL_EVERY or step or epoch % self.cfg.TRAIN.EVAL_EVERY:
+        every = self.evaluation_settings.every
+        if not every or step or epoch % every:
             return
+
         self.finite.check()
         if self.evaluation is not None and run is not None:
             with self._pipeline() as pipeline:
@@ -348,9 +336,9 @@ class Trainer:
 
     def save_when_due(self, run: RunDir | None, stopped: bool) -> None:
         """Write last.pth and the numbered checkpoints that the settings ask for at this step."""
-        train, epoch_ended = self.cfg.TRAIN, self.step % self.steps_per_epoch == 0
+        settings, epoch_ended = self.settings, self.step % self.steps_per_epoch == 0
         finished = self.budget.is_over(self.step)
-        within = train.SAVE_EVERY > 0 and self.step % train.SAVE_EVERY == 0
+        within = settings.save_every > 0 and self.step % settings.save_every == 0
         if not (within or epoch_ended or finished or stopped):
             return
 
@@ -363,11 +351,11 @@ class Trainer:
 
         # Numbered: the most complete kind that is due.
         epoch = self.step // self.steps_per_epoch
-        if epoch_ended and epoch >= max(1, train.WARMUP_EPOCHS):
+        if epoch_ended and epoch >= max(1, settings.warmup_epochs):
             intervals = {
-                "full": train.SNAPSHOT_INTERVAL,
-                "networks": train.DSAVE_INTERVAL,
-                "drawing": train.GSAVE_INTERVAL,
+                "full": settings.snapshot_interval,
+                "networks": settings.dsave_interval,
+                "drawing": settings.gsave_interval,
             }
             due = [content for content, every in intervals.items() if every and epoch % every == 0]
             if due:
@@ -382,14 +370,14 @@ class Trainer:
         if contents == "drawing":
             networks = {part: networks[part] for part in DRAWING if part in networks}
         content = {
-            "config": to_plain(self.cfg),
+            "config": self.config,
             "vocabulary": self.vocabulary.words,
             "networks": {part: to_state(network_name(network), network) for part, network in networks.items()},
             "step": self.step,
             "epoch": self.step // self.steps_per_epoch,
             "data": fingerprint(self.records),
         }
-        if self.cfg.TRAIN.MAX_MINUTES:
+        if self.settings.max_minutes:
             content["seconds"] = self.budget.seconds
         if self.evaluation is not None:
             content["evaluation"] = self.evaluation.state()
@@ -411,7 +399,7 @@ class Trainer:
 
     def _restore(self, checkpoint: dict) -> None:
         """Go on where the checkpoint was written. The networks have their weights already, see `_networks`."""
-        check_same_data(checkpoint, self.records, self.cfg.DATA_DIR)
+        check_same_data(checkpoint, self.records, self.data_settings.data_dir)
         for name, optimizer in self.optimizers.items():
             if name in checkpoint["optimizers"]:
                 restore_adam(optimizer, checkpoint["optimizers"][name])
@@ -421,7 +409,7 @@ class Trainer:
         if self.evaluation is not None:
             self.evaluation.restore(checkpoint.get("evaluation"))
         self.step = checkpoint["step"]
-        self.changes = changed_settings(checkpoint["config"], to_plain(self.cfg))
+        self.changes = changed_settings(checkpoint["config"], self.config)
 
 
 def _memory_mib(device: torch.device) -> float:
