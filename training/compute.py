@@ -1,7 +1,8 @@
-"""How networks compute: memory layout, compiled methods, activations computed again. Other costs, the same values."""
+"""How networks compute: memory layout, compiled methods, activations computed again; same values, other costs. Peak memory."""
 
 import copy
 import functools
+import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -48,6 +49,13 @@ def checkpoint_activations(generator: Generator) -> int:
     for block in blocks:
         block.forward = _Recomputed(block)
     return len(blocks)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory so far in MiB: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 class _Recomputed:

@@ -109,6 +109,7 @@ class Evaluation:
         self.requests = split_requests(held_out, num_images=num_images, seed=seed)
         self.seed, self.num_held_out = seed, len(held_out)
 
+        # Its names, and the best so far.
         self.title = distance_name("FID", self.network)
         plain = self.title.replace("[", "_").replace("]", "").replace(":", "_")  # TensorBoard knows no brackets
         self.name = f"evaluation/{plain}_{num_images}_images_of_held_out_classes"
@@ -141,6 +142,7 @@ class Evaluation:
         from eval.FID import FrechetDistance
         from eval.metric import ScoringBatch
 
+        # Features of what is drawn, batch by batch.
         metric = FrechetDistance(self.network, self.real)
         with tqdm(
             total=len(self.requests), desc="evaluating", unit="image", leave=False, disable=not sys.stderr.isatty()

@@ -48,10 +48,12 @@ class Progress:
         self.bar = tqdm(total=total, initial=done, desc=title, unit="step", dynamic_ncols=True, mininterval=0.5)
 
     def advance(self) -> None:
+        """One step more on the bar."""
         if self.bar is not None:
             self.bar.update()
 
     def end_epoch(self) -> None:
+        """Close the bar, if there is one."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -60,11 +62,14 @@ class Progress:
         """Write all values under `step`; those named in `shown` also stand behind the bar."""
         if self.run is None:
             return
-        # JSON knows no NaN: such a number is written as null, and the trainer stops anyway.
+
+        # stats.jsonl: JSON knows no NaN: such a number is written as null, and the trainer stops anyway.
         plain = {name: float(value) for name, value in values.items()}
         line = {name: value if math.isfinite(value) else None for name, value in plain.items()}
         with self.run.stats.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, "epoch": round(epoch, 4), **line}) + "\n")
+
+        # TensorBoard, and the bar.
         for name, value in plain.items():
             self.board.add_scalar(name, value, step)
         if self.tracker is not None:
@@ -78,6 +83,7 @@ class Progress:
             self.board.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
+        """End bar, TensorBoard's file and the log."""
         self.end_epoch()
         if self.tracker is not None:
             self.tracker.close()

@@ -20,9 +20,12 @@ ENCODER_KEYS = ("SEED", "RNN_TYPE", "DAMSM.IMAGE_ENCODER", "TREE.BASE_SIZE", "TE
 
 def check_resumable(checkpoint: Mapping, cfg: Mapping) -> None:
     """Raises where the checkpoint is not of a whole run, or where settings that shape networks or order have changed."""
+    # A whole run: neither encoders alone nor a checkpoint for drawing.
     for part in ("optimizers", "step", "config"):
         if part not in checkpoint:
             raise CheckpointError(f"the checkpoint holds no {part}: resuming needs a last.pth of main.py")
+
+    # The same data, networks and order.
     check_same_held_out(checkpoint["config"], cfg)
     shaping = keys_of(network_parts(cfg.GAN.NAME))
     shaping |= {"SEED", "TRAIN.BATCH_SIZE", "TEXT.ENCODER", "GAN.DISCRIMINATOR"}
@@ -38,7 +41,8 @@ def check_fixed_settings(stored: Mapping, cfg: Mapping, keys: Iterable[str], ins
     """Raises ConfigError where one of these keys differs from the run's stored settings; instead: how to start anew."""
     then, today = flatten(stored), flatten(cfg)
     for key in keys:
-        before, now = then.get(key, today[key]), today[key]  # a run of former code lacks what is new
+        # A run of former code lacks what is new.
+        before, now = then.get(key, today[key]), today[key]
         if before != now:
             raise ConfigError(
                 f"{key}: the run was started with {before}, not {now}; set it back, or start anew ({instead})"

@@ -29,6 +29,7 @@ class RunDir:
     @classmethod
     def create(cls, output_dir: str | Path, name: str, config_yaml: str) -> "RunDir":
         """Make the next free number's directory with the settings in it; safe against others doing the same."""
+        # The folder of all runs.
         output_dir = Path(output_dir)
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -36,6 +37,8 @@ class RunDir:
             raise UserError(
                 f"OUTPUT_DIR: {output_dir} cannot be made ({error.strerror}); choose another place"
             ) from None
+
+        # The next number; where another process was faster, the one after it.
         number = max((n for n, _ in _numbered_directories(output_dir)), default=-1) + 1
         while True:
             run = cls(output_dir / f"{number:05d}-{name}")
@@ -50,12 +53,15 @@ class RunDir:
     @classmethod
     def newest(cls, output_dir: str | Path, name: str, must_exist: bool = True) -> "RunDir | None":
         """The newest run of this name that has a checkpoint; without one CheckpointError, or None if it need not exist."""
+        # The newest that is any use.
         directories = [path for _, path in sorted(_numbered_directories(Path(output_dir))) if path.name[6:] == name]
         for path in reversed(directories):
             if cls(path).last.is_file():
                 return cls(path)
         if not must_exist:
             return None
+
+        # None: say which of two reasons it is.
         why = f"the {len(directories)} runs of this name hold no checkpoint" if directories else "there is no such run"
         raise CheckpointError(f"nothing to resume for {name!r} in {output_dir}: {why}; start without --resume")
 
@@ -63,12 +69,14 @@ class RunDir:
         """Drop lines after `step`: a resumed run writes them again."""
         if not self.stats.is_file():
             return
+
+        # The last line of a killed run may be half a line, which is dropped, too.
         kept = []
         for line in self.stats.read_text(encoding="utf-8").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except (ValueError, KeyError):  # the last line of a killed run may be half a line
+            except (ValueError, KeyError):
                 continue
         write_text(self.stats, "".join(f"{line}\n" for line in kept))
 

@@ -220,6 +220,18 @@ class FiniteCheck:
             )
 
 
+def check_finite_weights(networks: Mapping[str, nn.Module], step: int) -> None:
+    """Raise TrainingError, naming the network, if a weight is not finite; step: the one that was taken last."""
+    for part, network in networks.items():
+        # One sum a tensor: it is finite only if all its values are.
+        sums = torch.stack([parameter.detach().float().sum() for parameter in network.parameters()])
+        if not torch.isfinite(sums).all():
+            raise TrainingError(
+                f"the weights of the {part} are not finite at step {step}; the last good checkpoint is kept. "
+                f"Lower the learning rates, then go on with --resume"
+            )
+
+
 # -- optimizers ----------------------------------------------------------------------------------------------------
 
 

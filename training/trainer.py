@@ -3,13 +3,11 @@
 Which losses there are is the system's part (models/), how an optimizer step is taken step.py's.
 """
 
-import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from datasets.loading import EpochBatches, training_loader
@@ -19,7 +17,6 @@ from miscc.batch import Batch
 from miscc.checkpoint import load_checkpoint, save_checkpoint
 from miscc.config import to_plain, to_yaml
 from miscc.distributed import World
-from miscc.errors import TrainingError
 from miscc.files import remove_unfinished
 from miscc.pictures import save_image
 from miscc.randomness import noise_for, seed_everything
@@ -30,7 +27,7 @@ from models.registry import network_name, to_state
 from sampling.folders import generated_picture
 from sampling.pipeline import TextToImage
 from training.build import build_system, check_batch_size, resumed_networks, starting_networks
-from training.compute import checkpoint_activations, compile_networks, use_channels_last
+from training.compute import checkpoint_activations, compile_networks, peak_memory_mib, use_channels_last
 from training.data import fixed_captions, make_dataset, usable_workers
 from training.ema import EMA
 from training.evaluation import Evaluation, split_records
@@ -39,7 +36,15 @@ from training.resume import changed_settings, check_resumable, check_same_data, 
 from training.run_dir import RunDir
 from training.schedule import Budget, learning_rate_factor, set_learning_rates
 from training.settings import EvaluationSettings, StartSettings, TrainerSettings
-from training.step import FiniteCheck, Stepper, check_accumulation, log_values, make_optimizers, restore_adam
+from training.step import (
+    FiniteCheck,
+    Stepper,
+    check_accumulation,
+    check_finite_weights,
+    log_values,
+    make_optimizers,
+    restore_adam,
+)
 from training.tracker import Tracker, find_tracker
 
 CHECK_STOP_EVERY = 10  # steps, where several processes train
@@ -140,14 +145,8 @@ class Trainer:
         specs = self.system.optimizers()
         self.optimizers = make_optimizers(specs)
         self.base_rates = {name: spec.lr for name, spec in specs.items()}
-        self.stepper = Stepper(
-            self.system.updates,
-            self.optimizers,
-            self.world,
-            settings.precision,
-            settings.accumulate,
-            settings.global_damsm,
-        )
+        options = (settings.precision, settings.accumulate, settings.global_damsm)
+        self.stepper = Stepper(self.system.updates, self.optimizers, self.world, *options)
         self.finite = FiniteCheck(self.device)
 
     def _build_data(self) -> None:
@@ -254,7 +253,7 @@ class Trainer:
         if not wants_log:
             return {}
         averaged = {name: value.item() for name, value in distributed.average(values, self.world).items()}
-        return averaged | {"memory_mib": _memory_mib(self.device)}
+        return averaged | {"memory_mib": peak_memory_mib(self.device)}
 
     def check_stop(self, stop: StopSignal) -> bool:
         """Whether to stop now, because some process received a signal: all processes stop together."""
@@ -344,7 +343,7 @@ class Trainer:
 
         # Only what can be trained further: what is there stays as it is otherwise.
         self.finite.check()
-        self._check_weights()
+        check_finite_weights(self.networks, self.step)
         distributed.wait_for_all(self.world)
         if run is None:
             return
@@ -386,17 +385,6 @@ class Trainer:
             content["num_averaged"] = self.average.num_updates if self.average is not None else 0
         return content
 
-    def _check_weights(self) -> None:
-        """Raise TrainingError, naming the network, if a weight is not finite."""
-        for part, network in self.networks.items():
-            # One sum a tensor: it is finite only if all its values are.
-            sums = torch.stack([parameter.detach().float().sum() for parameter in network.parameters()])
-            if not torch.isfinite(sums).all():
-                raise TrainingError(
-                    f"the weights of the {part} are not finite at step {self.step}; the last good checkpoint is kept. "
-                    f"Lower the learning rates, then go on with --resume"
-                )
-
     def _restore(self, checkpoint: dict) -> None:
         """Go on where the checkpoint was written. The networks have their weights already, see `_networks`."""
         check_same_data(checkpoint, self.records, self.data_settings.data_dir)
@@ -410,10 +398,3 @@ class Trainer:
             self.evaluation.restore(checkpoint.get("evaluation"))
         self.step = checkpoint["step"]
         self.changes = changed_settings(checkpoint["config"], self.config)
-
-
-def _memory_mib(device: torch.device) -> float:
-    """Peak memory so far in MiB: of the GPU, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
