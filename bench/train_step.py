@@ -24,8 +24,8 @@ from miscc.errors import ConfigError, run_command
 from models import IMAGE_ENCODERS, SYSTEMS, TEXT_ENCODERS
 from models.adversarial import AdversarialSystem
 from models.choice import chosen_system, keys_of, system_parts
-from models.clip_features import ClipTextEncoder, untrained_clip
-from models.types import ImageEncoder, System, Update
+from models.clip_features import ClipImageEncoder, ClipTextEncoder, untrained_clip
+from models.types import System, Update
 from training.build import build_networks, build_system
 from training.compute import checkpoint_activations, compile_networks, use_channels_last
 from training.ema import EMA
@@ -33,7 +33,7 @@ from training.settings import load_config
 from training.step import Stepper, make_optimizers
 
 # The image encoders of DAMSM's loss; systems of another kind bring their own.
-DAMSM_ENCODERS = [name for name, kind in IMAGE_ENCODERS.items() if issubclass(kind, ImageEncoder)]
+DAMSM_ENCODERS = [name for name, kind in IMAGE_ENCODERS.items() if kind is not ClipImageEncoder]
 NUM_WORDS, NUM_CLASSES = 5450, 200  # CUB's
 LONGEST = 20  # tokens of a caption, also where an encoder would take more
 AFTERWARDS = "optimizers, average"  # the phase after all passes

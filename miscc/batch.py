@@ -28,6 +28,13 @@ class Batch(NamedTuple):
     indices: torch.Tensor
     caption_numbers: torch.Tensor
 
+    @property
+    def single_size(self) -> torch.Tensor:
+        """The images (N, 3, H, W), where one image size was requested. Raises ValueError where there are several."""
+        if not isinstance(self.images, torch.Tensor):
+            raise ValueError(f"the batch has images of {len(self.images)} sizes; take those of one with images_at")
+        return self.images
+
     def images_at(self, size: int) -> torch.Tensor:
         """The images of this size in pixels, one of those requested: (N, 3, size, size)."""
         scales = [self.images] if isinstance(self.images, torch.Tensor) else self.images

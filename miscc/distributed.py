@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,8 @@ from miscc.errors import ConfigError
 
 # The other processes wait while the main one draws and scores thousands of images; torch would give up after 10 minutes.
 LONGEST_WAIT = timedelta(hours=4)
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class World(NamedTuple):
@@ -142,14 +144,14 @@ def wait_for_all(world: World) -> None:
         dist.barrier()
 
 
-def synchronise(module: nn.Module, world: World) -> nn.Module:
+def synchronise(module: Module, world: World) -> Module:
     """Give all processes rank 0's weights, and batch norm over the images of all of them."""
     if world.size == 1:
         return module
 
     # Batch norm: torch's own on GPUs, ours on CPUs, with the same parameters and buffers.
     if world.device.type == "cuda":
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        module = cast(Module, nn.SyncBatchNorm.convert_sync_batchnorm(module))
     else:
         for part in module.modules():
             if isinstance(part, nn.modules.batchnorm._BatchNorm):

@@ -1,7 +1,7 @@
 """What the systems' objectives share: optimizers of G and D, inputs of D, steps of the projected D, DAMSM's loss, the log."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,9 @@ from miscc.augment import augmentation
 from miscc.batch import Batch
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss
 from models.damsm import matching_losses
+from models.projected import ProjectedDiscriminator
 from models.settings import AdversarialSettings
-from models.types import OptimizerSpec, System, TextFeatures, Update
+from models.types import Discriminator, ImageEncoder, OptimizerSpec, System, TextFeatures, Update
 
 ENCODERS = ("text_encoder", "image_encoder")
 DISCRIMINATORS = ("discriminator", "projected")  # the paper's, and the one on frozen features: either or both
@@ -36,7 +37,19 @@ class AdversarialSystem(System):
     networks: by part, see models.types.System; the encoders among them are not trained.
     """
 
-    Settings = AdversarialSettings
+    Settings: ClassVar[type[Any]] = AdversarialSettings
+
+    @property
+    def image_encoder(self) -> ImageEncoder:
+        return self.networks["image_encoder"]
+
+    @property
+    def discriminator(self) -> Discriminator:
+        return self.networks["discriminator"]
+
+    @property
+    def projected(self) -> ProjectedDiscriminator:
+        return self.networks["projected"]
 
     @classmethod
     def parts(cls, settings: Any) -> list[str]:
@@ -69,10 +82,10 @@ class AdversarialSystem(System):
     def seen(self, batch: Batch, fake_images: Tensor) -> Seen:
         """Inputs of the discriminators: the batch's images and G's, (N, 3, H, W) in [-1, 1], augmented."""
         augment = augmentation(self.settings.augment_kinds, self.seed, self.step, batch.indices.tolist())
-        real, fake = augment(batch.images), augment(fake_images)
+        real, fake = augment(batch.single_size), augment(fake_images)
 
         # Frozen features do not change between D's step and G's: one forward pass serves both.
-        projected = self.networks["projected"].project(fake) if "projected" in self.networks else None
+        projected = self.projected.project(fake) if "projected" in self.networks else None
         return Seen(real, fake, projected)
 
     def projected_updates(self, seen: Seen, sentence: Tensor) -> Iterator[Update]:
@@ -81,7 +94,7 @@ class AdversarialSystem(System):
             return
 
         # Features of real images, and of fake ones without G's graph.
-        network = self.networks["projected"]
+        network = self.projected
         with torch.no_grad():
             projected_real = network.project(seen.real)
         real = network.features(projected_real)
@@ -100,10 +113,10 @@ class AdversarialSystem(System):
         """The discriminators' part of G's loss: {"adversarial", "projected_adversarial"}, one for each discriminator."""
         losses = {}
         if "discriminator" in self.networks:
-            losses["adversarial"] = hinge_generator_loss(self.networks["discriminator"](seen.fake, sentence))
+            losses["adversarial"] = hinge_generator_loss(self.discriminator(seen.fake, sentence))
 
         if seen.projected is not None:
-            network = self.networks["projected"]
+            network = self.projected
             logits = network.logits(network.features(seen.projected), sentence)
             losses["projected_adversarial"] = self.settings.projected_weight * hinge_generator_loss(logits)
 
@@ -111,7 +124,7 @@ class AdversarialSystem(System):
 
     def damsm_losses(self, images: Tensor, text: TextFeatures, batch: Batch) -> dict[str, Tensor]:
         """DAMSM losses of images (N, 3, H, W) in [-1, 1] and their captions: {"words", "sentence"}, not weighted."""
-        return matching_losses(self.networks["image_encoder"], images, text, batch, **self.settings.gammas)
+        return matching_losses(self.image_encoder, images, text, batch, **self.settings.gammas)
 
 
 def logit_stats(logits: Mapping[str, Tensor]) -> dict[str, Tensor]:

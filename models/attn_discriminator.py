@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,7 @@ class StageDiscriminator(Discriminator):
         return self.conditional_head(self.joint(torch.cat([features, replicated], dim=1))).flatten()
 
     def unconditional(self, features: Tensor) -> Tensor:  # (N, C, 4, 4) -> (N,)
+        assert self.unconditional_head is not None  # callers ask judges_alone
         return self.unconditional_head(features).flatten()
 
     def forward(self, images: Tensor, sentence: Tensor) -> Tensor:  # (N, 3, H, W), (N, D) -> (N,)
@@ -111,6 +112,10 @@ class AttnDiscriminator(Discriminator):
             for size in (sizes if self.every_stage else sizes[-1:])
         )
 
+    def stage_list(self) -> list[StageDiscriminator]:
+        """Its discriminators, coarse to fine."""
+        return cast(list[StageDiscriminator], list(self.stages))
+
     def forward(self, images: list[Tensor], sentence: Tensor) -> list[Tensor]:
         """images (N, 3, H, W) of each stage, coarse to fine, and sentence (N, D) -> logits (N,) of each stage."""
         return [stage(scale, sentence) for stage, scale in zip(self.stages, images, strict=True)]
@@ -122,7 +127,7 @@ class AttnDiscriminator(Discriminator):
         """
         # One stage for each of our sizes.
         by_size = {stage.image_size: stage for stage in stages if isinstance(stage, StageDiscriminator)}
-        missing = [stage.image_size for stage in self.stages if stage.image_size not in by_size]
+        missing = [stage.image_size for stage in self.stage_list() if stage.image_size not in by_size]
         if missing:
             sizes = ", ".join(map(str, missing))
             raise ValueError(f"the discriminator for images of {sizes} px is missing (found: {sorted(by_size)})")

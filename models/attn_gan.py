@@ -5,9 +5,9 @@ Written from the paper and from what is known of the released code's behaviour. 
 attn_discriminator.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from models.kernels import Upsample2x, conv_after_upsample_2x
 from models.layers import num_upsamples
 from models.modes import no_parameter_grad
 from models.settings import AdversarialSettings, DamsmSettings, NoiseSettings, StageSettings
-from models.types import Generator, GeneratorOutput, TextFeatures, Update
+from models.types import Generator, GeneratorOutput, Network, TextFeatures, Update
 
 MAX_MULTIPLIER = 16  # of gf_dim, for the channels at 4×4: their number at the published 64 px
 
@@ -38,7 +38,7 @@ class UpBlock(nn.Sequential):
         super().__init__(Upsample2x(), convolution, nn.BatchNorm2d(2 * channels_out), nn.GLU(dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        _, convolution, norm, gate = self  # the first is fused into the convolution
+        _, convolution, norm, gate = cast(list[Any], self)  # the first is fused into the convolution
         return gate(norm(conv_after_upsample_2x(convolution, x)))
 
 
@@ -230,20 +230,24 @@ class AttnGAN(AdversarialSystem):
         damsm_factor: float = 5.0
         gamma1: float = 4.0
 
-    NETWORKS = {"generator": AttnGenerator, "discriminator": AttnDiscriminator}
-    DEFAULTS = {"TRAIN.BATCH_SIZE": 20}
+    NETWORKS: ClassVar[Mapping[str, type[Network]]] = {"generator": AttnGenerator, "discriminator": AttnDiscriminator}
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"TRAIN.BATCH_SIZE": 20}
     SHOWN: ClassVar[tuple[str, ...]] = ("loss/discriminator", "loss/adversarial", "loss/words", "loss/kl")
 
-    def __init__(self, networks: dict[str, nn.Module], **arguments: Any):
+    def __init__(self, networks: dict[str, Any], **arguments: Any):
         super().__init__(networks, **arguments)
-        self.image_sizes = [stage.image_size for stage in networks["discriminator"].stages]
+        self.image_sizes = [stage.image_size for stage in self.discriminator.stage_list()]
+
+    @property
+    def discriminator(self) -> AttnDiscriminator:
+        return self.networks["discriminator"]
 
     def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
         """Discriminators of all stages, then the generator."""
-        discriminator = self.networks["discriminator"]
-        text = self.networks["text_encoder"](batch.captions, batch.lengths).detach()
-        fake = self.networks["generator"](noise, text)
-        stages = list(zip(discriminator.stages, fake.images, strict=True))
+        discriminator = self.discriminator
+        text = self.text_encoder(batch.captions, batch.lengths).detach()
+        fake = self.generator(noise, text)
+        stages = list(zip(discriminator.stage_list(), fake.images, strict=True))
 
         # Discriminators, each at its stage's size: real pairs up; fake images and wrong captions down.
         losses, stats = [], {}
@@ -273,8 +277,11 @@ class AttnGAN(AdversarialSystem):
 class AttnDCGAN(AttnGAN):
     """The same objective with AttnDCGAN's networks: one discriminator, conditional on the caption only."""
 
-    NETWORKS = {"generator": AttnDCGenerator, "discriminator": AttnDCDiscriminator}
-    DEFAULTS = AttnGAN.DEFAULTS | {"GAN.B_DCGAN": True}
+    NETWORKS: ClassVar[Mapping[str, type[Network]]] = {
+        "generator": AttnDCGenerator,
+        "discriminator": AttnDCDiscriminator,
+    }
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {**AttnGAN.DEFAULTS, "GAN.B_DCGAN": True}
 
 
 def discriminator_loss(

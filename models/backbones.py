@@ -6,7 +6,7 @@ state dict: a checkpoint names them by their hash.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torchvision
@@ -149,9 +149,10 @@ def _efficientnet_lite(name: str, weights: str | Path) -> tuple[Stages, dict[str
                 fold(block, conv, norm)
 
     # Cut: a stage ends before the block that halves the map again.
-    stages: list[list[nn.Module]] = [[network._conv_stem, network._swish]]
+    stages: list[list[Any]] = [[network._conv_stem, network._swish]]
     stride = 2
-    for block in network._blocks:
+    blocks = cast(Sequence[Any], network._blocks)
+    for block in blocks:
         halves = block._depthwise_conv.stride[0] == 2
         if halves and stride in STRIDES:
             stages.append([])

@@ -7,7 +7,6 @@ change between versions; and transformers cannot read OpenAI's files, nor open_c
 reads all three; the tokenizer is datasets/byte_pairs.py.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miscc.errors import CheckpointError
-from models.types import Network, TextFeatures
+from models.types import CaptionEncoder, ImageEncoder, TextFeatures
 
 HEAD_DIM = 64  # channels of an attention head in all of OpenAI's
 LAYERS = (1, 4, 8)  # blocks after which GALIP's discriminator reads the ViT-B/32, counted from 0
@@ -50,6 +49,19 @@ class Attention(nn.Module):
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
+class MLP(nn.Module):
+    """Linear layer, activation, linear layer, each token by itself."""
+
+    def __init__(self, width: int, inner: int, activation: str):
+        super().__init__()
+        self.c_fc = nn.Linear(width, inner)
+        self.c_proj = nn.Linear(inner, width)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, T, C) -> (N, T, C)
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
 class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)). num_heads 0: width/64; mlp_width 0: four times the width."""
 
@@ -59,12 +71,11 @@ class TransformerBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, num_heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, inner), c_proj=nn.Linear(inner, width)))
-        self.activation = ACTIVATIONS[activation]
+        self.mlp = MLP(width, inner, activation)
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:  # (N, T, C) -> (N, T, C)
         x = x + self.attn(self.ln_1(x), causal)
-        return x + self.mlp.c_proj(self.activation(self.mlp.c_fc(self.ln_2(x))))
+        return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
@@ -77,7 +88,7 @@ class Transformer(nn.Module):
         )
 
 
-class ClipImageEncoder(Network):
+class ClipImageEncoder(ImageEncoder):
     """CLIP's ViT. Frozen by whoever trains with it: it has no mode of its own and no dropout.
 
     image_size: pixels that it reads.
@@ -154,7 +165,7 @@ class ClipImageEncoder(Network):
         return maps, x
 
 
-class ClipTextEncoder(Network):
+class ClipTextEncoder(CaptionEncoder):
     """CLIP's text tower. A caption's features are those of its last token, `<|endoftext|>`, the largest index there is.
 
     vocabulary_size: byte-pair tokens.
@@ -180,7 +191,7 @@ class ClipTextEncoder(Network):
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
         vocabulary_size, width = self.settings.vocabulary_size, self.settings.width
-        max_words = self.max_words = self.settings.max_words
+        max_words = self.settings.max_words
         self.token_embedding = nn.Embedding(vocabulary_size, width)
         self.positional_embedding = nn.Parameter(torch.zeros(max_words, width))
         self.transformer = _transformer(self.settings)
@@ -188,7 +199,7 @@ class ClipTextEncoder(Network):
         self.text_projection = nn.Parameter(torch.zeros(width, self.settings.text_dim))
 
     @property
-    def embedding(self) -> nn.Embedding:
+    def embedding(self) -> nn.Embedding:  # pyrefly: ignore[bad-override]  # read-only: callers only read it
         """One row for each token of the vocabulary."""
         return self.token_embedding
 

@@ -181,9 +181,9 @@ def openai_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if found is None:
             joined[name] = value.T if name in ("visual_projection.weight", "text_projection.weight") else value
         elif found[2] == "q":
-            parts = [state.get(f"{found[1]}{part}_proj.{found[3]}") for part in "qkv"]
-            if not any(part is None for part in parts):
-                joined[f"{found[1]}in_proj.{found[3]}"] = torch.cat(parts)
+            names = [f"{found[1]}{part}_proj.{found[3]}" for part in "qkv"]
+            if all(part in state for part in names):
+                joined[f"{found[1]}in_proj.{found[3]}"] = torch.cat([state[part] for part in names])
     renamed = {}
     for name, value in joined.items():
         for pattern, replacement in HUGGING_FACE:

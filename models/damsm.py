@@ -13,10 +13,10 @@ from miscc.distributed import all_gather_with_grad
 from miscc.losses import sentence_loss, word_loss
 from miscc.settings import setting
 from models.settings import sentence_dim_setting
-from models.types import ImageEncoder, Network, TextFeatures
+from models.types import CaptionEncoder, ImageEncoder, TextFeatures
 
 
-class TextEncoder(Network):
+class TextEncoder(CaptionEncoder):
     """Embedding, dropout, one bidirectional recurrent layer. 0 is the padding index.
 
     vocabulary_size: number of entries, `<end>` included.
@@ -47,11 +47,6 @@ class TextEncoder(Network):
 
         cell = {"LSTM": nn.LSTM, "GRU": nn.GRU}[self.settings.rnn_type]
         self.rnn = cell(embedding_dim, self.settings.text_dim // 2, batch_first=True, bidirectional=True)
-
-    @property
-    def max_words(self) -> int:
-        """Largest number of words of a caption."""
-        return self.settings.max_words
 
     def train(self, mode: bool = True) -> "TextEncoder":
         super().train(mode)
@@ -193,7 +188,7 @@ class SmallImageEncoder(ImageEncoder):
 
 
 def matching_losses(
-    image_encoder: nn.Module,
+    image_encoder: ImageEncoder,
     images: Tensor,
     text: TextFeatures,
     batch: Batch,
@@ -213,4 +208,5 @@ def matching_losses(
     regions, code, words, sentence, lengths, class_ids = all_gather_with_grad(*rows)
 
     by_word = word_loss(regions, words, lengths, class_ids, gamma1, gamma2, gamma3)
-    return {"words": sum(by_word), "sentence": sum(sentence_loss(code, sentence, class_ids, gamma3))}
+    by_sentence = sentence_loss(code, sentence, class_ids, gamma3)
+    return {"words": by_word[0] + by_word[1], "sentence": by_sentence[0] + by_sentence[1]}

@@ -4,7 +4,7 @@ Written from the paper and from what is known of the released code's behaviour; 
 followed: γ and β see the noise beside the sentence, and the mismatched pairs are the batch's rolled by one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from models.layers import FusionBlock, OneWayDiscriminator, num_upsamples
 from models.modes import full_precision, no_parameter_grad
 from models.projected import ProjectedDiscriminator
 from models.settings import AdversarialSettings, DiscriminatorSettings, GeneratorSettings, PenaltySettings
-from models.types import Generator, GeneratorOutput, TextFeatures, Update
+from models.types import Generator, GeneratorOutput, Network, TextFeatures, Update
 
 CHANNELS = (8, 8, 8, 8, 4, 2, 1)  # multiples of nf: of the 4×4 features, then after each block at 256 px
 
@@ -82,8 +82,12 @@ class DFGAN(AdversarialSystem):
     class Settings(DiscriminatorSettings, PenaltySettings, AdversarialSettings):
         pass
 
-    NETWORKS = {"generator": DFGenerator, "discriminator": DFDiscriminator, "projected": ProjectedDiscriminator}
-    DEFAULTS = {
+    NETWORKS: ClassVar[Mapping[str, type[Network]]] = {
+        "generator": DFGenerator,
+        "discriminator": DFDiscriminator,
+        "projected": ProjectedDiscriminator,
+    }
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {
         "TRAIN.BATCH_SIZE": 32,
         "TRAIN.MAX_EPOCH": 1300,
         "TRAIN.DAMSM_WEIGHT": 0.0,
@@ -93,10 +97,14 @@ class DFGAN(AdversarialSystem):
         "loss/hinge", "loss/projected_hinge", "loss/penalty", "loss/adversarial", "logits/real", "logits/fake",
     )  # fmt: skip
 
+    @property
+    def discriminator(self) -> OneWayDiscriminator:
+        return self.networks["discriminator"]
+
     def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
         """Discriminator, (projected discriminator,) then generator."""
-        text = self.networks["text_encoder"](batch.captions, batch.lengths).detach()
-        fake_images = self.networks["generator"](noise, text).images[-1]
+        text = self.text_encoder(batch.captions, batch.lengths).detach()
+        fake_images = self.generator(noise, text).images[-1]
 
         # Discriminators: real pairs up; fake images and wrong captions down.
         seen = self.seen(batch, fake_images)
@@ -122,7 +130,7 @@ class DFGAN(AdversarialSystem):
         The penalty differentiates the same logits of real pairs that the hinge uses: one forward serves both. It is left
         out of steps in which none is due.
         """
-        discriminator = self.networks["discriminator"]
+        discriminator = self.discriminator
         images = real_images.detach().requires_grad_()
         own = sentence.detach().to(images.dtype).requires_grad_()
         with full_precision(images.device):

@@ -6,7 +6,7 @@ Not followed where it only costs: D's step sends no gradient through CLIP, and r
 that D reads.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,7 +33,7 @@ from models.settings import (
     SentenceSettings,
     SizeSettings,
 )
-from models.types import Discriminator, Generator, GeneratorOutput, TextFeatures, Update
+from models.types import Discriminator, Generator, GeneratorOutput, Network, TextFeatures, Update
 
 GRID = 7  # patches of a row: what G starts from and D's head ends with
 CODE_CHANNELS, MIDDLE_CHANNELS, NUM_MAPPING_BLOCKS = 64, 32, 4
@@ -192,7 +192,7 @@ class PatchBlock(nn.Module):
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:  # (N, C, 7, 7) -> (N, C', 7, 7)
         out = self.shortcut(x) + self.gate * self.residual(x)
-        return out if extra is None else out + self.extra_gate * extra
+        return out if extra is None or self.extra_gate is None else out + self.extra_gate * extra
 
 
 class GALIPDiscriminator(Discriminator):
@@ -227,8 +227,8 @@ class GALIPDiscriminator(Discriminator):
         )
 
     def gates(self) -> list[nn.Parameter]:
-        extra_gates = [block.extra_gate for block in self.blocks]
-        return [*(block.gate for block in self.blocks), *extra_gates, self.last.gate]
+        extra_gates = [block.get_parameter("extra_gate") for block in self.blocks]
+        return [*(block.get_parameter("gate") for block in self.blocks), *extra_gates, self.last.gate]
 
     def features(self, maps: Sequence[Tensor]) -> Tensor:  # num_maps times (N, width, 7, 7) -> (N, channels, 7, 7)
         x = maps[0]
@@ -283,12 +283,12 @@ class GALIP(AdversarialSystem):
         def needs_image_encoder(self) -> bool:
             return True
 
-    NETWORKS = {"generator": GALIPGenerator, "discriminator": GALIPDiscriminator}
-    DEFAULTS = {"TEXT.ENCODER": "clip", "TRAIN.BATCH_SIZE": 16, "TRAIN.MAX_EPOCH": 1502}
+    NETWORKS: ClassVar[Mapping[str, type[Network]]] = {"generator": GALIPGenerator, "discriminator": GALIPDiscriminator}
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"TEXT.ENCODER": "clip", "TRAIN.BATCH_SIZE": 16, "TRAIN.MAX_EPOCH": 1502}
 
-    def __init__(self, networks: dict[str, nn.Module], **arguments: Any):
+    def __init__(self, networks: dict[str, Any], **arguments: Any):
         super().__init__(networks, **arguments)
-        generator, image_encoder = networks["generator"], networks["image_encoder"]
+        generator, image_encoder = self.generator, self.image_encoder
         self.image_sizes = [self.settings.real_size or generator.image_size]
         # A fresh generator's ViT, and one that is the same, are the encoder's: in memory once.
         if not generator.vit.is_filled or generator.vit.equals(image_encoder):
@@ -302,17 +302,29 @@ class GALIP(AdversarialSystem):
                 f"set it so"
             )
 
+    @property
+    def generator(self) -> GALIPGenerator:
+        return self.networks["generator"]
+
+    @property
+    def image_encoder(self) -> ClipImageEncoder:
+        return self.networks["image_encoder"]
+
+    @property
+    def discriminator(self) -> GALIPDiscriminator:
+        return self.networks["discriminator"]
+
     def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
         """Discriminator, then generator."""
-        generator, discriminator = self.networks["generator"], self.networks["discriminator"]
-        image_encoder = self.networks["image_encoder"]
+        generator, discriminator = self.generator, self.discriminator
+        image_encoder = self.image_encoder
 
         # What CLIP sees. The fake images' features serve both steps: CLIP does not change between them.
-        text = self.networks["text_encoder"](batch.captions, batch.lengths).detach()
+        text = self.text_encoder(batch.captions, batch.lengths).detach()
         fake_images = generator(noise, text).images[-1]
         fake_maps, fake_codes = image_encoder(fake_images)
         with torch.no_grad():
-            real_maps = image_encoder.patches(batch.images)
+            real_maps = image_encoder.patches(batch.single_size)
 
         losses, stats = self.discriminator_losses(real_maps, [m.detach() for m in fake_maps], text.sentence)
         yield Update("discriminator", losses, stats)
@@ -330,7 +342,7 @@ class GALIP(AdversarialSystem):
 
         The penalty is taken for the maps and the sentence, not for pixels, and shares its forward pass with the hinge.
         """
-        discriminator = self.networks["discriminator"]
+        discriminator = self.discriminator
         maps = at_least_float32(torch.stack(list(real_maps), dim=1).detach()).requires_grad_()  # (N, maps, C, 7, 7)
         own = at_least_float32(sentence.detach()).requires_grad_()
         with full_precision(maps.device):

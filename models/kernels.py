@@ -8,6 +8,8 @@ the pinned float32 steps hold their rounding, which a plain form changes.
 Compilers get the plain forms: they fuse them themselves and never see a second derivative (models.modes.full_precision).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,7 +34,15 @@ def leaky_relu(x: Tensor, slope: float = 0.2) -> Tensor:
     return leaky_relu_plain(x, slope) if torch.compiler.is_compiling() else _LeakyReLU.apply(x, slope)
 
 
-class _LeakyReLU(torch.autograd.Function):
+class _OneOutput(torch.autograd.Function):
+    """A function of one output: backward takes one gradient."""
+
+    @staticmethod
+    def backward(ctx, grad: Any) -> Any:  # pyrefly: ignore[bad-override]  # torch declares *grad_outputs
+        raise NotImplementedError
+
+
+class _LeakyReLU(_OneOutput):
     """LeakyReLU. `set_materialize_grads(False)` keeps "no gradient" from being turned into zeros on its way back."""
 
     @staticmethod
@@ -48,7 +58,7 @@ class _LeakyReLU(torch.autograd.Function):
         return None if grad is None else _LeakyReLUGradient.apply(grad, x, ctx.slope), None
 
 
-class _LeakyReLUGradient(torch.autograd.Function):
+class _LeakyReLUGradient(_OneOutput):
     """grad where x > 0, slope·grad elsewhere: linear in grad, and constant in x as far as autograd is told."""
 
     @staticmethod
@@ -102,7 +112,7 @@ class Conv2d(nn.Conv2d):
         return _InputPath.apply(out, x, weight, stride, padding)
 
 
-class _ParameterPath(torch.autograd.Function):
+class _ParameterPath(_OneOutput):
     """The convolution as a function of weight and bias. x comes in a tuple, so that autograd makes no edge to it."""
 
     @staticmethod
@@ -124,7 +134,7 @@ class _ParameterPath(torch.autograd.Function):
         return by_weight, by_bias, None, None, None
 
 
-class _InputPath(torch.autograd.Function):
+class _InputPath(_OneOutput):
     """The same convolution as a function of x: `out` (N, C', H', W') is its value, computed by _ParameterPath."""
 
     @staticmethod
@@ -142,7 +152,7 @@ class _InputPath(torch.autograd.Function):
         return grad, _ConvolutionInputGradient.apply(grad, x, weight, ctx.stride, ctx.padding), None, None, None
 
 
-class _ConvolutionInputGradient(torch.autograd.Function):
+class _ConvolutionInputGradient(_OneOutput):
     """The gradient by a convolution's input: linear in `grad` and in the weight; of x only the shape matters."""
 
     @staticmethod
@@ -150,10 +160,13 @@ class _ConvolutionInputGradient(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, weight)
         ctx.stride, ctx.padding = stride, padding
-        return _convolution_backward(ctx, grad, x, weight, (True, False, False))[0]
+        by_input, _, _ = _convolution_backward(ctx, grad, x, weight, (True, False, False))
+        assert by_input is not None  # as requested
+        return by_input
 
     @staticmethod
     @once_differentiable
+    # pyrefly: ignore[bad-override]  # torch gives the wrapped function no types
     def backward(ctx, by_input: Tensor | None) -> tuple[Tensor | None, None, Tensor | None, None, None]:
         if by_input is None:
             return None, None, None, None, None
@@ -210,7 +223,7 @@ def upsample_2x(x: Tensor) -> Tensor:
     return upsample_2x_plain(x) if torch.compiler.is_compiling() else _Upsample2x.apply(x)
 
 
-class _AvgPool2x(torch.autograd.Function):
+class _AvgPool2x(_OneOutput):
     """2×2 average pooling; with _Upsample2x, each is the other's adjoint but for a factor of four."""
 
     @staticmethod
@@ -226,7 +239,7 @@ class _AvgPool2x(torch.autograd.Function):
         return None if grad is None else _Upsample2x.apply(grad * 0.25)
 
 
-class _Upsample2x(torch.autograd.Function):
+class _Upsample2x(_OneOutput):
     """Nearest upsampling to twice the size."""
 
     @staticmethod
@@ -301,7 +314,7 @@ def masked_affine(x: Tensor, gamma: Tensor, beta: Tensor, mask: Tensor) -> Tenso
     return (_MaskedAffine if same_size else _UpsampledMaskedAffine).apply(x, gamma, beta, mask)
 
 
-class _MaskedAffine(torch.autograd.Function):
+class _MaskedAffine(_OneOutput):
     """x + m·(γ·x + β) of x (N, C, H, W), γ and β (N, C), m (N, 1, H, W)."""
 
     @staticmethod
@@ -311,6 +324,7 @@ class _MaskedAffine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    # pyrefly: ignore[bad-override]  # torch gives the wrapped function no types
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, gamma, beta, mask = ctx.saved_tensors
         column = mask.flatten(1)[:, :, None]  # (N, HW, 1)
@@ -325,7 +339,7 @@ class _MaskedAffine(torch.autograd.Function):
         return torch.addcmul(grad, grad, scale), by_gamma, by_beta, by_mask.view_as(mask)
 
 
-class _UpsampledMaskedAffine(torch.autograd.Function):
+class _UpsampledMaskedAffine(_OneOutput):
     """_MaskedAffine of upsampled features: x (N, C, h, w), γ and β (N, C), m (N, 1, 2h, 2w) -> (N, C, 2h, 2w)."""
 
     @staticmethod
@@ -339,6 +353,7 @@ class _UpsampledMaskedAffine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    # pyrefly: ignore[bad-override]  # torch gives the wrapped function no types
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, gamma, beta, mask = ctx.saved_tensors
         gamma, beta = gamma[:, :, None, None], beta[:, :, None, None]
@@ -375,6 +390,7 @@ def batch_norm_before_upsample_2x(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """
     if not norm.training:
         return norm(x)
+    assert norm.running_var is not None and norm.momentum is not None  # every batch norm here tracks statistics
     kept = norm.running_var * (1 - norm.momentum)
     normalised = norm(x)
 

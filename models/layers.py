@@ -79,7 +79,7 @@ class OneWayDiscriminator(Discriminator):
                     spectral_norm(module)
 
     def gates(self) -> list[nn.Parameter]:
-        return [block.gate for block in self.blocks]
+        return [block.get_parameter("gate") for block in self.blocks]
 
     def features(self, images: Tensor) -> Tensor:  # (N, 3, H, W) in [-1, 1] -> (N, C, 4, 4)
         x = self.from_rgb(images)
@@ -108,12 +108,12 @@ class ConditionalAffine(nn.Module):
 
     @staticmethod
     def _head(channels: int, condition_dim: int, hidden: int, start: float) -> nn.Sequential:
-        head = nn.Sequential(nn.Linear(condition_dim, hidden), nn.ReLU(), nn.Linear(hidden, channels))
+        first, last = nn.Linear(condition_dim, hidden), nn.Linear(hidden, channels)
 
         # Zero weights: until the head is trained, it predicts the same value for every condition.
-        nn.init.zeros_(head[2].weight)
-        nn.init.constant_(head[2].bias, start)
-        return head
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, start)
+        return nn.Sequential(first, nn.ReLU(), last)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # (N, C, H, W), (N, D) -> (N, C, H, W)
         gamma, beta = self.gamma(condition)[:, :, None, None], self.beta(condition)[:, :, None, None]  # (N, C, 1, 1)

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from miscc.errors import CheckpointError
 from models.damsm import TextEncoder
-from models.types import Network, TextFeatures
+from models.types import CaptionEncoder, TextFeatures
 
 # Entries of a Transformer's configuration that name code to run, or choose how to run it: ignored.
 IGNORED_ENTRIES = ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation",
                    "_attn_implementation_internal", "_attn_implementation_autoset")  # fmt: skip
 
 
-class MixedTextEncoder(Network):
+class MixedTextEncoder(CaptionEncoder):
     """Words of the recurrent encoder; sentence = (its sentence + the Transformer's) / 2. The Transformer is never trained.
 
     transformer: its Hugging Face configuration.
@@ -44,14 +44,15 @@ class MixedTextEncoder(Network):
         first: int
         last: int
 
-    def __init__(self, module: nn.Module | None = None, **arguments: Any):
+    def __init__(self, module: Any = None, **arguments: Any):
         super().__init__(**arguments)
         pieces, transformer = self.settings.pieces, self.settings.transformer
 
         # The two encoders.
         own = ("transformer", "pieces", "first", "last")
         self.recurrent = TextEncoder(**{name: value for name, value in arguments.items() if name not in own})
-        self.transformer = (_untrained(transformer) if module is None else module).eval().requires_grad_(False)
+        module = _untrained(transformer) if module is None else module
+        self.transformer = module.eval().requires_grad_(False)
 
         # Word pieces of each word, (vocabulary, longest), -1 behind them. The arguments hold them already: not persistent.
         self.first, self.last = self.settings.first, self.settings.last
@@ -60,7 +61,7 @@ class MixedTextEncoder(Network):
         self.register_buffer("table", torch.tensor(table, dtype=torch.int64), persistent=False)
 
         # Where the widths differ: a random orthogonal projection, frozen, the same in every run.
-        width, text_dim = self.transformer.config.hidden_size, self.settings.text_dim
+        width, text_dim = module.config.hidden_size, self.settings.text_dim
         projection = None
         if width != text_dim:
             generator = torch.Generator().manual_seed(0)
@@ -68,12 +69,7 @@ class MixedTextEncoder(Network):
         self.register_buffer("projection", projection)
 
     @property
-    def max_words(self) -> int:
-        """Largest number of words of a caption."""
-        return self.settings.max_words
-
-    @property
-    def embedding(self) -> nn.Embedding:
+    def embedding(self) -> nn.Embedding:  # pyrefly: ignore[bad-override]  # read-only: callers only read it
         """One row for each word of the vocabulary."""
         return self.recurrent.embedding
 
@@ -114,7 +110,7 @@ class MixedTextEncoder(Network):
         return pieces.clamp_min(0), (pieces >= 0).long()
 
 
-def mixed_text_encoder(text_encoder: nn.Module, words: Sequence[str], folder: str | Path) -> MixedTextEncoder:
+def mixed_text_encoder(text_encoder: CaptionEncoder, words: Sequence[str], folder: str | Path) -> MixedTextEncoder:
     """The recurrent encoder together with the Transformer in a folder, frozen and in eval mode.
 
     text_encoder: the recurrent encoder, or a mixed one whose Transformer is replaced.
@@ -157,7 +153,7 @@ def mixed_text_encoder(text_encoder: nn.Module, words: Sequence[str], folder: st
     return mixed.eval().requires_grad_(False)
 
 
-def _untrained(config: Mapping[str, Any]) -> nn.Module:
+def _untrained(config: Mapping[str, Any]) -> Any:
     """A randomly initialised Transformer of a checkpoint's configuration.
 
     Entries that could name code to download or to run are ignored. Raises CheckpointError where it cannot be built.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 @contextmanager
 def no_tf32() -> Iterator[None]:
     """float32 without TF32, which GPUs use for convolutions by default and which keeps only three digits."""
-    backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)  # torch declares no types for them
     before = [backend.allow_tf32 for backend in backends]
     try:
         for backend in backends:

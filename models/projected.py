@@ -7,7 +7,7 @@ each scale's own features; heads with GroupNorm, so that an image's logits do no
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -176,7 +176,9 @@ class ProjectedDiscriminator(Discriminator):
 
     def logits(self, features: Sequence[Tensor], sentence: Tensor) -> Tensor:
         """maps of each head, (N, D) -> logits of all heads (N, L)."""
-        logits = [head.logits(maps, sentence) for head, maps in zip(self.heads, features, strict=True)]
+        logits = [
+            head.logits(maps, sentence) for head, maps in zip(cast(list[Head], self.heads), features, strict=True)
+        ]
         return torch.cat(logits, dim=1)
 
     def forward(self, images: Tensor, sentence: Tensor) -> Any:  # (N, 3, H, W), (N, D) -> (N, L)

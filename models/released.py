@@ -10,16 +10,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from miscc.checkpoint import load_file
 from miscc.errors import CheckpointError
 from models import networks_of
 from models.registry import skip_init
 from models.released_formats import FORMATS, Format, State
-from models.types import Discriminator, Network
+from models.types import CaptionEncoder, Discriminator, Generator, ImageEncoder, Network
 
 
 @contextmanager
@@ -32,17 +32,17 @@ def naming(path: str | Path) -> Iterator[None]:
         raise CheckpointError(message if message.startswith(str(path)) else f"{path}: {message}") from None
 
 
-def load_generator(state_dict: Mapping[str, Any]) -> nn.Module:
+def load_generator(state_dict: Mapping[str, Any]) -> Generator:
     """A generator of ours, in eval mode, with the released weights. Raises CheckpointError naming what does not fit."""
-    return _load(state_dict, "generator")
+    return cast(Generator, _load(state_dict, "generator"))
 
 
-def load_discriminator(state_dict: Mapping[str, Any]) -> nn.Module:
+def load_discriminator(state_dict: Mapping[str, Any]) -> Discriminator:
     """A discriminator of ours, in eval mode, with the released weights. Raises CheckpointError."""
-    return _load(state_dict, "discriminator")
+    return cast(Discriminator, _load(state_dict, "discriminator"))
 
 
-def load_discriminator_files(path: str | Path, like: Discriminator) -> nn.Module:
+def load_discriminator_files(path: str | Path, like: Discriminator) -> Discriminator:
     """The authors' discriminator in a file, as a network like `like`.
 
     path: where `like` has stages (AttnGAN's), the first of netD0.pth, netD1.pth, ...; the others are read beside it.
@@ -71,18 +71,18 @@ def load_discriminator_files(path: str | Path, like: Discriminator) -> nn.Module
         ) from None
 
 
-def load_text_encoder(state_dict: Mapping[str, Any]) -> nn.Module:
+def load_text_encoder(state_dict: Mapping[str, Any]) -> CaptionEncoder:
     """DAMSM's text encoder, in eval mode, with the released weights. Raises CheckpointError."""
-    return _load(state_dict, "text_encoder")
+    return cast(CaptionEncoder, _load(state_dict, "text_encoder"))
 
 
-def load_image_encoder(state_dict: Mapping[str, Any]) -> nn.Module:
+def load_image_encoder(state_dict: Mapping[str, Any]) -> ImageEncoder:
     """DAMSM's image encoder, in eval mode, with the released weights. Raises CheckpointError."""
-    return _load(state_dict, "image_encoder")
+    return cast(ImageEncoder, _load(state_dict, "image_encoder"))
 
 
 # Part of a released file -> its loader.
-LOADERS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
+LOADERS: dict[str, Callable[[Mapping[str, Any]], Network]] = {
     "generator": load_generator,
     "discriminator": load_discriminator,
     "text_encoder": load_text_encoder,

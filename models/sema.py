@@ -14,7 +14,7 @@
 - D: DF-GAN's in the same early form as the generator (channels up to 16·nf), with its hinge and MA-GP.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,7 +31,7 @@ from models.layers import FusionBlock, OneWayDiscriminator, num_upsamples
 from models.modes import no_parameter_grad
 from models.projected import ProjectedDiscriminator
 from models.sema_modules import FeatureExtractor, Redescriber
-from models.types import Generator, GeneratorOutput, OptimizerSpec, TextFeatures, Update
+from models.types import Generator, GeneratorOutput, Network, OptimizerSpec, TextFeatures, Update
 
 ADVERSARIES = ("redescriber", "feature_extractor")  # of G, beside D
 
@@ -107,17 +107,30 @@ class SEMA(DFGAN):
             "SEMA: folder of a Hugging Face BERT that gives half of the sentence; empty: the LSTM alone",
         )
 
-    NETWORKS = {
+    NETWORKS: ClassVar[Mapping[str, type[Network]]] = {
         "generator": SEMAGenerator,
         "discriminator": OneWayDiscriminator,
         "projected": ProjectedDiscriminator,
         "redescriber": Redescriber,
         "feature_extractor": FeatureExtractor,
     }
-    DEFAULTS = DFGAN.DEFAULTS | {"TRAIN.BATCH_SIZE": 48, "TRAIN.MAX_EPOCH": 121, "GAN.TRUNCATION": 0.8}
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {
+        **DFGAN.DEFAULTS,
+        "TRAIN.BATCH_SIZE": 48,
+        "TRAIN.MAX_EPOCH": 121,
+        "GAN.TRUNCATION": 0.8,
+    }
     SHOWN: ClassVar[tuple[str, ...]] = (
         "loss/hinge", "loss/adversarial", "loss/redescription", "loss/feature", "logits/real", "logits/fake",
     )  # fmt: skip
+
+    @property
+    def redescriber(self) -> Redescriber:
+        return self.networks["redescriber"]
+
+    @property
+    def feature_extractor(self) -> FeatureExtractor:
+        return self.networks["feature_extractor"]
 
     def optimizers(self) -> dict[str, OptimizerSpec]:
         groups = super().optimizers()
@@ -128,9 +141,9 @@ class SEMA(DFGAN):
 
     def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
         """Discriminator, (projected discriminator,) R, F, generator."""
-        networks, real_images = self.networks, batch.images
-        text = networks["text_encoder"](batch.captions, batch.lengths).detach()
-        fake_images = networks["generator"](noise, text).images[-1]
+        real_images = batch.single_size
+        text = self.text_encoder(batch.captions, batch.lengths).detach()
+        fake_images = self.generator(noise, text).images[-1]
 
         # Discriminators, as in DF-GAN.
         seen = self.seen(batch, fake_images)
@@ -145,14 +158,14 @@ class SEMA(DFGAN):
             yield Update("feature_extractor", losses, stats)
 
         # Generator: against all of them, which take no gradient.
-        with no_parameter_grad(*self.discriminators(), *(networks[part] for part in ADVERSARIES)):
+        with no_parameter_grad(*self.discriminators(), *(self.networks[part] for part in ADVERSARIES)):
             yield Update("generator", self.generator_losses(real_images, fake_images, text.sentence, seen))
 
     def redescriber_losses(
         self, real_images: Tensor, fake_images: Tensor, sentence: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """R's losses and values for the log: means over the samples of SEM(R(x), s) and max(0, margin − SEM(R(x̂), s))."""
-        redescriber = self.networks["redescriber"]
+        redescriber = self.redescriber
         real = semantic_distance(redescriber(real_images), sentence)
         fake = semantic_distance(redescriber(fake_images), sentence)
         losses = {"redescribe_real": real.mean(), "redescribe_fake": F.relu(self.settings.margin - fake).mean()}
@@ -162,7 +175,7 @@ class SEMA(DFGAN):
         self, real_images: Tensor, fake_images: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """F's loss and values for the log: cross-entropy of real images (class 1) and fake ones (class 0)."""
-        extractor = self.networks["feature_extractor"]
+        extractor = self.feature_extractor
         logits = torch.cat([extractor.logits(extractor(images)) for images in (real_images, fake_images)])  # (2N, 2)
         is_real = torch.arange(len(logits), device=logits.device) < len(real_images)
         accuracy = (logits.detach().argmax(dim=1) == is_real).float().mean()
@@ -175,13 +188,12 @@ class SEMA(DFGAN):
 
         seen: inputs of the discriminators; None: the images themselves.
         """
-        networks = self.networks
         losses = self.adversarial_losses(seen or Seen(real_images, fake_images, None), sentence)
         if self.settings.redescription_weight > 0:
-            distance = semantic_distance(networks["redescriber"](fake_images), sentence)
+            distance = semantic_distance(self.redescriber(fake_images), sentence)
             losses["redescription"] = self.settings.redescription_weight * distance.mean()
         if self.settings.feature_weight > 0:
-            extractor = networks["feature_extractor"]
+            extractor = self.feature_extractor
             with torch.no_grad():
                 real = extractor(real_images)
             losses["feature"] = self.settings.feature_weight * semantic_distance(extractor(fake_images), real).mean()

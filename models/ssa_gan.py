@@ -4,9 +4,9 @@ Written from the paper and from what is known of the released code's behaviour; 
 code is the default, and the paper's form a setting.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from models.settings import (
     GeneratorSettings,
     PenaltySettings,
 )
-from models.types import Generator, GeneratorOutput, OptimizerSpec, TextFeatures, Update
+from models.types import Generator, GeneratorOutput, Network, OptimizerSpec, TextFeatures, Update
 
 CHANNELS = (8, 8, 8, 8, 4, 2, 1)  # multiples of nf after each block at 256 px
 
@@ -50,12 +50,12 @@ class SSCBN(nn.Module):
 
     @staticmethod
     def _head(sentence_dim: int, channels: int) -> nn.Sequential:
-        head = nn.Sequential(nn.Linear(sentence_dim, 256), nn.ReLU(), nn.Linear(256, channels))
+        first, last = nn.Linear(sentence_dim, 256), nn.Linear(256, channels)
 
         # γ = β = 0 at first: form "code" starts as a plain batch norm.
-        nn.init.zeros_(head[2].weight)
-        nn.init.zeros_(head[2].bias)
-        return head
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        return nn.Sequential(first, nn.ReLU(), last)
 
     def forward(self, x: Tensor, sentence: Tensor, mask: Tensor) -> Tensor:
         # (N, C, H, W) or (N, C, H/2, W/2), (N, D), (N, 1, H, W) -> (N, C, H, W)
@@ -171,7 +171,7 @@ class SSAGenerator(Generator):
         x = self.fc(noise).view(noise.shape[0], -1, 4, 4)
         mask_logits = self.first_mask_predictor(x)  # (N, 1, 4, 4)
         masks = []
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(cast(list[SSABlock], self.blocks)):
             # Each block but the first works at twice the size.
             if index > 0:
                 x = self._upsample_before_block(x)
@@ -188,7 +188,7 @@ class SSAGenerator(Generator):
         return list(self.blocks)
 
     def gates(self) -> list[nn.Parameter]:
-        return [block.gate for block in self.blocks]
+        return [block.get_parameter("gate") for block in self.blocks]
 
     def _upsample_before_block(self, x: Tensor) -> Tensor:
         """Bilinear upsampling by 2. Nearest upsampling is left to the block, which does it faster."""
@@ -230,7 +230,7 @@ class SSAGAN(AdversarialSystem):
         def needs_image_encoder(self) -> bool:
             return self.finetune_encoders or self.whole_damsm_weight > 0
 
-    NETWORKS = {
+    NETWORKS: ClassVar[Mapping[str, type[Network]]] = {
         "generator": SSAGenerator,
         "discriminator": OneWayDiscriminator,
         "projected": ProjectedDiscriminator,
@@ -239,10 +239,14 @@ class SSAGAN(AdversarialSystem):
         "loss/hinge", "loss/projected_hinge", "loss/adversarial", "loss/words", "logits/real", "logits/fake",
     )  # fmt: skip
 
+    @property
+    def discriminator(self) -> OneWayDiscriminator:
+        return self.networks["discriminator"]
+
     def optimizers(self) -> dict[str, OptimizerSpec]:
         groups = super().optimizers()
         if self.settings.finetune_encoders:
-            text_encoder, image_encoder = self.networks["text_encoder"], self.networks["image_encoder"]
+            text_encoder, image_encoder = self.text_encoder, self.image_encoder
             trained = [*text_encoder.parameters(), *image_encoder.head_parameters()]
             groups["encoders"] = OptimizerSpec(trained, self.settings.finetune_lr, self.settings.betas)
         return groups
@@ -253,23 +257,23 @@ class SSAGAN(AdversarialSystem):
         # Mode of the encoders.
         batch_statistics = self.settings.finetune_encoders and self.settings.finetune_mode == "train"
         if "image_encoder" in self.networks:
-            self.networks["image_encoder"].batch_statistics = batch_statistics
+            self.image_encoder.batch_statistics = batch_statistics
         for encoder in self.encoders():
             encoder.train(batch_statistics)
 
         # What fine-tuning trains: the whole text encoder, the heads of the image encoder.
         if self.settings.finetune_encoders:
-            self.networks["text_encoder"].requires_grad_(True)
-            for parameter in self.networks["image_encoder"].head_parameters():
+            self.text_encoder.requires_grad_(True)
+            for parameter in self.image_encoder.head_parameters():
                 parameter.requires_grad_(True)
 
     def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
         """(Encoders,) discriminator, penalty, (projected discriminator,) generator, in the authors' order."""
-        encoded = self.networks["text_encoder"](batch.captions, batch.lengths)
+        encoded = self.text_encoder(batch.captions, batch.lengths)
         if self.settings.finetune_encoders:
-            yield Update("encoders", self.damsm_losses(batch.images, encoded, batch))
+            yield Update("encoders", self.damsm_losses(batch.single_size, encoded, batch))
         text = encoded.detach()
-        fake = self.networks["generator"](noise, text)
+        fake = self.generator(noise, text)
 
         # Discriminators, in their own steps, on the same augmented images.
         seen = self.seen(batch, fake.images[-1])
@@ -298,7 +302,7 @@ class SSAGAN(AdversarialSystem):
     def _discriminator_losses(
         self, real_images: Tensor, fake_images: Tensor, sentence: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        discriminator = self.networks["discriminator"]
+        discriminator = self.discriminator
         features = discriminator.features(real_images)
         real_logits = discriminator.logits(features, sentence)
 
@@ -313,5 +317,5 @@ class SSAGAN(AdversarialSystem):
         real_images = real_images.detach().requires_grad_()
         sentence = sentence.detach().to(real_images.dtype).requires_grad_()
         with full_precision(real_images.device):
-            logits = self.networks["discriminator"](real_images, sentence)
+            logits = self.discriminator(real_images, sentence)
             return matching_aware_gradient_penalty(logits, real_images, sentence, **self.settings.penalty)

@@ -79,6 +79,11 @@ class OptimizerSpec(NamedTuple):
 # -- networks ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class NoSettings:
+    """Of a network without arguments."""
+
+
 class Network(nn.Module):
     """What every network declares.
 
@@ -91,9 +96,7 @@ class Network(nn.Module):
         leaves that to them.
     """
 
-    @dataclass(frozen=True)
-    class Settings:
-        pass
+    Settings: ClassVar[type[Any]] = NoSettings
 
     settings: Any
     arguments: dict[str, Any]
@@ -156,6 +159,24 @@ class Discriminator(Network):
         raise ValueError("this discriminator has no stages")
 
 
+class CaptionEncoder(Network):
+    """What every text encoder declares.
+
+    max_words: words (or tokens) of a caption at most.
+    embedding: one row for each entry of the vocabulary.
+    """
+
+    embedding: nn.Embedding
+
+    @property
+    def max_words(self) -> int:
+        return self.settings.max_words
+
+    def forward(self, captions: Tensor, lengths: Tensor) -> TextFeatures:
+        """captions (N, T) int64 padded with 0, lengths (N,) from 1 to T, best on the CPU -> TextFeatures."""
+        raise NotImplementedError
+
+
 class ImageEncoder(Network):
     """What every image encoder declares.
 
@@ -171,12 +192,27 @@ class ImageEncoder(Network):
         """What training changes."""
         raise NotImplementedError
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images (N, 3, H, W) in [-1, 1] -> regions (N, D, h, w), code (N, D)."""
+    def forward(self, images: Tensor) -> tuple[Tensor | list[Tensor], Tensor]:
+        """images (N, 3, H, W) in [-1, 1] -> regions (N, D, h, w), of CLIP a list of them; code (N, D)."""
         raise NotImplementedError
 
 
 # -- systems -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """Of an objective without arguments."""
+
+    needs_image_encoder: ClassVar[bool] = False  # whether a loss looks at images with the image encoder
+    encoders_with_images: ClassVar[str] = "damsm"  # whose encoder that is, see TEXT.ENCODER
+
+
+@dataclass(frozen=True)
+class PlainTextSettings:
+    """Of a system that takes the text encoder as it is."""
+
+    transformer: ClassVar[str] = ""  # folder of a Transformer that gives half of the sentence
 
 
 class System:
@@ -193,28 +229,31 @@ class System:
     seed, step: of the run, and the training steps taken so far; the trainer sets them.
     """
 
-    @dataclass(frozen=True)
-    class Settings:
-        needs_image_encoder: ClassVar[bool] = False  # whether a loss looks at images with the image encoder
-        encoders_with_images: ClassVar[str] = "damsm"  # whose encoder that is, see TEXT.ENCODER
-
-    @dataclass(frozen=True)
-    class TextSettings:
-        transformer: ClassVar[str] = ""  # folder of a Transformer that gives half of the sentence
+    Settings: ClassVar[type[Any]] = ObjectiveSettings
+    TextSettings: ClassVar[type[Any]] = PlainTextSettings
 
     NETWORKS: ClassVar[Mapping[str, type[Network]]] = {}
     DEFAULTS: ClassVar[Mapping[str, Any]] = {}
     SHOWN: ClassVar[tuple[str, ...]] = ()
 
-    networks: dict[str, nn.Module]
+    settings: Any
+    networks: dict[str, Any]  # each system has properties that say which kind its networks are
     image_sizes: list[int]
     seed: int = 0
     step: int = 0
 
-    def __init__(self, networks: dict[str, nn.Module], **arguments: Any):
+    def __init__(self, networks: dict[str, Any], **arguments: Any):
         self.networks = networks
         self.settings = self.Settings(**arguments)
-        self.image_sizes = [networks["generator"].image_size]
+        self.image_sizes = [self.generator.image_size]
+
+    @property
+    def generator(self) -> Generator:
+        return self.networks["generator"]
+
+    @property
+    def text_encoder(self) -> CaptionEncoder:
+        return self.networks["text_encoder"]
 
     @classmethod
     def parts(cls, settings: Any) -> list[str]:

@@ -6,10 +6,9 @@ Files are recognised and loaded in models/released.py.
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
 
 from miscc.checkpoint import load_file, save_checkpoint
 from miscc.errors import DataError, UserError, run_command
@@ -17,6 +16,7 @@ from miscc.files import hash_of_file
 from models import SYSTEMS, networks_of
 from models.registry import count_parameters, network_name, to_state
 from models.released import LOADERS, holds, load_discriminator, load_discriminator_files, load_generator, naming
+from models.types import Discriminator, Generator, Network
 from sampling.encoders import ENCODERS, check_sentence_length, released_vocabulary
 from sampling.pipeline import TextToImage
 from sampling.published import read_published
@@ -111,7 +111,7 @@ def _describe_ours(path: str | Path, content: Mapping) -> list[str]:
     return lines
 
 
-def _network_line(part: str, network: nn.Module) -> str:
+def _network_line(part: str, network: Network) -> str:
     millions = count_parameters(network) / 1e6
     return f"{part} {network_name(network)}, {millions:.1f} M parameters, {_sizes(network.arguments)}"
 
@@ -120,12 +120,12 @@ def _sizes(arguments: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in arguments.items())
 
 
-def _discriminator(generator: nn.Module, content: Any, path: str | Path | None) -> nn.Module | None:
+def _discriminator(generator: Generator, content: Any, path: str | Path | None) -> Discriminator | None:
     """The discriminator that goes with a released generator, of its own file or of the generator's."""
     if path is None:
         return load_discriminator(content) if holds(content, "discriminator") else None
     with torch.device("meta"):  # only its sizes are asked for
-        kind = networks_of("discriminator")[network_name(generator)]
+        kind = cast(type[Discriminator], networks_of("discriminator")[network_name(generator)])
         shared = ("base_size", "num_stages") if kind.has_stages else ()
         like = kind(**{name: generator.arguments[name] for name in shared})
     return load_discriminator_files(path, like)

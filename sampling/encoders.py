@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from torch import nn
 
 from datasets.captions import METADATA_NAMES, load_captions_pickle
 from miscc.byte_pairs import vocabulary_of
@@ -16,6 +15,7 @@ from models import networks_of
 from models.clip_files import load_clip_weights, load_tokenizer
 from models.registry import from_state
 from models.released import load_image_encoder, load_text_encoder, naming
+from models.types import CaptionEncoder, Generator, ImageEncoder, Network
 
 
 class Encoders(NamedTuple):
@@ -27,8 +27,8 @@ class Encoders(NamedTuple):
     file: the weight file that they were loaded from, where there is one
     """
 
-    text_encoder: nn.Module
-    image_encoder: nn.Module | None
+    text_encoder: CaptionEncoder
+    image_encoder: ImageEncoder | None
     vocabulary: Vocabulary | None
     max_words: int
     file: Path | None = None
@@ -63,7 +63,8 @@ def load_encoders(path: str | Path, device: str | torch.device = "cpu", max_word
         networks = rebuild_networks(content, ("text_encoder", "image_encoder"), path)
         if "text_encoder" not in networks:
             raise CheckpointError(f"{path}: holds no text encoder but {', '.join(content['networks'])}")
-        text_encoder, image_encoder = networks["text_encoder"], networks.get("image_encoder")
+        text_encoder = cast(CaptionEncoder, networks["text_encoder"])
+        image_encoder = cast("ImageEncoder | None", networks.get("image_encoder"))
         vocabulary, max_words = vocabulary_of(content["vocabulary"]), text_encoder.max_words
 
     # The authors'.
@@ -109,14 +110,14 @@ def released_vocabulary(data_dir: str | Path) -> Vocabulary:
     )
 
 
-def check_sentence_length(text_encoder: nn.Module, generator: nn.Module, path: str | Path) -> None:
+def check_sentence_length(text_encoder: CaptionEncoder, generator: Generator, path: str | Path) -> None:
     """Raises CheckpointError where the encoders of this path give other features than the generator takes."""
     actual, expected = text_encoder.arguments["text_dim"], generator.arguments["sentence_dim"]
     if actual != expected:
         raise CheckpointError(f"{path}: gives features of length {actual}, the generator expects {expected}")
 
 
-def rebuild_networks(checkpoint: dict, names: tuple[str, ...], path: str | Path) -> dict[str, nn.Module]:
+def rebuild_networks(checkpoint: dict, names: tuple[str, ...], path: str | Path) -> dict[str, Network]:
     """{name: network} of these names that the checkpoint holds, in eval mode without gradients. path: for errors."""
     networks = {}
     for name in names:

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasets.captions import EncodedCaptions, encode_batch
 from miscc.byte_pairs import vocabulary_of
@@ -22,7 +22,7 @@ from miscc.vocabulary import Vocabulary
 from models.mixed_text import mixed_text_encoder
 from models.modes import device_of
 from models.released import load_generator, naming
-from models.types import GeneratorOutput, TextFeatures
+from models.types import CaptionEncoder, Generator, GeneratorOutput, TextFeatures
 from sampling.encoders import ENCODERS, check_sentence_length, rebuild_networks, released_vocabulary
 from sampling.published import find_published, load_model
 from sampling.requests import Request
@@ -60,8 +60,8 @@ class TextToImage:
 
     def __init__(
         self,
-        generator: nn.Module,
-        text_encoder: nn.Module,
+        generator: Generator,
+        text_encoder: CaptionEncoder,
         vocabulary: Vocabulary,
         origin: dict[str, Any] | None = None,
     ):
@@ -113,7 +113,9 @@ class TextToImage:
             "examples": checkpoint.get("examples", []),
         }
         vocabulary = vocabulary_of(checkpoint["vocabulary"])
-        return cls(networks[wanted].to(device), networks["text_encoder"].to(device), vocabulary, origin)
+        generator = cast(Generator, networks[wanted].to(device))
+        text_encoder = cast(CaptionEncoder, networks["text_encoder"].to(device))
+        return cls(generator, text_encoder, vocabulary, origin)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, device: str | torch.device | None = None) -> "TextToImage":

@@ -136,7 +136,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         )
     for part in PARTS:
         entry = config.get(part)
-        described = isinstance(entry, dict) and isinstance(entry.get("name"), str)
-        if not described or not isinstance(entry.get("arguments"), dict):
+        entry = entry if isinstance(entry, dict) else {}
+        if not isinstance(entry.get("name"), str) or not isinstance(entry.get("arguments"), dict):
             raise CheckpointError(f"{path}: does not describe the {part}; publish the model again")
     return config
