@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -198,7 +199,7 @@ def test_the_script_on_a_checkpoint_and_on_one_without_masks(checkpoint, tmp_pat
     assert "mask of 32 px" in capsys.readouterr().out
 
     whole = TextToImage.generate
-    monkeypatch.setattr(TextToImage, "generate", lambda *a, **k: whole(*a, **k)._replace(masks=[]))
+    monkeypatch.setattr(TextToImage, "generate", lambda *a, **k: replace(whole(*a, **k), masks=[]))
     assert run(monkeypatch, "--checkpoint", checkpoint, "--num-images", 12) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"error: {checkpoint}: there are no masks; SSA-GAN predicts them")
