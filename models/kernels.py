@@ -1,9 +1,8 @@
 """Hand-written derivatives and rewritten operations, each beside its plain form, which computes the same with torch's own.
 
 tests/test_kernels.py holds both equal in value, gradient and, where a gradient penalty needs it, second gradient. "Gain"
-in a docstring is the time of a whole training step without the kernel over the time with it, all other kernels in
-place (SSA-GAN where no other is named; CPU time of one thread). Some gain less than 5 % on that CPU and stay because
-the pinned float32 steps hold their rounding, which a plain form changes.
+in a docstring is the time of a whole training step without the kernel over the time with it (SSA-GAN where no other is
+named; one thread). Some gain less than 5 % and stay: a plain form rounds otherwise than the pinned float32 steps.
 
 Compilers get the plain forms: they fuse them themselves and never see a second derivative (models.modes.full_precision).
 """

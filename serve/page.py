@@ -98,17 +98,11 @@ def _draw_tab(studio: Studio) -> None:
         seed, truncation = _noise_inputs(first)
     button = gr.Button("Draw", variant="primary", elem_id="draw")
     status = gr.Markdown(elem_id="status")
-    gallery = gr.Gallery(
-        label="Images", format="png", columns=4, height="auto", object_fit="contain", interactive=False,
-        buttons=["download", "fullscreen"], elem_id="gallery", elem_classes=_picture_classes(studio),
-    )  # fmt: skip
+    gallery = _image_gallery(studio)
     with gr.Row(visible=bool(first.mask_sizes)) as mask_row:
         shown = gr.Radio(_overlays(first), value=NO_OVERLAY, label="Mask laid over", elem_id="overlay")
         strength = gr.Slider(0, 1, value=0.7, step=0.05, label="Strength of the mask", elem_id="strength")
-    attention = gr.Gallery(
-        label="Where each word looks", format="png", columns=1, object_fit="contain", visible=first.attends,
-        interactive=False, buttons=["download", "fullscreen"], elem_id="attention",
-    )  # fmt: skip
+    attention = _attention_gallery(first)
     examples = first.examples or [DEFAULT_CAPTION]
     offered = gr.Dataset(
         components=[caption], samples=[[one] for one in examples], label="Examples", elem_id="examples"
@@ -150,6 +144,22 @@ def _draw_tab(studio: Studio) -> None:
     )
     model.change(choose, [model, caption], [mask_row, shown, attention, words], **silent)
     offered.click(lambda sample: sample[0], offered, caption, **silent)
+
+
+def _image_gallery(studio: Studio) -> gr.Gallery:
+    """The drawn images, which can be downloaded."""
+    return gr.Gallery(
+        label="Images", format="png", columns=4, height="auto", object_fit="contain", interactive=False,
+        buttons=["download", "fullscreen"], elem_id="gallery", elem_classes=_picture_classes(studio),
+    )  # fmt: skip
+
+
+def _attention_gallery(model: Model) -> gr.Gallery:
+    """Where each word looks; hidden for models without word attention."""
+    return gr.Gallery(
+        label="Where each word looks", format="png", columns=1, object_fit="contain", visible=model.attends,
+        interactive=False, buttons=["download", "fullscreen"], elem_id="attention",
+    )  # fmt: skip
 
 
 def read_words(studio: Studio, caption: str | None, name: str | None = None) -> list[tuple[str, str | None]]:
