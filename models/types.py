@@ -117,7 +117,7 @@ class Network(nn.Module):
         self.arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def gates(self) -> Sequence[nn.Parameter]:
-        """Learned factors of residual branches that start at zero: until they move, the branch has no effect."""
+        """Learned factors of residual branches. Published ones start at zero, where a branch has no effect (see GAN.GATE)."""
         return []
 
 

@@ -274,6 +274,20 @@ def test_broken_images_are_skipped_with_the_cache_too(tiny, drawn_folder, tmp_pa
     assert train(tiny(*keys, ("SKIP_BROKEN", "True")), CPU) == 0
 
 
+def test_gates_start_where_the_settings_say(tiny, tmp_path):
+    def gates(*changes):
+        networks = Trainer(tiny(*changes), CPU).networks
+        return {float(gate.detach()) for part in ("generator", "discriminator") for gate in networks[part].gates()}
+
+    assert gates() == {0.0}
+    assert gates(("GAN.GATE", "0.5")) == {0.5}
+
+    # Weights of a file keep theirs.
+    train(tiny(("GAN.GATE", "0.25"), ("TRAIN.MAX_STEPS", "1")), CPU)
+    last = tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints" / "last.pth"
+    assert 0.5 not in gates(("TRAIN.NET_G", str(last)), ("GAN.GATE", "0.5"))
+
+
 def test_training_goes_on_from_given_weights(tiny, tmp_path):
     train(tiny(("TRAIN.MAX_STEPS", "2")), CPU)
     last = tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints" / "last.pth"

@@ -50,7 +50,11 @@ def starting_networks(
 ) -> tuple[dict[str, nn.Module], Vocabulary]:
     """The networks of a new training, fresh or of NET_G, with the encoders that the settings name. Raises UserError."""
     encoders, vocabulary = encoders_for(system, start, data)
-    networks: dict[str, nn.Module] = dict(build_networks(system))
+    fresh = build_networks(system)
+    for network in fresh.values():
+        for gate in network.gates():
+            nn.init.constant_(gate, start.gate)
+    networks: dict[str, nn.Module] = dict(fresh)
     networks |= networks_from_files(start, networks, system.name)
     networks["text_encoder"] = encoders.text_encoder
     if encoders.image_encoder is not None:

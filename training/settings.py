@@ -145,6 +145,11 @@ class StartSettings(FormerEncodersSettings, ClipSizeSettings, ImageSizeSettings,
     generator_file: str = setting("TRAIN.NET_G", "", "weights to sample from or to continue from: ours or the authors'")
     discriminator_file: str = setting("TRAIN.NET_D", "", "the authors' discriminator that goes with NET_G")
     with_discriminator: bool = setting("TRAIN.B_NET_D", True, "take D from NET_G's checkpoint too, where it holds one")
+    gate: float = setting(
+        "GAN.GATE",
+        0.0,
+        "what the learned gates of residual branches start from; 0 as published, more for short trainings",
+    )
     encoders: str = setting(
         "TEXT.DAMSM_NAME",
         "",
