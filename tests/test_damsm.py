@@ -1,5 +1,6 @@
 """The encoders: networks, pretraining, what it writes, and its resuming."""
 
+import functools
 import json
 
 import pytest
@@ -15,6 +16,7 @@ from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder
 from sampling.encoders import load_encoders
 from training.damsm import EncoderTrainer, load_imagenet_weights, pretrain
 from training.retrieval import retrieval_at
+from training.schedule import Budget
 
 CPU = torch.device("cpu")
 
@@ -214,6 +216,33 @@ def test_the_learning_rate_falls_to_a_tenth(damsm_settings):
         trainer.train_step(batch, epoch)
         rates.append(trainer.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([2e-3, 2e-3 * 0.98, 2e-4])
+
+
+def test_minutes_end_the_pretraining_and_rates_fall_over_them(damsm_settings, tmp_path, monkeypatch):
+    now, rates = [0.0], []
+    monkeypatch.setattr("training.damsm.Budget", functools.partial(Budget, clock=lambda: now[0]))
+    step = EncoderTrainer.train_step
+
+    def timed(trainer, *arguments):
+        losses = step(trainer, *arguments)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        now[0] += 30
+        return losses
+
+    monkeypatch.setattr(EncoderTrainer, "train_step", timed)
+    changes = (("TRAIN.MAX_MINUTES", "3"), ("TRAIN.LR_DECAY_FROM", "0.5"), ("TRAIN.ENCODER_LR_DECAY", "1.0"))
+    assert pretrain(damsm_settings(100, *changes), CPU, tmp_path / "out") == 0
+
+    # Six steps of half a minute: full rates for three, then a third less each; validated, saved, time kept.
+    assert rates == pytest.approx([2e-3] * 4 + [2e-3 * 2 / 3, 2e-3 / 3])
+    best = load_checkpoint(tmp_path / "out" / "best.pth")
+    assert best["step"] == 6 and best["seconds"] == 180
+
+    # Out of minutes: nothing more to do. More of them: it goes on.
+    assert pretrain(damsm_settings(100, *changes), CPU, tmp_path / "out", resume=True) == 0
+    assert len(rates) == 6
+    assert pretrain(damsm_settings(100, ("TRAIN.MAX_MINUTES", "4")), CPU, tmp_path / "out", resume=True) == 0
+    assert len(rates) == 8
 
 
 def test_training_lowers_the_loss(damsm_settings):

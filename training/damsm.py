@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import Inception_V3_Weights
 
-from datasets.layout import splits_present
 from datasets.loading import ordered_loader, training_loader
 from datasets.records import Records
 from datasets.settings import DataSettings
@@ -23,7 +22,7 @@ from miscc.files import remove_unfinished, write_text
 from miscc.images import to_uint8
 from miscc.losses import sentence_loss, word_attention, word_loss
 from miscc.pictures import attention_picture, save_image
-from miscc.randomness import seed_everything, stream
+from miscc.randomness import seed_everything
 from miscc.settings import arguments_from, from_config
 from miscc.vocabulary import Vocabulary
 from models import IMAGE_ENCODERS, TEXT_ENCODERS, networks_of
@@ -33,18 +32,18 @@ from models.registry import from_state, network_name, to_state
 from models.types import TextFeatures, Update
 from sampling.encoders import load_encoders, released_vocabulary
 from training.build import check_batch_size
-from training.data import make_dataset, read_records, usable_workers
+from training.data import make_dataset, split_pairs, usable_workers
 from training.progress import Progress, StopSignal
 from training.resume import check_encoders_resumable, check_same_data, fingerprint
 from training.retrieval import retrieval_at
 from training.run_dir import EncoderDir
+from training.schedule import Budget, learning_rate_factor, set_learning_rates
 from training.settings import PretrainingSettings
 from training.step import Clipping, Stepper, adam, restore_adam
 from training.tracker import Tracker, find_tracker
 
 logger = logging.getLogger(__name__)
 
-MOST_VALIDATED = 1000  # held-out pairs that are ranked against each other at most
 NUM_PICTURED = 6  # captions in the attention picture
 LOG_EVERY = 20  # steps
 
@@ -97,7 +96,7 @@ class EncoderTrainer:
         seed_everything(self.seed)  # the initial weights
         networks, vocabulary = self._stored_encoders(checkpoint)
         settings = (self.data_settings, self.settings.held_out, self.seed)
-        self.records, self.validation = split_records(*settings, vocabulary)
+        self.records, self.validation = split_pairs(*settings, vocabulary)
         self.vocabulary = vocabulary or self.records.vocabulary
         self.networks = {part: network.to(device) for part, network in (networks or self._fresh_encoders()).items()}
         self.text_encoder, self.image_encoder = self.networks["text_encoder"], self.networks["image_encoder"]
@@ -110,26 +109,32 @@ class EncoderTrainer:
             parameter.requires_grad_(True)
         self.optimizer = adam(parameters, self.settings.learning_rate, self.settings.betas)
         clipping = Clipping(list(self.text_encoder.parameters()), self.settings.grad_clip)
-        self.stepper = Stepper(self.updates, {"encoders": self.optimizer}, World(0, 1, device), clipping=clipping)
+        self.world = World(0, 1, device)
+        self.stepper = Stepper(self.updates, {"encoders": self.optimizer}, self.world, clipping=clipping)
 
         # Where the training stands.
         self.step, self.best_loss, self.best_epoch = 0, float("inf"), 0
         if checkpoint is not None:
             self._restore(checkpoint)
+        last_step = self.steps_per_epoch * self.settings.max_epoch
+        used = checkpoint.get("seconds", 0.0) if checkpoint is not None else 0.0
+        self.budget = Budget(last_step, self.settings.max_minutes, used)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def run_to_the_end(self, run: EncoderDir, progress: Progress) -> int:
-        """Train until MAX_EPOCH, PATIENCE or a signal; returns the exit code."""
+        """Train until MAX_EPOCH, MAX_MINUTES, PATIENCE or a signal; returns the exit code."""
         max_epoch = self.settings.max_epoch
         progress.say(
             f"encoders on {self.device}: {len(self.records)} images to train on, {len(self.validation)} held out, "
             f"{len(self.vocabulary)} words, epoch {self.step // self.steps_per_epoch + 1} of {max_epoch}"
         )
         batches = iter(self._loader())
+        self.budget.start()
         with StopSignal() as stop:
             for epoch in range(self.step // self.steps_per_epoch, max_epoch):
-                if self.out_of_patience(epoch):
+                self.budget.agree(self.world)
+                if self.out_of_patience(epoch) or self.budget.is_over(self.step):
                     break
 
                 # Epoch: a bar of its own; a resumed one goes on where it stopped.
@@ -144,6 +149,9 @@ class EncoderTrainer:
                         progress.log(self.step, self.step / self.steps_per_epoch, values, tuple(values))
                     if stop.received and self.step % self.steps_per_epoch:
                         return self._stopped(run, progress, stop.received)
+                    self.budget.agree(self.world)
+                    if self.budget.is_over(self.step):
+                        break  # out of minutes: this epoch ends here
 
                 # Its end: validation and checkpoints.
                 progress.end_epoch()
@@ -171,8 +179,9 @@ class EncoderTrainer:
         seed_everything(self.seed, self.step)  # dropout
         self.text_encoder.train()
         self.image_encoder.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * max(0.1, self.settings.learning_rate_decay**epoch)
+        falling = learning_rate_factor(self.budget.share(self.step), self.settings.lr_decay_from)
+        rate = self.settings.learning_rate * max(0.1, self.settings.learning_rate_decay**epoch)
+        set_learning_rates({"encoders": self.optimizer}, {"encoders": rate}, falling)
 
         # The step.
         (update,) = self.stepper.steps(batch, torch.empty(len(batch.keys), 0))  # the encoders take no noise
@@ -290,7 +299,7 @@ class EncoderTrainer:
             "data": fingerprint(self.records),
             "best": {"loss": self.best_loss, "epoch": self.best_epoch},
             "validation": dict(scores or {}),
-        }
+        } | ({"seconds": self.budget.seconds} if self.settings.max_minutes else {})
 
     def _restore(self, checkpoint: dict) -> None:
         """Go on where the checkpoint was written. The networks have their weights already, see `_stored_encoders`."""
@@ -347,31 +356,6 @@ class EncoderTrainer:
         sizes = {"vocabulary_size": len(self.vocabulary), "max_words": self.data_settings.max_words}
         text_encoder = TEXT_ENCODERS["rnn"](**sizes, **self.text_arguments)
         return {"text_encoder": text_encoder, "image_encoder": image_encoder}
-
-
-def split_records(
-    data: DataSettings, share: float, seed: int, vocabulary: Vocabulary | None
-) -> tuple[Records, Records]:
-    """Training pairs and held-out pairs: the data's val split, or else a seeded share of the training images.
-
-    share: HELD_OUT; 0 without a val split: the test split, as AttnGAN does; what is chosen by it then knows the test set.
-    """
-    records = read_records(data, "train", vocabulary)
-    if "val" in splits_present(Path(data.data_dir)):
-        validation = read_records(data, "val", vocabulary)
-    elif share == 0:
-        logger.warning("TRAIN.HELD_OUT is 0: the best encoders are chosen by the test split, as AttnGAN's were")
-        validation = read_records(data, "test", vocabulary)
-    else:
-        count = min(MOST_VALIDATED, max(2, round(share * len(records))))
-        order = stream(seed, "held out").permutation(len(records))
-        records, validation = records.select(sorted(order[count:])), records.select(sorted(order[:count]))
-
-    # No more than can be ranked against each other.
-    if len(validation) > MOST_VALIDATED:
-        chosen = stream(seed, "validated").permutation(len(validation))[:MOST_VALIDATED]
-        validation = validation.select(sorted(chosen))
-    return records, validation
 
 
 def load_imagenet_weights(trunk: nn.Module, path: str) -> None:

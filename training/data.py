@@ -8,13 +8,17 @@ import torch
 
 from datasets import load_records
 from datasets.cache import ImageCache
+from datasets.layout import splits_present
 from datasets.records import Records
 from datasets.settings import DataSettings
 from datasets.text_image import TextImageDataset
 from miscc.errors import DataError
+from miscc.randomness import stream
 from miscc.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
+
+MOST_VALIDATED = 1000  # held-out pairs that are ranked against each other at most
 
 
 def read_records(settings: DataSettings, split: str, vocabulary: Vocabulary | None = None) -> Records:
@@ -25,6 +29,29 @@ def read_records(settings: DataSettings, split: str, vocabulary: Vocabulary | No
     if records.texts is not None:
         records.texts = [texts[:most] for texts in records.texts]
     return records
+
+
+def split_pairs(data: DataSettings, share: float, seed: int, vocabulary: Vocabulary | None) -> tuple[Records, Records]:
+    """Training pairs and held-out pairs: the data's val split, or else a seeded share of the training images.
+
+    share: HELD_OUT; 0 without a val split: the test split, as AttnGAN does; what is chosen by it then knows the test set.
+    """
+    records = read_records(data, "train", vocabulary)
+    if "val" in splits_present(Path(data.data_dir)):
+        validation = read_records(data, "val", vocabulary)
+    elif share == 0:
+        logger.warning("TRAIN.HELD_OUT is 0: the best encoders are chosen by the test split, as AttnGAN's were")
+        validation = read_records(data, "test", vocabulary)
+    else:
+        count = min(MOST_VALIDATED, max(2, round(share * len(records))))
+        order = stream(seed, "held out").permutation(len(records))
+        records, validation = records.select(sorted(order[count:])), records.select(sorted(order[:count]))
+
+    # No more than can be ranked against each other.
+    if len(validation) > MOST_VALIDATED:
+        chosen = stream(seed, "validated").permutation(len(validation))[:MOST_VALIDATED]
+        validation = validation.select(sorted(chosen))
+    return records, validation
 
 
 def make_dataset(

@@ -32,6 +32,14 @@ class LoopSettings:
 
     batch_size: int = setting("TRAIN.BATCH_SIZE", 24, "images per step, over all GPUs together", above=0)
     max_epoch: int = setting("TRAIN.MAX_EPOCH", 600, "epochs to train")
+    max_minutes: float = setting(
+        "TRAIN.MAX_MINUTES", 0.0, "stop after so many minutes, those before a --resume included; 0: no limit"
+    )
+    lr_decay_from: float = setting(
+        "TRAIN.LR_DECAY_FROM",
+        1.0,
+        "share of the steps or minutes from which learning rates fall linearly to 0; 1: never",
+    )
     snapshot_interval: int = setting(
         "TRAIN.SNAPSHOT_INTERVAL", 0, "epochs between numbered checkpoints with everything; 0: none"
     )
@@ -45,14 +53,6 @@ class TrainerSettings(LoopSettings):
     """Of the GANs' loop: how long, how computed, when saved, drawn and logged."""
 
     max_steps: int = setting("TRAIN.MAX_STEPS", 0, "stop after so many steps, whatever MAX_EPOCH says; 0: no limit")
-    max_minutes: float = setting(
-        "TRAIN.MAX_MINUTES", 0.0, "stop after so many minutes, those before a --resume included; 0: no limit"
-    )
-    lr_decay_from: float = setting(
-        "TRAIN.LR_DECAY_FROM",
-        1.0,
-        "share of the steps or minutes from which learning rates fall linearly to 0; 1: never",
-    )
     warmup_epochs: int = setting("TRAIN.WARMUP_EPOCHS", 0, "no numbered checkpoint before this epoch")
     gsave_interval: int = setting(
         "TRAIN.GSAVE_INTERVAL", 10, "epochs between numbered checkpoints for sampling; 0: none"
