@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from miscc import distributed
-from miscc.command_line import add_device_option, gpu_number, positive
+from miscc.command_line import CommandParser, add_device_option, gpu_number, positive
 from miscc.files import write_json, write_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -185,7 +185,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> s
 
 def parser(description: str) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
-    options = argparse.ArgumentParser(description=description)
+    options = CommandParser(description=description)
     add_device_option(options)
     options.add_argument(
         "--rounds", type=positive, default=7, metavar="N", help="measured rounds, after those to warm up"

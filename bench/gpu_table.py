@@ -1,11 +1,11 @@
 """The table of what bench/gpu.sh measured: `python -m bench.gpu_table FOLDER`. It names what was not measured."""
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from bench import common
+from miscc.command_line import CommandParser
 from miscc.errors import DataError, run_command
 
 EPOCHS, CUB_IMAGES = 600, 8855
@@ -60,7 +60,7 @@ def short(scores: Any) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(arguments).folder
 

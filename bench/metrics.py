@@ -24,6 +24,7 @@ from eval.features.statistics import collect_features, statistics_of_features
 from eval.FID import FrechetDistance, frechet_distance
 from eval.metric import ScoringBatch
 from eval.scripts import versions
+from miscc.command_line import CommandParser
 from miscc.errors import DataError, run_command
 from miscc.files import write_json, write_text
 from miscc.randomness import stream
@@ -201,7 +202,7 @@ def table(results: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Speed of the scores against the reference tools")
+    parser = CommandParser(description="Speed of the scores against the reference tools")
     parser.add_argument(
         "--pytorch-fid", metavar="DIR", help="where pytorch-fid is installed, if not in the environment"
     )

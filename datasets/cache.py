@@ -18,12 +18,12 @@ import numpy as np
 import PIL
 import torch
 import torchvision
-from tqdm import tqdm
 
 from datasets.records import Records
 from datasets.text_image import load_resized
 from miscc.errors import DataError
 from miscc.files import write_atomically
+from miscc.progress import ProgressBar
 
 try:
     import fcntl
@@ -59,7 +59,7 @@ class ImageCache:
         image_size: the largest of the training's
         folder: of the cache file
         skip_broken: store a broken image as broken; `read` raises for it
-        progress: show a bar
+        progress: whether to show any
 
         A second process that opens the same cache waits until the first has built it. Raises DataError when an image
         cannot be read or the disk is full.
@@ -188,7 +188,8 @@ def _build(
     def write(stream: IO[bytes]) -> None:
         table = np.zeros((len(records), 3), dtype="<i8")
         offset = 0
-        bar = tqdm(total=len(records), desc=f"cache {records.name} {records.split}", disable=None if progress else True)
+        what = f"cache {records.name} {records.split}"
+        bar = ProgressBar(what=what, total=len(records), unit="images", leave=True, shown=progress)
         with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             # Block by block, so that decoded images do not pile up in memory.
             for start in range(0, len(records), _BLOCK):

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
 from datasets import DATASETS, check_name
 from datasets.layout import SPLITS, VOCABULARY_NAME, Entry, metadata_file, write_layout
 from datasets.sources.building import BuildOptions
-from miscc.command_line import add_data_dir_option
+from miscc.command_line import CommandParser, add_data_dir_option
 from miscc.errors import DataError, run_command
 from miscc.images import open_rgb
+from miscc.progress import ProgressBar
 from miscc.vocabulary import Vocabulary, tokenize
 
 _OWN_PICTURES = ("folder", "flickr")
@@ -87,7 +86,7 @@ def verify_images(root: Path, splits: dict[str, list[Entry]], drop_broken: bool)
     # Open all of them.
     entries = [entry for split in splits.values() for entry in split]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        complaints = list(tqdm(pool.map(complaint, entries), total=len(entries), desc="verify", disable=None))
+        complaints = list(ProgressBar(pool.map(complaint, entries), "verify", len(entries), "images", leave=True))
     broken = {entry.image: text for entry, text in zip(entries, complaints, strict=True) if text}
     if not broken:
         return splits
@@ -105,7 +104,7 @@ def verify_images(root: Path, splits: dict[str, list[Entry]], drop_broken: bool)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m datasets.prepare", description=__doc__.partition("\n")[0])
+    parser = CommandParser(prog="python -m datasets.prepare", description=__doc__.partition("\n")[0])
     parser.add_argument("name", metavar="NAME", help=", ".join(DATASETS))
     add_data_dir_option(parser, "the folder of the data set (default: data/NAME)", "--root")
     parser.add_argument("--verify", action="store_true", help="open every image, which takes a while, and name the bad")

@@ -4,7 +4,6 @@ The distance between two Gaussians, without the matrix square root; FID extrapol
 (Chong and Forsyth 2020) and a bootstrap interval on request. Features and their statistics: eval/features/statistics.py.
 """
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ if __package__ in (None, ""):  # run as a script: this folder hides other packag
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from eval.features.networks import FeatureNetwork
 from eval.features.statistics import (
@@ -38,7 +36,9 @@ from eval.scripts import (
     say_origin,
     update_from,
 )
+from miscc.command_line import CommandParser
 from miscc.errors import DataError, run_command
+from miscc.progress import ProgressBar
 from miscc.randomness import stream
 
 EXTRAPOLATION_POINTS = 15  # as Chong and Forsyth
@@ -85,7 +85,7 @@ def extrapolated_distance(real: Statistics, features: torch.Tensor, seed: int = 
         raise DataError(f"--extrapolate: {total} generated images are too few to draw a line through")
     root, trace = _root(real.covariance), np.trace(real.covariance)
     points = []
-    for number, size in enumerate(tqdm(sizes, "extrapolating", leave=False)):
+    for number, size in enumerate(ProgressBar(sizes, "extrapolating", unit="sizes")):
         chosen = stream(seed, "fid extrapolation", number).choice(total, size, replace=False)
         part = statistics_of_features(features[torch.from_numpy(chosen)])
         points.append([int(size), _distance_from_root(root, real.mean, trace, part.mean, part.covariance)])
@@ -103,7 +103,7 @@ def bootstrap_interval(
     """
     root, trace = _root(real.covariance), np.trace(real.covariance)
     values = []
-    for number in tqdm(range(rounds), "bootstrap", leave=False):
+    for number in ProgressBar(range(rounds), "bootstrap", unit="rounds"):
         chosen = stream(seed, "fid bootstrap", number).integers(len(features), size=len(features))
         part = statistics_of_features(features[torch.from_numpy(chosen)])
         values.append(_distance_from_root(root, real.mean, trace, part.mean, part.covariance))
@@ -246,7 +246,7 @@ def fid(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fréchet Inception distance between two sets of images")
+    parser = CommandParser(description="Fréchet Inception distance between two sets of images")
     add_sources(parser, statistics=True)
     parser.add_argument("--extrapolate", action="store_true", help="also FID∞, for infinitely many generated images")
     parser.add_argument("--bootstrap", type=int, default=0, metavar="N", help="95 %% interval from N resamplings")

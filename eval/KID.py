@@ -13,13 +13,13 @@ if __package__ in (None, ""):  # run as a script: this folder hides other packag
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from eval.features.networks import FeatureNetwork
 from eval.metric import Metric, Needs, Run, Score, ScoringBatch, distance_name
 from eval.scripts import run_script
 from miscc.command_line import at_least, positive
 from miscc.errors import DataError, run_command
+from miscc.progress import ProgressBar
 
 
 def squared_discrepancy(first: torch.Tensor, second: torch.Tensor, degree: int = 3) -> float:
@@ -51,7 +51,7 @@ def kernel_distance(
     """
     random = np.random.RandomState(seed)  # torch-fidelity's generator, for equal scores
     values = np.empty(subsets)
-    for index in tqdm(range(subsets), "subsets", leave=False, disable=not sys.stderr.isatty()):
+    for index in ProgressBar(range(subsets), "subsets", unit="subsets"):
         chosen_fake = random.choice(len(fake), subset_size, replace=False)
         chosen_real = random.choice(len(real), subset_size, replace=False)
         values[index] = squared_discrepancy(fake[chosen_fake], real[chosen_real], degree)

@@ -5,7 +5,6 @@ more diverse). `python eval/LPIPS.py REAL FAKE`: each generated image against th
 from (lower is closer). Images enter in [-1, 1], as the network wants them.
 """
 
-import argparse
 import itertools
 import re
 import sys
@@ -29,7 +28,7 @@ from eval.features.sources import CAPTIONS_FILE, ImageSource, drop_broken, open_
 from eval.metric import Metric, Needs, Run, Score, ScoringBatch
 from eval.scripts import add_arguments, broken, extraction_of, open_images, report, score_set, update_from
 from miscc.checkpoint import hash_tensors, load_file
-from miscc.command_line import named_device, seed_number
+from miscc.command_line import CommandParser, named_device, seed_number
 from miscc.errors import CheckpointError, DataError, run_command
 from miscc.images import from_uint8
 from miscc.randomness import stream
@@ -339,7 +338,7 @@ def _plain(key: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="LPIPS: diversity for one caption, or generated against real images")
+    parser = CommandParser(description="LPIPS: diversity for one caption, or generated against real images")
     parser.add_argument("images", nargs="+", help="IMAGES (with --by-caption), or REAL FAKE")
     parser.add_argument("--by-caption", action="store_true", help="diversity among the images of the same caption")
     parser.add_argument("--max-images", type=int, metavar="N", help="with --by-caption: at most N images a caption")

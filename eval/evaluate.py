@@ -27,7 +27,7 @@ from eval.protocol.runner import ImageStream, needs_of, run_protocol
 from eval.scripts import add_cache_arguments
 from miscc import distributed
 from miscc.checkpoint import hash_tensors
-from miscc.command_line import add_device_option, named_device, positive
+from miscc.command_line import CommandParser, add_device_option, named_device, positive
 from miscc.distributed import World
 from miscc.errors import CheckpointError, ConfigError, run_command
 from miscc.files import hash_of_file
@@ -216,7 +216,7 @@ def encoders_for(path: str | Path | None, config: Mapping[str, Any], device: tor
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description="score a checkpoint by a named protocol",
         epilog=_listing(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -263,7 +263,7 @@ def main(words: Sequence[str] | None = None) -> None:
         by_encoders = any(needs.encoders for needs in needs_of(protocol, {}).values())
         encoders = encoders_for(args.encoders, config, world.device) if by_encoders else None
         files = (args.weights, args.lpips_weights, args.clip, args.cache)
-        tools = Tools(encoders, *files, args.batch_size, progress=True)
+        tools = Tools(encoders, *files, args.batch_size)
         real = records_for(config, protocol.real_split, args.data_dir, vocabulary)
 
         if args.selfcheck:

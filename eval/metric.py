@@ -134,7 +134,7 @@ class Tools:
     clip: folder of a CLIP, or its name in Hugging Face's cache, None: the usual one;
     lists: file of R-precision's candidate lists, for a folder of samples; None: in that folder, by seed;
     cache: folder of kept features and classifiers, None: keep no features;
-    progress: whether to show bars, None: on a terminal only.
+    progress: whether to show any.
     """
 
     encoders: Encoders | None = None
@@ -143,7 +143,7 @@ class Tools:
     clip: str | None = None
     cache: str | Path | None = None
     batch_size: int = 32
-    progress: bool | None = None
+    progress: bool = True
     lists: str | Path | None = None
 
 

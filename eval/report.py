@@ -3,7 +3,6 @@
 Curves are report_plots.py's, what is computed of samples report_samples.py's. A run is a folder of main.py or of the encoders.
 """
 
-import argparse
 import base64
 import html
 import io
@@ -18,7 +17,7 @@ from eval.protocol.report import lines as score_lines
 from eval.protocol.report import read_records
 from eval.report_plots import plots, read_stats
 from eval.report_samples import Shown, confusions, evenly, nearest_images, records_of, worst_captions
-from miscc.command_line import positive
+from miscc.command_line import CommandParser, positive
 from miscc.config import flatten
 from miscc.errors import DataError, UserError, run_command
 from miscc.files import write_text
@@ -225,7 +224,7 @@ def _text(text: str) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m eval.report", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN_DIR", help="folders of runs, of GANs or of encoders")
     add("--out", metavar="FILE", help="the HTML file (default: report.html in the first run's folder)")

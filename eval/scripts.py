@@ -11,7 +11,6 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from eval.features.networks import NETWORKS, RESIZE, FeatureNetwork, WeightsError, load_network
 from eval.features.reference import Reference
@@ -19,9 +18,10 @@ from eval.features.sources import ImageSource, Sample, batches, read_samples
 from eval.features.statistics import collect_features, default_cache, load_source, statistics_of_features
 from eval.metric import Metric, Run, Score, ScoringBatch, Tools
 from eval.protocol.protocols import Protocol
-from miscc.command_line import add_device_option, named_device, positive, seed_number
+from miscc.command_line import CommandParser, add_device_option, named_device, positive, seed_number
 from miscc.errors import CheckpointError
 from miscc.files import write_json
+from miscc.progress import ProgressBar
 from sampling.requests import Request
 
 ABOUT_FILE = "samples.json"  # beside sampled images: what they were made with, `encoder_hash` among it
@@ -86,7 +86,7 @@ def network_of(args: argparse.Namespace) -> FeatureNetwork:
 
 def extraction_of(args: argparse.Namespace) -> dict:
     """The options of `update_from` and of `eval.features.statistics.extract`."""
-    return {"batch_size": args.batch_size, "workers": args.workers, "progress": True}
+    return {"batch_size": args.batch_size, "workers": args.workers}
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def run_script(
     load: the feature network;
     tools_of: see Tools.
     """
-    needs, parser = metric.needs, argparse.ArgumentParser(description=(metric.__doc__ or "").partition("\n")[0])
+    needs, parser = metric.needs, CommandParser(description=(metric.__doc__ or "").partition("\n")[0])
     if needs.captions:
         parser.add_argument(
             "--samples", dest="images", required=True, metavar="DIR", help="folder of main.py's samples"
@@ -242,18 +242,18 @@ def update_from(
     real: ImageSource | None = None,
     batch_size: int = 32,
     workers: int | None = None,
-    progress: bool | None = None,
+    progress: bool = True,
 ) -> Metric:
     """Update a metric with the images of a source, batch by batch; returns the metric.
 
     network: whose features the metric needs;
     requests: the request behind each image;
     real: the real image of each;
-    progress: whether to show a bar, None: on a terminal only.
+    progress: whether to show any.
     Raises DataError, naming the file, for an image that cannot be read.
     """
-    done, hidden = 0, not (sys.stderr.isatty() if progress is None else progress)
-    with tqdm(total=len(source), desc=source.path.name, unit="image", leave=False, disable=hidden) as bar:
+    done = 0
+    with ProgressBar(what=source.path.name, total=len(source), unit="images", shown=progress) as bar:
         partners = batches(real, batch_size, workers) if real else itertools.repeat(())
         for images, real_images in zip(batches(source, batch_size, workers), partners, strict=False):
             rows = range(done, done + len(images))

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from datasets import load_records
 from datasets.loading import ordered_loader, training_loader
@@ -28,9 +27,10 @@ from datasets.text_image import TextImageDataset
 from eval.features.classifier import CLASSIFIERS, classifier_input
 from eval.features.networks import TORCHVISION_FILES, find_weights
 from miscc.checkpoint import load_file, save_checkpoint
-from miscc.command_line import add_device_option, named_device, positive, setting_pairs
+from miscc.command_line import CommandParser, add_device_option, named_device, positive, setting_pairs
 from miscc.config import OutputSettings, RunSettings
 from miscc.errors import CheckpointError, ConfigError, DataError, TrainingError, run_command
+from miscc.progress import ProgressBar
 from miscc.randomness import seed_everything, stream
 from models.choice import load_for_system, schema_with_systems
 from models.modes import eval_mode
@@ -154,7 +154,7 @@ def _fit(
     network.train()
 
     batches = iter(loader)
-    with tqdm(total=num_steps, desc="training the classifier", unit="step", leave=False) as bar:
+    with ProgressBar(what="training the classifier", total=num_steps) as bar:
         for step in range(num_steps):
             batch = next(batches)
             labels = torch.from_numpy(np.searchsorted(classes, batch.class_ids.numpy())).to(device)
@@ -168,7 +168,7 @@ def _fit(
             optimizer.step()
             schedule.step()
             bar.update()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set_facts(loss=f"{loss.item():.3f}")
 
 
 def accuracy(network: nn.Module, dataset: TextImageDataset, classes: np.ndarray, batch_size: int) -> float:
@@ -176,14 +176,14 @@ def accuracy(network: nn.Module, dataset: TextImageDataset, classes: np.ndarray,
     device = next(network.parameters()).device
     right = 0
     with eval_mode(network), torch.inference_mode():
-        for batch in tqdm(ordered_loader(dataset, batch_size), "held-out images", unit="batch", leave=False):
+        for batch in ProgressBar(ordered_loader(dataset, batch_size), "held-out images", unit="batches"):
             chosen: Tensor = network(classifier_input(batch.images.to(device), network)).argmax(dim=1)
             right += int((classes[chosen.cpu().numpy()] == batch.class_ids.numpy()).sum())
     return right / len(dataset)
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="train the classifier of IS[cub]", allow_abbrev=False)
+    parser = CommandParser(description="train the classifier of IS[cub]", allow_abbrev=False)
     add = parser.add_argument
     add("--cfg", default="cfg/bird.yml", metavar="FILE", help="settings that name the data set (cfg/bird.yml)")
     add("--set", nargs="+", action="append", default=[], metavar="KEY VALUE", help="change settings")

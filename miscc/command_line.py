@@ -4,12 +4,26 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from miscc.errors import ConfigError
+from miscc.progress import set_quiet
 
 if TYPE_CHECKING:
     import torch
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A command's parser, with the option that every command has: --quiet holds from the moment it is read."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.add_argument("--quiet", action="store_true", help="print results, warnings and errors alone, no progress")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, others = super().parse_known_args(args, namespace)
+        set_quiet(options.quiet)
+        return options, others
 
 
 class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -128,7 +142,7 @@ def gpu_number(name: str | None) -> int | None:
 
 def parser_with_settings(description: str, default_cfg: str) -> argparse.ArgumentParser:
     """A parser with --cfg, --set, --resume, --continue and the short forms of single settings."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpWithDefaults, allow_abbrev=False)
+    parser = CommandParser(description=description, formatter_class=HelpWithDefaults, allow_abbrev=False)
     add = parser.add_argument
     add("--cfg", default=default_cfg, metavar="FILE", help="settings of the experiment")
     add("--set", nargs="+", action="append", default=[], metavar="KEY VALUE", help="change settings, may be repeated")

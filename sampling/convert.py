@@ -3,7 +3,6 @@
 Files are recognised and loaded in models/released.py.
 """
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from miscc.checkpoint import load_file, save_checkpoint
+from miscc.command_line import CommandParser
 from miscc.errors import DataError, UserError, run_command
 from miscc.files import hash_of_file
 from models import SYSTEMS, networks_of
@@ -132,7 +132,7 @@ def _discriminator(generator: Generator, content: Any, path: str | Path | None) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sampling.convert", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m sampling.convert", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", metavar="FILE", help="weight files: the authors' or ours")
     join = parser.add_argument_group("one checkpoint of ours from the authors' generator file")
     join.add_argument("--convert", metavar="OUT", help="write it here, e.g. models/bird_AttnGAN2_ours.pth")

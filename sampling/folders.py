@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from datasets.records import Records
 from datasets.text_image import load_resized
@@ -25,6 +24,7 @@ from miscc.checkpoint import hash_tensors
 from miscc.errors import ConfigError, DataError
 from miscc.files import write_atomically, write_json, write_text
 from miscc.pictures import caption_grid, encode_png, save_image, unit_to_uint8
+from miscc.progress import ProgressBar
 from sampling.attention import caption_words, check_attends, write_strips
 from sampling.pipeline import Generated, TextToImage
 from sampling.requests import Request
@@ -114,7 +114,7 @@ def sample(
 
     # The images; the first batch also with masks, for the picture.
     pictured = None
-    with _writing(4 * batch_size) as write, tqdm(total=len(requests), desc="sampling", unit="image") as bar:
+    with _writing(4 * batch_size) as write, ProgressBar(what="sampling", total=len(requests), unit="images") as bar:
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
             captions, indices = [r.caption for r in batch], [r.index for r in batch]
@@ -236,7 +236,7 @@ def _write_real(records: Records, requests: Sequence[Request], folder: Path, ima
     """The real images of the requests' keys: the middle of what training takes its crops from."""
     index_of = {key: index for index, key in enumerate(records.keys)}
     keys = list(dict.fromkeys(request.key for request in requests if request.key in index_of))
-    for key in tqdm(keys, desc="real images", unit="image"):
+    for key in ProgressBar(keys, "real images", unit="images"):
         index = index_of[key]
         box = None if records.boxes is None else records.boxes[index]
         pixels = load_resized(records.image_paths[index], box, image_size)

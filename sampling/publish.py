@@ -3,7 +3,6 @@
 The folder's form is published.py's, its README.md model_card.py's.
 """
 
-import argparse
 import json
 import logging
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import load_records
+from miscc.command_line import CommandParser
 from miscc.errors import DataError, UserError, run_command
 from miscc.files import hash_of_file, write_text
 from miscc.pictures import caption_grid, save_image, unit_to_uint8
@@ -108,7 +108,7 @@ def read_evaluations(path: Path) -> list[dict[str, Any]]:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m sampling.publish", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m sampling.publish", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="CKPT", help="one of our checkpoints, or a published model's folder")
     add("--out", required=True, metavar="FOLDER", help="where the model goes; its last part is the model's name")

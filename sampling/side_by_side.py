@@ -3,13 +3,12 @@
 For people; scores come from eval/evaluate.py.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from miscc.command_line import add_device_option, named_device, positive, seed_number, truncation
+from miscc.command_line import CommandParser, add_device_option, named_device, positive, seed_number, truncation
 from miscc.errors import UserError, run_command
 from miscc.pictures import caption_grid, save_image, unit_to_uint8
 from sampling.pipeline import TextToImage
@@ -49,7 +48,7 @@ def side_by_side(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sampling.side_by_side", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m sampling.side_by_side", description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", metavar="NAME=CKPT", help="checkpoints of ours, each with a name to show")
     parser.add_argument("--caption", action="append", default=[], metavar="TEXT", help="may be repeated")
     parser.add_argument("--captions", metavar="FILE", help="a text file with a caption a line")

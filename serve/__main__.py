@@ -10,12 +10,12 @@ import argparse
 import os
 import sys
 
-from miscc.command_line import HelpWithDefaults, not_negative, positive, truncation
+from miscc.command_line import CommandParser, HelpWithDefaults, not_negative, positive, truncation
 from miscc.errors import UserError, run_command
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m serve", description=__doc__.splitlines()[0], allow_abbrev=False,
         formatter_class=HelpWithDefaults,
     )  # fmt: skip

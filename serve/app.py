@@ -13,6 +13,7 @@ from pathlib import Path
 import uvicorn
 from fastapi.middleware.cors import CORSMiddleware
 
+from miscc.progress import wants_colour
 from serve.api import build_api
 from serve.batcher import Batcher
 from serve.drawing import Limits, Studio
@@ -103,6 +104,7 @@ def serve(models: dict[str, Model], settings: Settings) -> None:
         config = uvicorn.Config(
             app,
             log_level="warning",
+            use_colors=None if wants_colour() else False,
             access_log=False,
             server_header=False,
             date_header=False,

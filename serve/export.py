@@ -4,7 +4,6 @@ Token ids, lengths and noise in; images, masks and attention out; the batch is d
 checkpoint, and deleted where it differs. Drawing from the file is onnx_model.py's.
 """
 
-import argparse
 import json
 import logging
 import time
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from miscc.command_line import CommandParser
 from miscc.errors import ConfigError, UserError, run_command
 from miscc.files import write_atomically
 from miscc.randomness import noise_array, stream
@@ -250,7 +250,7 @@ def _pt2_runner(path: Path) -> Callable[..., Sequence[np.ndarray]]:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m serve.export", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m serve.export", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="CKPT", help="one of our checkpoints, or a published model's folder")
     add("--format", choices=FORMATS, default="onnx", help="onnx, or pt2, torch's own (default onnx)")

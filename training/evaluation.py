@@ -6,18 +6,17 @@ checkpoint.
 
 import logging
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from datasets.records import Records
 from datasets.settings import DataSettings
 from miscc.errors import ConfigError, DataError, UserError
+from miscc.progress import ProgressBar
 from miscc.randomness import stream
 from miscc.vocabulary import Vocabulary
 from sampling.pipeline import TextToImage
@@ -144,9 +143,7 @@ class Evaluation:
 
         # Features of what is drawn, batch by batch.
         metric = FrechetDistance(self.network, self.real)
-        with tqdm(
-            total=len(self.requests), desc="evaluating", unit="image", leave=False, disable=not sys.stderr.isatty()
-        ) as bar:
+        with ProgressBar(what="evaluating", total=len(self.requests), unit="images") as bar:
             for drawn in pipeline.generate_batches(self.requests, self.seed, None, BATCH_SIZE, with_masks=False):
                 features, _ = self.network.extract_features(list(drawn.images))  # (N, D)
                 metric.update(ScoringBatch(features=features))

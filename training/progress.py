@@ -7,23 +7,27 @@ import signal
 import sys
 from collections.abc import Mapping
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
+from miscc.progress import ProgressBar, note, write
 from training.run_dir import RunDir
 from training.tracker import Tracker
+
+if TYPE_CHECKING:
+    from training.trainer import Trainer
 
 logger = logging.getLogger("training")
 
 
 class Progress:
-    """A bar an epoch, a line of stats at intervals, the log. Only the main process shows and writes anything."""
+    """Progress an epoch, a line of stats at intervals, the log. Only the main process shows and writes anything."""
 
     def __init__(self, run: RunDir | None, start_step: int = 0, tracker: Tracker | None = None):
         self.run = run
         self.tracker = tracker
-        self.bar: tqdm | None = None
+        self.bar: ProgressBar | None = None
         self.board, self.handler = None, None
         if run is not None:
             run.truncate_stats(start_step)
@@ -33,22 +37,21 @@ class Progress:
             logging.getLogger().addHandler(self.handler)
 
     def say(self, text: str) -> None:
-        """One line on the screen and in the log."""
+        """One line in the log and, unless --quiet was given, on the screen."""
         if self.run is None:
             return
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        note(text)
         self.handler.emit(logging.LogRecord("training", logging.INFO, "", 0, text, None, None))
 
     def start_epoch(self, title: str, done: int, total: int) -> None:
-        """A new bar: `done` of `total` steps are over already."""
+        """A new epoch: `done` of `total` steps are over already."""
         if self.run is None:
             return
         self.end_epoch()
-        self.bar = tqdm(total=total, initial=done, desc=title, unit="step", dynamic_ncols=True, mininterval=0.5)
+        self.bar = ProgressBar(what=title, total=total, initial=done, leave=True)
 
     def advance(self) -> None:
-        """One step more on the bar."""
+        """One step more."""
         if self.bar is not None:
             self.bar.update()
 
@@ -75,7 +78,7 @@ class Progress:
         if self.tracker is not None:
             self.tracker.log(plain, step)
         if self.bar is not None:
-            self.bar.set_postfix({name.split("/")[-1]: f"{plain[name]:.3g}" for name in shown if name in plain})
+            self.bar.set_facts(**{name.split("/")[-1]: f"{plain[name]:.3g}" for name in shown if name in plain})
 
     def picture(self, name: str, pixels, step: int) -> None:
         """Show (H, W, 3) uint8 in TensorBoard."""
@@ -91,6 +94,20 @@ class Progress:
             self.board.close()
             logging.getLogger().removeHandler(self.handler)
             self.handler.close()
+
+
+def introduction(trainer: "Trainer", run: RunDir | None) -> list[str]:
+    """What is trained, from which step on, and what differs from the run's start; a line each."""
+    lines = [
+        f"run: {run.path if run else '-'}",
+        f"{trainer.chosen.name} on {trainer.device}, {trainer.world.size} process(es): {len(trainer.records)} images, "
+        f"{trainer.steps_per_epoch} steps an epoch, step {trainer.step} of {max(trainer.step, trainer.last_step)}",
+    ]
+    if trainer.settings.max_minutes:
+        used = trainer.budget.seconds / 60
+        lines.append(f"time: {used:.1f} of {trainer.settings.max_minutes:g} minutes used, whatever the steps")
+    lines += [f"setting changed since the run was started: {change}" for change in trainer.changes]
+    return lines + (trainer.evaluation.introduction() if trainer.evaluation is not None else [])
 
 
 class StopSignal:
@@ -113,4 +130,4 @@ class StopSignal:
         if self.received:
             raise KeyboardInterrupt
         self.received = number
-        tqdm.write("stopping after this step; once more to stop at once", file=sys.stderr)
+        write("stopping after this step; once more to stop at once", sys.stderr)

@@ -19,6 +19,7 @@ from miscc.config import to_plain, to_yaml
 from miscc.distributed import World
 from miscc.files import remove_unfinished
 from miscc.pictures import save_image
+from miscc.progress import note
 from miscc.randomness import noise_for, seed_everything
 from miscc.settings import from_config
 from models.choice import chosen_system
@@ -31,7 +32,7 @@ from training.compute import checkpoint_activations, compile_networks, peak_memo
 from training.data import fixed_captions, make_dataset, usable_workers
 from training.ema import EMA
 from training.evaluation import Evaluation, split_records
-from training.progress import Progress, StopSignal
+from training.progress import Progress, StopSignal, introduction
 from training.resume import changed_settings, check_resumable, check_same_data, fingerprint
 from training.run_dir import RunDir
 from training.schedule import Budget, learning_rate_factor, set_learning_rates
@@ -70,7 +71,7 @@ def train(cfg: Mapping, world: World, resume: bool = False, resume_if_exists: bo
     # A directory, only after all checks have passed. The main process alone shows and writes anything.
     if run is None and world.is_main:
         run = RunDir.create(cfg.OUTPUT_DIR, name, to_yaml(cfg))
-        print(to_yaml(cfg))
+        note(to_yaml(cfg))
     run = run if world.is_main else None
     if run is not None:
         remove_unfinished(run.last.parent)
@@ -176,7 +177,8 @@ class Trainer:
     def run_to_the_end(self, run: RunDir | None, progress: Progress) -> int:
         """Train until the last step or a signal; returns the exit code. run: None in all but the main process."""
         settings = self.settings
-        self._introduce(run, progress)
+        for line in introduction(self, run):
+            progress.say(line)
         batches, epoch = iter(self._loader()), None
         seconds, timed_from = 0.0, self.step
         self.budget.start()
@@ -275,22 +277,6 @@ class Trainer:
             world_size=self.world.size,
             pin_memory=self.device.type == "cuda",
         )
-
-    def _introduce(self, run: RunDir | None, progress: Progress) -> None:
-        """Say what is trained, from which step on, and what differs from the run's start."""
-        progress.say(f"run: {run.path if run else '-'}")
-        progress.say(
-            f"{self.chosen.name} on {self.device}, {self.world.size} process(es): {len(self.records)} images, "
-            f"{self.steps_per_epoch} steps an epoch, step {self.step} of {max(self.step, self.last_step)}"
-        )
-        if self.settings.max_minutes:
-            used = self.budget.seconds / 60
-            progress.say(f"time: {used:.1f} of {self.settings.max_minutes:g} minutes used, whatever the steps")
-        for change in self.changes:
-            progress.say(f"setting changed since the run was started: {change}")
-        if self.evaluation is not None:
-            for line in self.evaluation.introduction():
-                progress.say(line)
 
     # -- pictures and evaluations --------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from datasets.toybirds.attributes import (
     ATTRIBUTES,
@@ -30,6 +29,7 @@ from datasets.toybirds.captions import named_attributes, write_captions
 from datasets.toybirds.drawing import draw
 from miscc.errors import DataError
 from miscc.files import write_json, write_text
+from miscc.progress import ProgressBar, note
 from miscc.randomness import stream
 
 __all__ = [
@@ -137,7 +137,7 @@ def write_cub_layout(
     birds = [ToyBirds("train", train_size, image_size), ToyBirds("test", test_size, image_size)]
     if _is_finished(root, parameters):
         if progress:
-            print(f"{root}: the {train_size + test_size} toy birds are already there")
+            note(f"{root}: the {train_size + test_size} toy birds are already there")
         return root
 
     # The marker comes last: a folder without it is unfinished and may be replaced.
@@ -195,7 +195,7 @@ def _write_birds(root: Path, birds: list[ToyBirds], progress: bool, workers: int
 
     # Draw, and keep what the lists say of each bird.
     loader = DataLoader(writer, batch_size=25, num_workers=workers, collate_fn=list)
-    with tqdm(total=len(writer), desc="toy birds", unit="bird", disable=not progress) as bar:
+    with ProgressBar(what="toy birds", total=len(writer), unit="birds", leave=True, shown=progress) as bar:
         written = []
         for chunk in loader:
             written += chunk

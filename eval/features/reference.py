@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from datasets.records import Records
 from datasets.text_image import TextImageDataset
@@ -30,6 +29,7 @@ from eval.features.statistics import (
 from miscc.errors import DataError, UserError
 from miscc.files import write_atomically
 from miscc.images import to_uint8
+from miscc.progress import ProgressBar
 
 
 class RealImages:
@@ -94,13 +94,13 @@ def reference(
     with_features: bool = False,
     cache: str | Path | None = None,
     batch_size: int = 32,
-    progress: bool | None = None,
+    progress: bool = True,
 ) -> Reference:
     """Features of real images, or what a cache folder has of them under a hash of files, crop, network and resize.
 
     with_features: keep single features, for KID, precision and recall, which takes (N, D) float32 of memory and cache;
     cache: None: keep nothing;
-    progress: whether to show a bar, None: on a terminal only.
+    progress: whether to show any.
     Raises DataError for fewer than two images, and for one that cannot be read.
     """
     if len(images) < 2:
@@ -122,8 +122,7 @@ def reference(
     # One pass over the images.
     streamed = StreamedStatistics(network.num_features, network.device)
     rows = []
-    hidden = not (sys.stderr.isatty() if progress is None else progress)
-    with tqdm(total=len(images), desc="real images", unit="image", leave=False, disable=hidden) as bar:
+    with ProgressBar(what="real images", total=len(images), unit="images", shown=progress) as bar:
         for batch in images.batches(batch_size):
             features, _ = network.extract_features(list(batch))
             if with_features:

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from miscc.errors import DataError
 from miscc.images import IMAGE_SUFFIXES, open_rgb
+from miscc.progress import ProgressBar
 
 CAPTIONS_FILE = "captions.jsonl"  # beside sampled images: one JSON object a line, see `read_samples`
 
@@ -182,9 +182,9 @@ def drop_broken(source: ImageSource, workers: int | None = None) -> tuple[ImageS
     if isinstance(source.fetch(0), Path):  # only files can be fetched by several threads at once
         with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
             results = pool.map(readable, range(len(source)))
-            good = list(tqdm(results, "checking images", len(source), unit="image", leave=False))
+            good = list(ProgressBar(results, "checking images", len(source), "images"))
     else:
-        good = [readable(index) for index in tqdm(range(len(source)), "checking images", unit="image", leave=False)]
+        good = [readable(index) for index in ProgressBar(range(len(source)), "checking images", unit="images")]
 
     # Names of the broken ones, and a source without them.
     broken = [name for name, fine in zip(source.names, good, strict=True) if not fine]

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from eval.features.networks import FeatureNetwork
 from eval.features.sources import ImageSource, batches, drop_broken, open_source
 from miscc.errors import DataError, UserError
 from miscc.files import write_atomically
+from miscc.progress import ProgressBar
 
 CACHE_FORMAT = 1  # part of every cache key; raised when features would come out differently from the same files
 
@@ -96,15 +96,14 @@ def extract(
     network: FeatureNetwork,
     batch_size: int = 32,
     workers: int | None = None,
-    progress: bool | None = None,
+    progress: bool = True,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Features (N, D) and class logits (N, K), float32 on the network's device, batch by batch in the source's order.
 
-    progress: whether to show a bar, None: on a terminal only.
+    progress: whether to show any.
     Raises DataError, naming the file, for an image that cannot be read.
     """
-    hidden = not (sys.stderr.isatty() if progress is None else progress)
-    with tqdm(total=len(source), desc=source.path.name, unit="image", leave=False, disable=hidden) as bar:
+    with ProgressBar(what=source.path.name, total=len(source), unit="images", shown=progress) as bar:
         for images in batches(source, batch_size, workers):
             yield network.extract_features(images)
             bar.update(len(images))

@@ -3,7 +3,6 @@
 Drawing and the command are in eval/evaluate.py, the metrics in a file each, the report in eval/protocol/report.py.
 """
 
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from datasets.records import Records
 from eval import find_metric
@@ -22,6 +20,7 @@ from eval.protocol.protocols import Protocol
 from eval.protocol.report import environment
 from miscc.distributed import World, gather
 from miscc.errors import DataError, UserError
+from miscc.progress import ProgressBar
 from miscc.vocabulary import Vocabulary
 from sampling.pipeline import Generated
 from sampling.requests import Request
@@ -193,8 +192,8 @@ def _update(
     if any(metric.needs.real_images for metric in metrics):
         index_of = {key: index for index, key in enumerate(real_images.records.keys)}
 
-    done, hidden = 0, not (progress and (sys.stderr.isatty() if run.tools.progress is None else run.tools.progress))
-    with tqdm(total=len(rows), desc=stream.what, unit="image", leave=False, disable=hidden) as bar:
+    done, shown = 0, progress and run.tools.progress
+    with ProgressBar(what=stream.what, total=len(rows), unit="images", shown=shown) as bar:
         for drawn in stream.draw(requests, with_masks):
             part = slice(done, done + len(drawn.images))
             batch = _batch(drawn, rows[part], requests[part], run.network)

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from datasets.text_image import load_resized
 from datasets.toybirds.dataset import ATTRIBUTES, VERSION, ToyBird, ToyBirds, bounding_box
@@ -32,6 +31,7 @@ from datasets.toybirds.drawing import draw
 from miscc.checkpoint import load_checkpoint, save_checkpoint
 from miscc.errors import CheckpointError, DataError, UserError
 from miscc.images import from_uint8
+from miscc.progress import ProgressBar
 from miscc.randomness import seed_everything, stream
 
 SIZES = (64, 32)  # pixels a side of their input
@@ -164,7 +164,7 @@ def draw_birds(split: str, num_drawings: int, image_size: int, seed: int = 0, wo
     workers = _workers(num_drawings, workers)
     loader = DataLoader(drawer, batch_size=50, num_workers=workers, collate_fn=list, generator=generator)
     items = []
-    with tqdm(total=num_drawings, desc=f"drawing {split} birds", unit="bird", leave=False) as bar:
+    with ProgressBar(what=f"drawing {split} birds", total=num_drawings, unit="birds") as bar:
         for chunk in loader:
             items += chunk
             bar.update(len(chunk))
@@ -236,7 +236,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=steps, pct_start=0.2)
     generator = torch.Generator().manual_seed(recipe.seed)
 
-    with tqdm(total=steps, desc=f"training the {recipe.kind}", unit="step", leave=False) as bar:
+    with ProgressBar(what=f"training the {recipe.kind}", total=steps) as bar:
         for epoch in range(recipe.epochs):
             order = stream(recipe.seed, "judge order", epoch).permutation(len(drawings.pixels))
             rng = stream(recipe.seed, "judge crops", epoch)

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from datasets.toybirds.dataset import ToyBirds
 from eval.features.sources import batches
@@ -21,8 +20,9 @@ from eval.features.statistics import default_cache
 from eval.metric import Metric, Run, ScoringBatch
 from eval.scripts import add_arguments, broken, open_images, print_lines, versions
 from eval.toybirds.classifiers import Recipe
-from miscc.command_line import named_device, seed_number
+from miscc.command_line import CommandParser, named_device, seed_number
 from miscc.errors import DataError
+from miscc.progress import ProgressBar
 from miscc.randomness import stream
 from sampling.pipeline import TextToImage
 from sampling.requests import Request
@@ -130,7 +130,7 @@ def generate_birds(
     requests = _requests(captions, keys)
 
     images, masks = [], []
-    with tqdm(total=number, desc="generating", unit="image", leave=False) as bar:
+    with ProgressBar(what="generating", total=number, unit="images") as bar:
         for drawn in pipeline.generate_batches(requests, seed, truncation, batch_size, with_masks):
             images.append(drawn.images)
             masks.append(drawn.masks)
@@ -164,7 +164,7 @@ def read_birds(
     found = open_images(folder, skip_broken, with_samples=True)
     source, samples, skipped = found.source, found.samples, found.skipped
     images: list[np.ndarray] = []
-    with tqdm(total=len(source), desc="reading", unit="image", leave=False) as bar:
+    with ProgressBar(what="reading", total=len(source), unit="images") as bar:
         for some in batches(source, 256, workers):
             images += some
             bar.update(len(some))
@@ -202,7 +202,7 @@ def _read_masks(folder: Path, files: Sequence[str]) -> list[np.ndarray]:
     paths = [[stem.with_name(f"{stem.name}_{size}px.png") for stem in stems] for size in sizes]
     if not all(path.is_file() for stage in paths for path in stage):
         return []
-    return [np.stack([_read_mask(path) for path in tqdm(stage, "masks", leave=False)]) for stage in paths]
+    return [np.stack([_read_mask(path) for path in ProgressBar(stage, "masks", unit="masks")]) for stage in paths]
 
 
 def _read_mask(path: Path) -> np.ndarray:
@@ -215,7 +215,7 @@ def _read_mask(path: Path) -> np.ndarray:
 
 def run_bird_script(name: str, description: str, metric_class: type[BirdMetric]) -> None:
     """The script of a metric of ToyBirds. name: of the report in the JSON."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = CommandParser(description=description)
     _add_arguments(parser)
     args = parser.parse_args()
 
