@@ -1,6 +1,6 @@
 """Progress suited to where it is shown: a bar on a terminal, a line a minute in a file, a pipe or CI, nothing with --quiet.
 
-The only place that makes bars. Works without torch, and without tqdm where there is no terminal.
+The only place that makes bars. Works without torch.
 """
 
 import logging
