@@ -50,7 +50,7 @@ measure sample 40 bench.sample --image-size 256 --nf 64 --images 1024 --batch 64
 if [ "$birds" -gt 0 ]; then
     data=$out/toybirds-data
     {
-        timeout "$(within 60)" "$python" -m datasets.prepare toybirds --root "$data" --image-size 32 &&
+        timeout "$(within 60)" "$python" -m datasets.prepare toybirds --root "$data" --image-size 64 &&
             timeout "$(within 60)" "$python" pretrain_DAMSM.py --cfg cfg/DAMSM/demo.yml --gpu 0 --out "$out/encoders" --set DATA_DIR "$data" TRAIN.MAX_EPOCH 4
     } >"$out/toybirds.log" 2>&1 || echo "   no encoders: $out/toybirds.log"
     for precision in fp32 bf16; do
