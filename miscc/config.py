@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from easydict import EasyDict
@@ -35,6 +35,14 @@ class OutputSettings:
     """Of commands that write runs."""
 
     output_dir: str = setting("OUTPUT_DIR", "output", "where the numbered run directories go")
+
+
+class Config(EasyDict):
+    """A whole configuration, read as cfg.TRAIN.NF. The schema checks its values, and their types, when it is made."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, key: str) -> Any: ...
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
@@ -75,11 +83,11 @@ def read_yaml(path: str | Path, schema: Schema) -> dict[str, Any]:
     return {key: value for key, value in flatten(document).items() if value is not None or key not in groups}
 
 
-def resolve(given: Mapping[str, Any], schema: Schema, defaults: Mapping[str, Any], parts: Iterable[type]) -> EasyDict:
+def resolve(given: Mapping[str, Any], schema: Schema, defaults: Mapping[str, Any], parts: Iterable[type]) -> Config:
     """The whole configuration: what is given over the defaults of the system over those of the schema.
 
     parts: the dataclasses that are in use; each checks its values, and fills those that it derives from others.
-    Returns a nested EasyDict with every key of the schema. Raises ConfigError for a value out of bounds.
+    Returns a nested Config with every key of the schema. Raises ConfigError for a value out of bounds.
     """
     values = {key: one.default for key, one in schema.items()} | dict(defaults) | dict(given)
     for key, one in schema.items():
@@ -114,8 +122,8 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def nest(values: Mapping[str, Any]) -> EasyDict:
-    """{"TRAIN.NF": 64} -> EasyDict with cfg.TRAIN.NF == 64."""
+def nest(values: Mapping[str, Any]) -> Config:
+    """{"TRAIN.NF": 64} -> Config with cfg.TRAIN.NF == 64."""
     tree: dict[str, Any] = {}
     for key, value in values.items():
         *groups, last = key.split(".")
@@ -123,7 +131,7 @@ def nest(values: Mapping[str, Any]) -> EasyDict:
         for group in groups:
             node = node.setdefault(group, {})
         node[last] = value
-    return EasyDict(tree)
+    return Config(tree)
 
 
 def to_plain(cfg: Mapping) -> dict:

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from easydict import EasyDict
-
-from miscc.config import Schema, read_given, resolve
+from miscc.config import Config, Schema, read_given, resolve
 from miscc.errors import ConfigError
 from miscc.settings import arguments_from, from_config, schema_of, setting
 from models import SYSTEMS
@@ -113,11 +111,11 @@ def load_for_system(
     parts: Sequence[type],
     schema: Schema,
     skip_unknown: bool = False,
-) -> EasyDict:
+) -> Config:
     """A YAML file, then `--set` pairs, over the defaults of the system that they mean.
 
     parts: the dataclasses that the command reads, beside the system's; schema, skip_unknown: see miscc.config.read_given.
-    Returns a nested EasyDict with every key of the schema. Raises ConfigError for what is missing, unknown or wrong.
+    Returns a nested Config with every key of the schema. Raises ConfigError for what is missing, unknown or wrong.
     """
     given = read_given(path, overrides, schema, skip_unknown)
     system = find_system(given, SYSTEMS)

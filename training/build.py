@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from torch import nn
 
@@ -19,7 +20,7 @@ from models.clip_files import UNTRAINED
 from models.mixed_text import mixed_text_encoder
 from models.registry import from_state, network_name
 from models.released import holds, load_discriminator, load_discriminator_files, load_generator, naming
-from models.types import Network, System
+from models.types import Discriminator, Network, System
 from sampling.encoders import Encoders, load_clip_encoders, load_encoders, released_vocabulary
 from training.data import read_records
 from training.settings import StartSettings
@@ -40,21 +41,21 @@ def build_networks(system: ChosenSystem) -> dict[str, Network]:
         raise ConfigError(f"TREE.BASE_SIZE: {error}") from None
 
 
-def build_system(system: ChosenSystem, networks: dict[str, nn.Module]) -> System:
+def build_system(system: ChosenSystem, networks: dict[str, Any]) -> System:
     """The objective around its networks."""
     return SYSTEMS[system.name](networks, **vars(system.objective))
 
 
 def starting_networks(
     system: ChosenSystem, start: StartSettings, data: DataSettings
-) -> tuple[dict[str, nn.Module], Vocabulary]:
+) -> tuple[dict[str, Network], Vocabulary]:
     """The networks of a new training, fresh or of NET_G, with the encoders that the settings name. Raises UserError."""
     encoders, vocabulary = encoders_for(system, start, data)
     fresh = build_networks(system)
     for network in fresh.values():
         for gate in network.gates():
             nn.init.constant_(gate, start.gate)
-    networks: dict[str, nn.Module] = dict(fresh)
+    networks = dict(fresh)
     networks |= networks_from_files(start, networks, system.name)
     networks["text_encoder"] = encoders.text_encoder
     if encoders.image_encoder is not None:
@@ -62,7 +63,7 @@ def starting_networks(
     return networks, vocabulary
 
 
-def resumed_networks(system: ChosenSystem, checkpoint: Mapping) -> tuple[dict[str, nn.Module], Vocabulary]:
+def resumed_networks(system: ChosenSystem, checkpoint: Mapping) -> tuple[dict[str, Network], Vocabulary]:
     """The networks of a run's checkpoint, all but the average. Raises CheckpointError where one is missing."""
     networks = {
         part: from_state(entry, networks_of(part))
@@ -83,17 +84,18 @@ def resumed_networks(system: ChosenSystem, checkpoint: Mapping) -> tuple[dict[st
 # -- weight files --------------------------------------------------------------------------------------------------
 
 
-def networks_from_files(start: StartSettings, fresh: Mapping[str, nn.Module], name: str) -> dict[str, nn.Module]:
+def networks_from_files(start: StartSettings, fresh: Mapping[str, Network], name: str) -> dict[str, Network]:
     """G and D of the weight files that NET_G and NET_D name; fresh: the networks of the settings; name: their system's.
 
     Raises CheckpointError where they do not fit the settings.
     """
     # Of the generator's file, which may hold a discriminator, too; of the discriminator's own.
-    networks: dict[str, nn.Module] = {}
+    networks: dict[str, Network] = {}
     if start.generator_file:
         networks = _from_generator_file(start, fresh)
     if start.discriminator_file:
-        networks["discriminator"] = load_discriminator_files(start.discriminator_file, fresh["discriminator"])
+        like = cast(Discriminator, fresh["discriminator"])
+        networks["discriminator"] = load_discriminator_files(start.discriminator_file, like)
 
     # What the settings would have built.
     if networks and "discriminator" not in networks:
@@ -104,7 +106,7 @@ def networks_from_files(start: StartSettings, fresh: Mapping[str, nn.Module], na
     return networks
 
 
-def _from_generator_file(start: StartSettings, fresh: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def _from_generator_file(start: StartSettings, fresh: Mapping[str, Network]) -> dict[str, Network]:
     """The networks in the file that NET_G names: a checkpoint of ours, or the authors' weights."""
     path = start.generator_file
     content = load_file(path)
@@ -119,13 +121,13 @@ def _from_generator_file(start: StartSettings, fresh: Mapping[str, nn.Module]) -
 
     # The authors'.
     with naming(path):
-        networks = {"generator": load_generator(content)}
+        networks: dict[str, Network] = {"generator": load_generator(content)}
         if start.with_discriminator and not start.discriminator_file and holds(content, "discriminator"):
             networks["discriminator"] = load_discriminator(content)
     return networks
 
 
-def _check_same_network(network: nn.Module, fresh: nn.Module, key: str, part: str, name: str) -> None:
+def _check_same_network(network: Network, fresh: Network, key: str, part: str, name: str) -> None:
     """Raises CheckpointError where a loaded network is another than the settings'; key: of its file; name: of the system."""
     if type(network) is not type(fresh):
         raise CheckpointError(

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from datasets.settings import DataSettings
 from datasets.text_image import TextImageDataset
 from miscc.batch import Batch
 from miscc.checkpoint import load_checkpoint, load_file, save_checkpoint
-from miscc.config import to_plain, to_yaml
+from miscc.config import Config, to_plain, to_yaml
 from miscc.distributed import World
 from miscc.errors import CheckpointError, ConfigError, TrainingError
 from miscc.files import remove_unfinished, write_text
@@ -29,7 +29,7 @@ from models import IMAGE_ENCODERS, TEXT_ENCODERS, networks_of
 from models.damsm import TextEncoder
 from models.modes import eval_mode
 from models.registry import from_state, network_name, to_state
-from models.types import TextFeatures, Update
+from models.types import CaptionEncoder, ImageEncoder, Network, TextFeatures, Update
 from sampling.encoders import load_encoders, released_vocabulary
 from training.build import check_batch_size
 from training.data import make_dataset, split_pairs, usable_workers
@@ -49,7 +49,7 @@ LOG_EVERY = 20  # steps
 
 
 def pretrain(
-    cfg: Mapping, device: torch.device, folder: str | Path, resume: bool = False, overwrite: bool = False
+    cfg: Config, device: torch.device, folder: str | Path, resume: bool = False, overwrite: bool = False
 ) -> int:
     """Train text and image encoder until MAX_EPOCH, PATIENCE or a signal; best.pth and last.pth go to `folder`.
 
@@ -82,7 +82,7 @@ def pretrain(
 class EncoderTrainer:
     """Data, encoders, optimizer, and the step that a training of the encoders has reached."""
 
-    def __init__(self, cfg: Mapping, device: torch.device, checkpoint: dict | None = None):
+    def __init__(self, cfg: Config, device: torch.device, checkpoint: dict | None = None):
         # Settings: of each part. The configuration as a whole is for checkpoints alone.
         self.config, self.seed, self.device = to_plain(cfg), cfg.SEED, device
         self.settings = from_config(PretrainingSettings, cfg)
@@ -99,7 +99,8 @@ class EncoderTrainer:
         self.records, self.validation = split_pairs(*settings, vocabulary)
         self.vocabulary = vocabulary or self.records.vocabulary
         self.networks = {part: network.to(device) for part, network in (networks or self._fresh_encoders()).items()}
-        self.text_encoder, self.image_encoder = self.networks["text_encoder"], self.networks["image_encoder"]
+        self.text_encoder = cast(CaptionEncoder, self.networks["text_encoder"])
+        self.image_encoder = cast(ImageEncoder, self.networks["image_encoder"])
         self.dataset = self._dataset(self.records, augment=True)
         self.steps_per_epoch = max(1, len(self.dataset) // self.settings.batch_size)
 
@@ -209,7 +210,7 @@ class EncoderTrainer:
         regions, code = image
         words = word_loss(regions, text.words, batch.lengths, batch.class_ids, **self.settings.gammas)
         sentences = sentence_loss(code, text.sentence, batch.class_ids, self.settings.gamma3)
-        return {"words": sum(words), "sentence": sum(sentences)}
+        return {"words": words[0] + words[1], "sentence": sentences[0] + sentences[1]}
 
     def end_epoch(self, epoch: int, run: EncoderDir, progress: Progress) -> None:
         """Validate, draw attention, save last, best and the numbered checkpoint that is due."""
@@ -247,7 +248,8 @@ class EncoderTrainer:
                 batch = batch.to(self.device)
                 text, image = self.encode(batch)
                 if len(batch.lengths) == batch_size:
-                    totals.append(sum(self.losses(batch, text, image).values()).item())
+                    losses = self.losses(batch, text, image)
+                    totals.append((losses["words"] + losses["sentence"]).item())
                 codes.append(image[1].float().cpu())
                 sentences.append(text.sentence.float().cpu())
 
@@ -321,7 +323,7 @@ class EncoderTrainer:
         """Records as a data set of one image size."""
         return make_dataset(self.data_settings, records, [self.settings.image_size], self.seed, augment)
 
-    def _stored_encoders(self, checkpoint: dict | None) -> tuple[dict[str, nn.Module] | None, Vocabulary | None]:
+    def _stored_encoders(self, checkpoint: dict | None) -> tuple[dict[str, Network] | None, Vocabulary | None]:
         """The encoders of the checkpoint, or of NET_E, with their vocabulary; None, None: they start anew."""
         # Of the run that is resumed.
         if checkpoint is not None:
@@ -338,7 +340,7 @@ class EncoderTrainer:
         vocabulary = encoders.vocabulary or released_vocabulary(data.data_dir)
         return {"text_encoder": encoders.text_encoder, "image_encoder": encoders.image_encoder}, vocabulary
 
-    def _fresh_encoders(self) -> dict[str, nn.Module]:
+    def _fresh_encoders(self) -> dict[str, Network]:
         """Encoders with random weights, Inception's trunk with ImageNet's. Raises ConfigError, CheckpointError."""
         # The image encoder comes first: it draws its weights first.
         kind = self.settings.image_encoder
@@ -350,7 +352,7 @@ class EncoderTrainer:
             arguments["image_size"] = size
         image_encoder = IMAGE_ENCODERS[kind](**arguments)
         if kind == "inception":
-            load_imagenet_weights(image_encoder.trunk, self.settings.inception_weights)
+            load_imagenet_weights(image_encoder.get_submodule("trunk"), self.settings.inception_weights)
 
         # The text encoder knows the words of the data.
         sizes = {"vocabulary_size": len(self.vocabulary), "max_words": self.data_settings.max_words}

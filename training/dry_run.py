@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from datasets.settings import DataSettings
 from miscc.batch import Batch
-from miscc.config import to_yaml
+from miscc.config import Config, to_yaml
 from miscc.distributed import World
 from miscc.errors import UserError
 from miscc.settings import from_config
 from models.choice import ChosenSystem, chosen_system
 from models.clip_features import ClipImageEncoder
 from models.registry import count_parameters
-from models.types import ImageEncoder, Network, System, TextFeatures, Update
+from models.types import CaptionEncoder, ImageEncoder, System, TextFeatures, Update
 from training.build import build_networks, build_system, check_batch_size, problems
 from training.evaluation import split_records
 from training.settings import EvaluationSettings, StartSettings, TrainerSettings
@@ -25,7 +25,7 @@ META = torch.device("meta")  # tensors with a size and no values: nothing is com
 NUM_WORDS, NUM_REGIONS = 18, 8  # of the stand-ins for the encoders
 
 
-def describe(cfg: Mapping) -> str:
+def describe(cfg: Config) -> str:
     """The report as text. Raises ConfigError only for settings that no data could mend."""
     # Settings, as they were resolved.
     settings, data = from_config(TrainerSettings, cfg), from_config(DataSettings, cfg)
@@ -95,7 +95,7 @@ def memory_estimate(
         indices=torch.arange(2),
         caption_numbers=torch.zeros(2, dtype=torch.int64),
     )
-    noise = torch.zeros(2, networks["generator"].noise_dim, device=META)
+    noise = torch.zeros(2, system.generator.noise_dim, device=META)
     return state, _most_kept(system, batch, noise) / 2
 
 
@@ -136,7 +136,7 @@ class _Kept:
         self.num_bytes = tensor.untyped_storage().nbytes()
 
 
-class _TextEncoder(Network):
+class _TextEncoder(CaptionEncoder):
     """Text features without values, in place of the encoder that the data may still lack."""
 
     def __init__(self, text_dim: int):
@@ -174,7 +174,7 @@ def _clip_without_values(start: StartSettings) -> ClipImageEncoder:
 
 
 # In place of the encoder that looks at images, by its kind.
-STAND_INS: dict[str, Callable[[StartSettings], Network]] = {
+STAND_INS: dict[str, Callable[[StartSettings], ImageEncoder]] = {
     "damsm": lambda start: _ImageEncoder(start.text_dim),
     "clip": _clip_without_values,
 }

@@ -3,7 +3,9 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from models.types import Generator
 
 
 class EMA:
@@ -15,10 +17,10 @@ class EMA:
         budget allows; 0: no such limit.
     """
 
-    def __init__(self, generator: nn.Module, decay: float, share: float = 0.0):
+    def __init__(self, generator: Generator, decay: float, share: float = 0.0):
         self.decay, self.share = decay, share
         self.num_updates = 0
-        self.module = copy.deepcopy(generator).eval().requires_grad_(False)
+        self.module: Generator = copy.deepcopy(generator).eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, generator: nn.Module) -> None:
@@ -27,7 +29,8 @@ class EMA:
         if self.share:
             decay = min(decay, self.num_updates * self.share / (1 + self.num_updates * self.share))
         self.num_updates += 1
-        averages, values = list(self.module.parameters()), [p.detach() for p in generator.parameters()]
+        averages: list[Tensor] = list(self.module.parameters())
+        values = [p.detach() for p in generator.parameters()]
         torch._foreach_lerp_(averages, values, 1 - decay)
         for average, value in zip(self.module.buffers(), generator.buffers(), strict=True):
             average.copy_(value)

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -28,7 +28,8 @@ class Progress:
         self.run = run
         self.tracker = tracker
         self.bar: ProgressBar | None = None
-        self.board, self.handler = None, None
+        self.board: SummaryWriter | None = None
+        self.handler: logging.FileHandler | None = None
         if run is not None:
             run.truncate_stats(start_step)
             self.board = SummaryWriter(run.path / "tensorboard", purge_step=start_step + 1)
@@ -38,7 +39,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line in the log and, unless --quiet was given, on the screen."""
-        if self.run is None:
+        if self.handler is None:
             return
         note(text)
         self.handler.emit(logging.LogRecord("training", logging.INFO, "", 0, text, None, None))
@@ -63,7 +64,7 @@ class Progress:
 
     def log(self, step: int, epoch: float, values: Mapping[str, float], shown: tuple[str, ...] = ()) -> None:
         """Write all values under `step`; those named in `shown` also stand behind the bar."""
-        if self.run is None:
+        if self.run is None or self.board is None:
             return
 
         # stats.jsonl: JSON knows no NaN: such a number is written as null, and the trainer stops anyway.
@@ -90,8 +91,9 @@ class Progress:
         self.end_epoch()
         if self.tracker is not None:
             self.tracker.close()
-        if self.run is not None:
+        if self.board is not None:
             self.board.close()
+        if self.handler is not None:
             logging.getLogger().removeHandler(self.handler)
             self.handler.close()
 
@@ -115,7 +117,7 @@ class StopSignal:
 
     def __init__(self):
         self.received = 0
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
         for number in (signal.SIGINT, signal.SIGTERM):

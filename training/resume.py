@@ -6,7 +6,7 @@ Loading a checkpoint is trainer.py's and damsm.py's.
 from collections.abc import Iterable, Mapping
 
 from datasets.records import Records
-from miscc.config import flatten
+from miscc.config import Config, flatten
 from miscc.errors import CheckpointError, ConfigError, DataError
 from models.choice import keys_of, network_parts
 
@@ -18,7 +18,7 @@ ENCODER_KEYS = ("SEED", "RNN_TYPE", "DAMSM.IMAGE_ENCODER", "TREE.BASE_SIZE", "TE
                 "TRAIN.HELD_OUT", "TRAIN.BATCH_SIZE")  # fmt: skip
 
 
-def check_resumable(checkpoint: Mapping, cfg: Mapping) -> None:
+def check_resumable(checkpoint: Mapping, cfg: Config) -> None:
     """Raises where the checkpoint is not of a whole run, or where settings that shape networks or order have changed."""
     # A whole run: neither encoders alone nor a checkpoint for drawing.
     for part in ("optimizers", "step", "config"):

@@ -4,10 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from easydict import EasyDict
-
 from datasets.settings import DatasetSettings, DataSettings
-from miscc.config import OutputSettings, RunSettings, read_given, resolve, without_effect
+from miscc.config import Config, OutputSettings, RunSettings, read_given, resolve, without_effect
 from miscc.errors import ConfigError
 from miscc.settings import Setting, schema_of, setting
 from models import SYSTEMS
@@ -227,11 +225,11 @@ def schema() -> dict[str, Setting]:
     return schema_of([*GAN_PARTS, SystemChoice, *of_systems, *ENCODER_PARTS])
 
 
-def load_config(path: str | Path, overrides: Iterable[tuple[str, str]] = (), command: str = "gan") -> EasyDict:
+def load_config(path: str | Path, overrides: Iterable[tuple[str, str]] = (), command: str = "gan") -> Config:
     """A YAML file, then `--set` pairs, over the defaults of the command and its system.
 
     command: "gan" (main.py) or "damsm" (pretrain_DAMSM.py).
-    Returns a nested EasyDict with every key of the schema. Raises ConfigError for a missing or broken file, an unknown key
+    Returns a nested Config with every key of the schema. Raises ConfigError for a missing or broken file, an unknown key
     (with the nearest name), a wrong type or value.
     """
     if command == "gan":

@@ -80,9 +80,8 @@ class Stepper:
                     continue  # every run is read to its end, where the objective cleans up
                 if on_phase:
                     on_phase(update, "forward")
-                optimizer = self.optimizers[update.optimizer]
                 if not done:
-                    optimizer.zero_grad(set_to_none=True)
+                    self.optimizers[update.optimizer].zero_grad(set_to_none=True)
                 loss = torch.stack(list(update.losses.values())).sum()
                 (loss if len(runs) == 1 else loss / len(runs)).backward()
                 losses = {name: value.detach() for name, value in update.losses.items()}
@@ -93,6 +92,7 @@ class Stepper:
 
             # Gradients: one for every parameter, the mean over the processes.
             update = done[0] if len(done) == 1 else mean_update(done)
+            optimizer = self.optimizers[update.optimizer]
             parameters = parameters_of(optimizer)
             fill_absent_gradients(parameters)
             distributed.average_gradients(parameters, self.world)
@@ -189,7 +189,8 @@ def log_values(update: Update, optimizer: torch.optim.Optimizer) -> dict[str, Te
     """{name in the log: scalar} of an update that has been taken: losses, stats, norm of the gradient."""
     values = {f"loss/{name}": loss.detach() for name, loss in update.losses.items()}
     stats = {name: torch.as_tensor(value).detach() for name, value in update.stats.items()}
-    norms = torch._foreach_norm([parameter.grad for parameter in parameters_of(optimizer)])
+    gradients = [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
+    norms = torch._foreach_norm(gradients)
     return values | stats | {f"gradient_norm/{update.kind}": torch.stack(norms).norm()}
 
 

@@ -4,9 +4,9 @@ Which losses there are is the system's part (models/), how an optimizer step is 
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from datasets.settings import DataSettings
 from miscc import distributed
 from miscc.batch import Batch
 from miscc.checkpoint import load_checkpoint, save_checkpoint
-from miscc.config import to_plain, to_yaml
+from miscc.config import Config, to_plain, to_yaml
 from miscc.distributed import World
 from miscc.files import remove_unfinished
 from miscc.pictures import save_image
@@ -25,6 +25,7 @@ from miscc.settings import from_config
 from models.choice import chosen_system
 from models.modes import eval_mode
 from models.registry import network_name, to_state
+from models.types import Generator
 from sampling.folders import generated_picture
 from sampling.pipeline import TextToImage
 from training.build import build_system, check_batch_size, resumed_networks, starting_networks
@@ -53,7 +54,7 @@ DRAWING = ("generator", "generator_ema", "text_encoder")  # what a checkpoint fo
 NUM_PICTURED = 12  # fixed test captions in the picture of a run's state
 
 
-def train(cfg: Mapping, world: World, resume: bool = False, resume_if_exists: bool = False) -> int:
+def train(cfg: Config, world: World, resume: bool = False, resume_if_exists: bool = False) -> int:
     """Train the system that cfg.GAN.NAME names until MAX_EPOCH, or MAX_STEPS, or a signal.
 
     resume: continue the newest run of this configuration where it stopped.
@@ -87,7 +88,7 @@ def train(cfg: Mapping, world: World, resume: bool = False, resume_if_exists: bo
 class Trainer:
     """All that a run consists of: networks, system, optimizers, average, data, evaluation, and the step it has reached."""
 
-    def __init__(self, cfg: Mapping, world: World, checkpoint: dict | None = None):
+    def __init__(self, cfg: Config, world: World, checkpoint: dict | None = None):
         # Settings: of each part. The configuration as a whole is for checkpoints alone.
         self.config, self.seed = to_plain(cfg), cfg.SEED
         self.settings = from_config(TrainerSettings, cfg)
@@ -108,9 +109,8 @@ class Trainer:
         self.step, self.changes = 0, []
         if checkpoint is not None:
             self._restore(checkpoint)
-        self.last_step = self.settings.max_epoch * self.steps_per_epoch
-        if self.settings.max_steps:
-            self.last_step = min(self.last_step, self.settings.max_steps)
+        all_epochs = self.settings.max_epoch * self.steps_per_epoch
+        self.last_step = min(all_epochs, self.settings.max_steps or all_epochs)
         used = checkpoint.get("seconds", 0.0) if checkpoint is not None else 0.0
         self.budget = Budget(self.last_step, self.settings.max_minutes, used)
 
@@ -131,14 +131,14 @@ class Trainer:
             use_channels_last(self.networks)
         self.average = None
         if settings.ema_decay > 0:
-            self.average = EMA(self.networks["generator"], settings.ema_decay, settings.ema_share)
+            self.average = EMA(cast(Generator, self.networks["generator"]), settings.ema_decay, settings.ema_share)
 
         # The objective around them.
         self.system = build_system(self.chosen, self.networks)
         self.system.train()
         self.system.seed = self.seed
         if settings.activation_checkpointing:
-            checkpoint_activations(self.networks["generator"])
+            checkpoint_activations(self.system.generator)
         if settings.compile:
             compile_networks(self.networks)
 
@@ -155,7 +155,7 @@ class Trainer:
         data, world = self.data_settings, self.world
         share = self.evaluation_settings.held_out_share
         self.records, held_out = split_records(data, share, self.seed, self.vocabulary)
-        max_words = self.networks["text_encoder"].max_words
+        max_words = self.system.text_encoder.max_words
         self.dataset = make_dataset(data, self.records, self.system.image_sizes, self.seed, True, max_words)
         self.pictured_captions = fixed_captions(data, self.vocabulary, self.records, NUM_PICTURED)
 
@@ -167,7 +167,7 @@ class Trainer:
         # Evaluation: the main process's alone.
         self.evaluation = None
         if held_out is not None and world.is_main:
-            size = self.networks["generator"].image_size
+            size = self.system.generator.image_size
             self.evaluation = Evaluation(
                 held_out, size, self.device, self.evaluation_settings, self.seed, data.skip_broken
             )
@@ -179,7 +179,7 @@ class Trainer:
         settings = self.settings
         for line in introduction(self, run):
             progress.say(line)
-        batches, epoch = iter(self._loader()), None
+        batches, epoch = iter(self._loader()), -1
         seconds, timed_from = 0.0, self.step
         self.budget.start()
         pictured = self.budget.seconds
@@ -234,7 +234,7 @@ class Trainer:
         """One training step: every update of the system, then the average. Returns the values to log, if wanted."""
         # Randomness depends on seed, epoch and image alone: a resumed run draws the same.
         seed_everything(self.seed, self.step, self.world.rank)  # dropout, where encoders are fine-tuned with it
-        noise_dim = self.networks["generator"].noise_dim
+        noise_dim = self.system.generator.noise_dim
         noise = noise_for(self.seed, epoch, batch.indices.tolist(), noise_dim).to(self.device, non_blocking=True)
 
         # Learning rates: by the share of the budget that is used up.
@@ -294,8 +294,8 @@ class Trainer:
     @contextmanager
     def _pipeline(self) -> Iterator[TextToImage]:
         """The averaged generator, or G itself where there is none, ready to draw."""
-        generator = self.average.module if self.average is not None else self.networks["generator"]
-        text_encoder = self.networks["text_encoder"]
+        generator = self.average.module if self.average is not None else self.system.generator
+        text_encoder = self.system.text_encoder
         with eval_mode(generator, text_encoder):
             yield TextToImage(generator, text_encoder, self.vocabulary)
 
@@ -354,7 +354,7 @@ class Trainer:
             networks["generator_ema"] = self.average.module
         if contents == "drawing":
             networks = {part: networks[part] for part in DRAWING if part in networks}
-        content = {
+        content: dict[str, Any] = {
             "config": self.config,
             "vocabulary": self.vocabulary.words,
             "networks": {part: to_state(network_name(network), network) for part, network in networks.items()},
@@ -372,7 +372,7 @@ class Trainer:
         return content
 
     def _restore(self, checkpoint: dict) -> None:
-        """Go on where the checkpoint was written. The networks have their weights already, see `_networks`."""
+        """Go on where the checkpoint was written. The networks have their weights already, see `_build_networks`."""
         check_same_data(checkpoint, self.records, self.data_settings.data_dir)
         for name, optimizer in self.optimizers.items():
             if name in checkpoint["optimizers"]:
