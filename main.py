@@ -11,11 +11,12 @@ python main.py --cfg cfg/bird.yml --caption "a small red bird with black wings"
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from miscc.command_line import not_negative, parser_with_settings, positive, settings_from, truncation
+from miscc.config import Config
 from miscc.errors import ConfigError, UserError, run_command
 from miscc.settings import from_config
 
@@ -91,7 +92,7 @@ def parse(mode: "Mode", arguments: list[str] | None) -> argparse.Namespace:
 # -- modes ---------------------------------------------------------------------------------------------------------
 
 
-def run_dry(cfg: Mapping, options: argparse.Namespace) -> int:
+def run_dry(cfg: Config, options: argparse.Namespace) -> int:
     """Say what a training would be."""
     from training.dry_run import describe
 
@@ -99,7 +100,7 @@ def run_dry(cfg: Mapping, options: argparse.Namespace) -> int:
     return 0
 
 
-def run_training(cfg: Mapping, options: argparse.Namespace) -> int:
+def run_training(cfg: Config, options: argparse.Namespace) -> int:
     """Train, or go on training."""
     from miscc import distributed
     from training.trainer import train
@@ -108,7 +109,7 @@ def run_training(cfg: Mapping, options: argparse.Namespace) -> int:
     return train(cfg, world, resume=cfg.RESTORE, resume_if_exists=options.resume_if_exists)
 
 
-def draw_strip(cfg: Mapping, options: argparse.Namespace) -> int:
+def draw_strip(cfg: Config, options: argparse.Namespace) -> int:
     """A strip of images between two captions."""
     from miscc.pictures import save_image
     from sampling.drawing import free_path
@@ -117,6 +118,8 @@ def draw_strip(cfg: Mapping, options: argparse.Namespace) -> int:
     drawing = open_drawing(cfg, options)
     chosen = {"seed": drawing.seed, "truncation": drawing.truncation}
     strip = interpolate(drawing.pipeline, *options.interpolate, **chosen)
+
+    # Where it goes: never over an earlier strip, unless --overwrite says so.
     path = (drawing.out or drawing.folder) / f"interpolation-seed{options.seed}.png"
     path = free_path(path, options.overwrite)
     save_image(strip, path)
@@ -124,19 +127,21 @@ def draw_strip(cfg: Mapping, options: argparse.Namespace) -> int:
     return 0
 
 
-def draw_captions(cfg: Mapping, options: argparse.Namespace) -> int:
+def draw_captions(cfg: Config, options: argparse.Namespace) -> int:
     """The user's own captions."""
     from sampling.drawing import free_path
     from sampling.requests import caption_requests, read_captions
 
     drawing = open_drawing(cfg, options)
     captions = [*(options.caption or []), *(read_captions(options.captions) if options.captions else [])]
+
+    # One folder for all of them.
     folder = drawing.out or free_path(drawing.folder / "captions", options.overwrite)
     drawing.into(folder, caption_requests(captions, options.per_caption))
     return 0
 
 
-def draw_each_split(cfg: Mapping, options: argparse.Namespace) -> int:
+def draw_each_split(cfg: Config, options: argparse.Namespace) -> int:
     """So many captions of every split."""
     from datasets.layout import splits_present
     from datasets.settings import DataSettings
@@ -144,6 +149,8 @@ def draw_each_split(cfg: Mapping, options: argparse.Namespace) -> int:
     from training.data import read_records
 
     drawing, count = open_drawing(cfg, options), options.each_split
+
+    # Every split that the data set has; a data set without any is read as its test split.
     data = from_config(DataSettings, cfg)
     present = splits_present(Path(cfg.DATA_DIR)) or ["test"]
 
@@ -156,7 +163,7 @@ def draw_each_split(cfg: Mapping, options: argparse.Namespace) -> int:
     return 0
 
 
-def draw_split(cfg: Mapping, options: argparse.Namespace) -> int:
+def draw_split(cfg: Config, options: argparse.Namespace) -> int:
     """The captions of one split; with TRAIN.FLAG False those of AttnGAN's example_filenames.txt, where it is there."""
     from datasets.settings import DataSettings
     from sampling.requests import EXAMPLES, example_requests, split_requests
@@ -185,7 +192,7 @@ class Mode(NamedTuple):
     refusal: what is said of an option of another mode.
     """
 
-    run: Callable[[Mapping, argparse.Namespace], int]
+    run: Callable[[Config, argparse.Namespace], int]
     options: tuple[str, ...]
     refusal: str
 
@@ -218,8 +225,9 @@ SPLIT = Mode(
 )
 
 
-def mode_of(options: argparse.Namespace, cfg: Mapping) -> Mode:
+def mode_of(options: argparse.Namespace, cfg: Config) -> Mode:
     """Which mode the options, and where they leave it open the settings, mean."""
+    # An option of drawing decides; without one the settings do.
     if options.dry_run:
         return DRY_RUN
     if options.interpolate:
@@ -234,7 +242,7 @@ def mode_of(options: argparse.Namespace, cfg: Mapping) -> Mode:
 # -- objects -------------------------------------------------------------------------------------------------------
 
 
-def open_drawing(cfg: Mapping, options: argparse.Namespace) -> Any:
+def open_drawing(cfg: Config, options: argparse.Namespace) -> Any:
     """The pipeline that options and settings mean, with what the options say about drawing."""
     from miscc.distributed import choose_device, refuse_several_processes
     from models.choice import chosen_system
@@ -242,6 +250,7 @@ def open_drawing(cfg: Mapping, options: argparse.Namespace) -> Any:
     from sampling.drawing import Drawing, open_pipeline
     from training.settings import StartSettings
 
+    # Encoders and captions: for the authors' files, which hold none. Ours hold all that they need.
     refuse_several_processes("drawing")
     start = from_config(StartSettings, cfg)
     released = {"text_encoder_path": start.encoders_path, "data_dir": cfg.DATA_DIR, "max_words": cfg.TEXT.WORDS_NUM}
@@ -258,6 +267,7 @@ def open_drawing(cfg: Mapping, options: argparse.Namespace) -> Any:
         logger.warning("the generator is %s's, the settings are for %s: set GAN.NAME %s, so that its defaults hold "
                        "(GAN.TRUNCATION, for one)", system, cfg.GAN.NAME, system)  # fmt: skip
 
+    # What is written beside the images: as far as the mode has these options.
     pictures = {
         name: getattr(options, name) for name in ("batch_size", "masks", "attention", "real") if name in options
     }
@@ -273,18 +283,21 @@ def open_drawing(cfg: Mapping, options: argparse.Namespace) -> Any:
     )
 
 
-def newest_checkpoint(cfg: Mapping) -> Path:
+def newest_checkpoint(cfg: Config) -> Path:
     """The last checkpoint of the newest run of these settings. Raises ConfigError where there is none."""
     from training.run_dir import RunDir
 
+    # Runs are named after the settings file and the system.
     name = f"{cfg.CONFIG_NAME}-{cfg.GAN.NAME}"
     try:
-        return RunDir.newest(cfg.OUTPUT_DIR, name).last
+        run = RunDir.newest(cfg.OUTPUT_DIR, name)
     except UserError:
         raise ConfigError(
             f"nothing to draw with: no run of {name!r} in {Path(cfg.OUTPUT_DIR).resolve()}; train one, or name a "
             f"weight file with --checkpoint or TRAIN.NET_G"
         ) from None
+    assert run is not None  # it must exist
+    return run.last
 
 
 def main(arguments: list[str] | None = None) -> int:
