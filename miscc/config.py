@@ -182,7 +182,7 @@ def _convert(key: str, value: Any, schema: Schema) -> Any:
         hint = (same_end or near or [""])[0]
         raise ConfigError(
             f"{key}: no such setting; "
-            + (f"did you mean {hint}?" if hint else "`python main.py --dry-run` prints them all")
+            + (f"did you mean {hint}?" if hint else "`python main.py --dry-run` prints a system's")
         )
     one = schema[key]
 

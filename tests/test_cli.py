@@ -115,6 +115,7 @@ def test_dry_run_tells_what_is_missing_and_is_no_error(trained):
     output = run("--cfg", "cfg/bird.yml", "--dry-run", "--data_dir", "/nowhere", "--set", "TEXT.DAMSM_NAME", "gone.pth")
     assert "generator: 29.5 M parameters" in output and "discriminator: 80.4 M parameters" in output
     assert "NF: 64" in output and "steps per epoch: unknown" in output
+    assert "DAMSM_WEIGHT:" in output and "R_NUM:" not in output  # SSA-GAN's keys, and none of AttnGAN's
     missing = [line for line in output.splitlines() if line.startswith("not there yet")]
     assert len(missing) == 2 and "no such encoders" in missing[0] and "/nowhere: does not exist" in missing[1]
     output = run("--cfg", trained, "--dry-run", "--set", "TRAIN.NET_G", "gone.pth")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from datasets.settings import DataSettings
 from miscc.batch import Batch
-from miscc.config import Config, to_yaml
+from miscc.config import Config, flatten, nest, to_yaml
 from miscc.distributed import World
 from miscc.errors import UserError
 from miscc.settings import from_config
@@ -18,7 +18,7 @@ from models.registry import count_parameters
 from models.types import CaptionEncoder, ImageEncoder, System, TextFeatures, Update
 from training.build import build_networks, build_system, check_batch_size, problems
 from training.evaluation import split_records
-from training.settings import EvaluationSettings, StartSettings, TrainerSettings
+from training.settings import EvaluationSettings, StartSettings, TrainerSettings, keys_read
 from training.step import Stepper, check_accumulation
 
 META = torch.device("meta")  # tensors with a size and no values: nothing is computed
@@ -27,12 +27,13 @@ NUM_WORDS, NUM_REGIONS = 18, 8  # of the stand-ins for the encoders
 
 def describe(cfg: Config) -> str:
     """The report as text. Raises ConfigError only for settings that no data could mend."""
-    # Settings, as they were resolved.
+    # Settings, as they were resolved: those of other systems have no effect.
     settings, data = from_config(TrainerSettings, cfg), from_config(DataSettings, cfg)
     start, system = from_config(StartSettings, cfg), chosen_system(cfg)
     check_batch_size(settings.batch_size)
     check_accumulation(settings.batch_size, 1, settings.accumulate)
-    lines = [to_yaml(cfg).rstrip(), ""]
+    used = keys_read(system.name)
+    lines = [to_yaml(nest({key: value for key, value in flatten(cfg).items() if key in used})).rstrip(), ""]
 
     # Sizes and memory.
     with META:

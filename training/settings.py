@@ -241,14 +241,16 @@ def load_config(path: str | Path, overrides: Iterable[tuple[str, str]] = (), com
     return resolve(given, schema(), defaults, [RunSettings, DataSettings, PretrainingSettings])
 
 
+def keys_read(system: str) -> set[str]:
+    """The keys that a training of a system, and drawing with it, read."""
+    # What tells the systems apart is read, unless it belongs to another system.
+    of_systems = keys_of(part for name in SYSTEMS for part in system_parts(name))
+    return keys_of([*GAN_PARTS, *system_parts(system)]) | (keys_of([SystemChoice]) - of_systems)
+
+
 def keys_without_effect(path: str | Path, overrides: Iterable[tuple[str, str]] = (), command: str = "gan") -> list[str]:
     """The keys in a file, or in `--set`, that nothing of the command and of the system that they mean reads."""
     given = read_given(path, overrides, schema())
     if command == "damsm":
         return without_effect(given, schema(), keys_of(ENCODER_PARTS))
-
-    # What tells the systems apart is read, unless it belongs to another system.
-    system = find_system(given, SYSTEMS)
-    of_systems = keys_of(part for name in SYSTEMS for part in system_parts(name))
-    used = keys_of([*GAN_PARTS, *system_parts(system)]) | (keys_of([SystemChoice]) - of_systems)
-    return without_effect(given, schema(), used)
+    return without_effect(given, schema(), keys_read(find_system(given, SYSTEMS)))
