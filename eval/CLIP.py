@@ -3,7 +3,7 @@
 CLIP (Radford et al. 2021) puts images and captions into one space. CLIPScore (Hessel et al. 2021) is 100 times the mean
 cosine of an image and its caption, as torchmetrics has it (the paper's 2.5 times the cosine is a fortieth of that);
 CLIP-R-precision (Park et al. 2021) is how often an image's own caption is found among 99 others, with the lists of
-R_precision.py. CLIP has seen none of our generators' losses, so it flatters none of them.
+R_precision.py. It flatters GALIP, in which a CLIP took part, and no other system.
 The network is models/clip_features.py, its weights come from a file, a folder or Hugging Face's cache.
 """
 
@@ -59,7 +59,7 @@ class Clip:
         weights_hash = hash_tensors(towers.state_dict())
         short = Path(name).name
         self.label = f"{short}:{weights_hash[:8]}" if is_file else short
-        self.protocol = {"network": name, "weights_hash": weights_hash}
+        self.protocol = {"family": "clip", "network": name, "weights_hash": weights_hash}
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[np.ndarray]) -> torch.Tensor:

@@ -33,6 +33,7 @@ from eval.scripts import (
     extraction_of,
     network_of,
     report,
+    said_of_samples,
     say_origin,
     update_from,
 )
@@ -241,6 +242,7 @@ def fid(
         metric = FrechetDistance(network, of_real, extrapolate=extrapolate, bootstrap=bootstrap, seed=seed)
         source, skipped = load_source(fake, skip_broken)
         scores = update_from(source, metric, network, **options).compute()
+        scores = [score.after_training(said_of_samples(fake, "trained_with")) for score in scores]
 
     return say_origin(scores, (real, of_real.skipped), (fake, skipped))
 

@@ -236,7 +236,12 @@ class RPrecision(Metric):
         # Whether the generator was trained by these encoders.
         same = None if self.generators_encoder is None else self.generators_encoder == encoder
         about = {"encoder_hash": encoder, "num_images": len(codes), **about_lists(lists), "folds": self.folds}
-        about |= {"seed": self.seed, "encoder_of_the_generator": same}
+        about |= {
+            "seed": self.seed,
+            "encoder_of_the_generator": same,
+            "family": "damsm",
+            "file": str(self.encoders.file or ""),
+        }
         warnings = ()
         if same:
             warnings = (

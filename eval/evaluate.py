@@ -109,6 +109,7 @@ def evaluate(
         text_encoder_hash=hash_tensors(pipeline.text_encoder.state_dict()),
         repeats=_repeats(protocol, prompts, first=len(requests)),
         data_set=(pipeline.origin.get("config") or {}).get("DATASET_NAME"),
+        trained_with=pipeline.origin.get("trained_with"),
     )
     record = run_protocol(images, protocol, real, pipeline.device, tools, world)
     if record is None:

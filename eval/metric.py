@@ -38,7 +38,8 @@ class Score:
 
     name: with the network that it is by, such as "FID[inception-tf]";
     std: over splits, folds, subsets or images, as the protocol says;
-    interval: 95 %.
+    interval: 95 %;
+    flattering: the role in which the score's network took part in the training of what is scored; "": none that is known.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Score:
     interval: tuple[float, float] | None = None
     details: dict = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    flattering: str = ""
 
     def line(self) -> str:
         """`IS[imagenet] 4.361 ± 0.032  [30000 images, 10 splits, resize tf1]`"""
@@ -61,6 +63,8 @@ class Score:
         said = [f"{self.protocol[key]} {word}" for key, word in COUNTS.items() if self.protocol.get(key) is not None]
         if "resize" in self.protocol:
             said.append(f"resize {self.protocol['resize']}")
+        if self.flattering:
+            said.append(f"flattering: by a network of the training ({self.flattering})")
         return f"{text}  [{', '.join(said)}]" if said else text
 
     def record(self) -> dict:
@@ -73,11 +77,34 @@ class Score:
             "details": self.details,
             "protocol": self.protocol,
             "warnings": list(self.warnings),
+            "flattering": self.flattering or None,
         }
 
     def of(self, origin: Mapping[str, Any], warnings: Sequence[str] = ()) -> "Score":
         """The same score, which also says what its images were."""
         return replace(self, protocol={**self.protocol, **origin}, warnings=(*self.warnings, *warnings))
+
+    def after_training(self, trained_with: Sequence[Mapping[str, str]] | None) -> "Score":
+        """The same score, which also says what networks its images' generator was trained with, and whether it flatters.
+
+        trained_with: see sampling/trained_with.py, None where it is not known.
+        """
+        if trained_with is None:
+            return self
+        role = next((entry["role"] for entry in trained_with if self._is_by(entry)), "")
+        said = {"trained_with": [f"{entry['network']} ({entry['role']})" for entry in trained_with]}
+        warnings = (f"{self.name} flatters this generator: that network took part in its training ({role})",)
+        is_said = any("flatters" in warning for warning in self.warnings)
+        return replace(self.of(said, warnings if role and not is_said else ()), flattering=role)
+
+    def _is_by(self, entry: Mapping[str, str]) -> bool:
+        """Whether the score's network is this one of a training."""
+        about = self.protocol
+        if about.get("family", about.get("network")) != entry["network"]:
+            return False
+        file = about.get("file")
+        same_file = bool(file and entry["file"]) and Path(file).resolve() == Path(entry["file"]).resolve()
+        return same_file or entry["weights_hash"] in ("", about.get("weights_hash", about.get("encoder_hash")))
 
 
 @dataclass(frozen=True)

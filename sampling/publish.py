@@ -73,6 +73,7 @@ def describe(pipeline: TextToImage, examples: Sequence[str] = ()) -> dict[str, A
         "step": origin.get("step"),
         "epoch": origin.get("epoch"),
         "examples": list(examples),
+        "trained_with": [{**entry, "file": ""} for entry in origin.get("trained_with") or []],
         "settings": without_local_paths(origin.get("config") or {}),
     }
 

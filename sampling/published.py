@@ -112,7 +112,9 @@ def read_published(folder: str | Path) -> dict[str, Any]:
         networks[part] = {**config[part], "state": state}
     if config.get("averaged"):
         networks["generator_ema"] = networks.pop("generator")
+    known = {"trained_with": config["trained_with"]} if isinstance(config.get("trained_with"), list) else {}
     return {
+        **known,
         "networks": networks,
         "vocabulary": words,
         "config": config.get("settings") or {},

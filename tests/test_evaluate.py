@@ -81,7 +81,8 @@ def test_an_unknown_protocol_is_answered_with_the_nearest():
 @pytest.mark.parametrize("name", list(PROTOCOLS))
 def test_every_protocol_can_be_run(name, checkpoint, records):
     """With a feature network that is instant, and few images."""
-    protocol = replace(PROTOCOLS[name], network="tiny", resize="bilinear")
+    more = PROTOCOLS[name].more_networks and ("tiny",)
+    protocol = replace(PROTOCOLS[name], network="tiny", resize="bilinear", more_networks=more)
     record = evaluate(TextToImage.load(checkpoint, "cpu"), protocol, records, num_images=20)
     assert record["overrides"] == {"num_images": 20} and record["num_images"] == 20
     computed = {score["name"].split("[")[0] for score in record["scores"]}

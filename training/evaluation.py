@@ -6,12 +6,13 @@ checkpoint.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from datasets.records import Records
 from datasets.settings import DataSettings
@@ -19,6 +20,7 @@ from miscc.errors import ConfigError, DataError, UserError
 from miscc.progress import ProgressBar
 from miscc.randomness import stream
 from miscc.vocabulary import Vocabulary
+from models.backbones import Backbone
 from sampling.pipeline import TextToImage
 from sampling.requests import split_requests
 from training.data import read_records
@@ -26,9 +28,9 @@ from training.settings import EvaluationSettings
 
 logger = logging.getLogger(__name__)
 
-MEASURES = {  # TRAIN.EVAL_MEASURE: network and resize filter
-    "FD": ("efficientnet-lite0", "clean"),  # its weights come with the package: works anywhere
-    "FID": ("inception-tf", "tf1"),  # what papers mean, where the weights are
+MEASURES = {  # TRAIN.EVAL_MEASURE: networks, of which the first that no discriminator sees through counts; resize filter
+    "FD": (("efficientnet-lite0", "efficientnet-lite2"), "clean"),  # weights come with their packages: works anywhere
+    "FID": (("inception-tf",), "tf1"),  # what papers mean, where the weights are
 }
 BATCH_SIZE = 32  # images drawn at a time
 
@@ -84,14 +86,20 @@ class Evaluation:
         settings: EvaluationSettings,
         seed: int = 100,
         skip_broken: bool = False,
+        networks: Iterable[nn.Module] = (),
     ):
-        """Extracts the real images' features, so that what is missing shows before training. Raises UserError."""
+        """Extracts the real images' features, so that what is missing shows before training. Raises UserError.
+
+        networks: of the run; the score is by a network that none of them holds as its backbone.
+        """
         from eval.features.networks import WeightsError, load_network
         from eval.features.reference import RealImages, reference
         from eval.metric import distance_name
 
         # The network of the score.
-        name, resize = MEASURES[settings.measure]
+        names, resize = MEASURES[settings.measure]
+        seen = {module.name for network in networks for module in network.modules() if isinstance(module, Backbone)}
+        name = next(name for name in names if name not in seen)
         try:
             self.network = load_network(name, resize=resize, device=device)
         except (UserError, ImportError) as error:

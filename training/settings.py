@@ -113,7 +113,7 @@ class EvaluationSettings:
     measure: str = setting(
         "TRAIN.EVAL_MEASURE",
         "FD",
-        "the number: FD by EfficientNet-lite0, or FID by TensorFlow's Inception",
+        "the number: FD by EfficientNet-lite0 (-lite2 where a discriminator sees through that), or FID by TensorFlow's Inception",
         ("FD", "FID"),
     )
 

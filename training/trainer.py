@@ -167,10 +167,8 @@ class Trainer:
         # Evaluation: the main process's alone.
         self.evaluation = None
         if held_out is not None and world.is_main:
-            size = self.system.generator.image_size
-            self.evaluation = Evaluation(
-                held_out, size, self.device, self.evaluation_settings, self.seed, data.skip_broken
-            )
+            of_run = (self.device, self.evaluation_settings, self.seed, data.skip_broken, self.networks.values())
+            self.evaluation = Evaluation(held_out, self.system.generator.image_size, *of_run)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 

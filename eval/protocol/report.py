@@ -100,11 +100,12 @@ def lines(record: Mapping[str, Any]) -> list[str]:
 
 
 def _beside(score: Mapping[str, Any]) -> str:
-    """What stands beside a score so that it can be read: baselines, and counts."""
+    """What stands beside a score so that it can be read: whether it flatters, baselines, and counts."""
     # Baselines.
     about = score["protocol"]
-    beside = [f"{name} {value:.3g}" for name, value in (about.get("beside") or {}).items() if value is not None]
-    if "chance" in about and not beside:
+    beside = [f"FLATTERING (trained with it: {score['flattering']})"] if score.get("flattering") else []
+    beside += [f"{name} {value:.3g}" for name, value in (about.get("beside") or {}).items() if value is not None]
+    if "chance" in about and "beside" not in about:
         beside.append(f"chance {about['chance']:.3g}")
 
     # Counts and filter.

@@ -36,7 +36,8 @@ class ImageStream:
     draw: (some of the requests, whether masks are needed) -> their images in batches;
     text_encoder_hash: of the generator that draws them, None for real images;
     repeats: several requests of each of some captions, apart from the others, for metrics that need them;
-    data_set: that they are of, or that the generator was trained on, None where it is not known.
+    data_set: that they are of, or that the generator was trained on, None where it is not known;
+    trained_with: the networks of the generator's training, see sampling/trained_with.py, None where they are not known.
     """
 
     what: str
@@ -47,6 +48,7 @@ class ImageStream:
     text_encoder_hash: str | None = None
     repeats: Sequence[Request] = ()
     data_set: str | None = None
+    trained_with: Sequence[Mapping[str, str]] | None = None
 
 
 def run_protocol(
@@ -74,13 +76,15 @@ def run_protocol(
     metrics = _build_metrics(run, stream, set(real.keys), world, missing)
     if world.is_main and not metrics:
         raise UserError(f"protocol {protocol.name}: nothing can be computed: {_reasons(missing)}")
+    by_others = _distances_by_other_networks(stream, protocol, real_images, device, tools, world, missing)
     ready = time.monotonic()
 
     # This process's share of the images, then those of the other processes, then images drawn for single metrics.
     shared = {name: metric for name, metric in metrics.items() if not metric.needs.repeats}
     rows = range(total * world.rank // world.size, total * (world.rank + 1) // world.size)
-    _update(list(shared.values()), stream, rows, run, real_images, progress=world.is_main)
-    for metric in shared.values():
+    groups = [(run, list(shared.values())), *((other, [metric]) for other, metric in by_others.values())]
+    _update(groups, stream, rows, real_images, progress=world.is_main)
+    for metric in [metric for _, members in groups for metric in members]:
         for other in gather(metric, world)[1:]:
             metric.merge(other)
     if not world.is_main:
@@ -88,11 +92,13 @@ def run_protocol(
     repeated = [metric for metric in metrics.values() if metric.needs.repeats]
     if repeated:
         repeats = replace(stream, requests=stream.repeats)
-        _update(repeated, repeats, range(len(stream.repeats)), replace(run, network=None), real_images, progress=False)
+        rows = range(len(stream.repeats))
+        _update([(replace(run, network=None), repeated)], repeats, rows, real_images, progress=False)
     drawn = time.monotonic()
 
     # Scores in the protocol's order.
-    scores = _compute(metrics, missing)
+    scores = _compute(metrics | {name: metric for name, (_, metric) in by_others.items()}, missing)
+    scores = [score.after_training(stream.trained_with) for score in scores]
     if not scores:
         raise UserError(f"protocol {protocol.name}: nothing can be computed: {_reasons(missing)}")
     done = time.monotonic()
@@ -177,30 +183,52 @@ def _build_metrics(
     return metrics
 
 
+def _distances_by_other_networks(
+    stream: ImageStream,
+    protocol: Protocol,
+    real_images: RealImages,
+    device: torch.device,
+    tools: Tools,
+    world: World,
+    missing: dict[str, str],
+) -> dict[str, tuple[Run, Metric]]:
+    """FID by each of the protocol's more_networks, with the run that has this network; by names for `missing`."""
+    found: dict[str, tuple[Run, Metric]] = {}
+    for network in protocol.more_networks if "FID" in protocol.metrics else ():
+        # The protocol with this network and FID alone; a weight file of the user's is of the first network.
+        own = replace(protocol, network=network, more_networks=(), metrics=("FID",))
+        lacks: dict[str, str] = {}
+        run, _ = _prepare(stream, own, real_images, device, replace(tools, weights=None), world, lacks)
+        metrics = _build_metrics(run, stream, (), world, lacks)
+        missing |= {f"{name} by {network}": reason for name, reason in lacks.items()}
+        found |= {f"{name} by {network}": (run, metric) for name, metric in metrics.items()}
+    return found
+
+
 def _update(
-    metrics: Sequence[Metric],
+    groups: Sequence[tuple[Run, Sequence[Metric]]],
     stream: ImageStream,
     rows: range,
-    run: Run,
     real_images: RealImages,
     progress: bool,
 ) -> None:
-    """Draw the images of `rows` and update the metrics with them."""
-    requests = stream.requests[rows.start : rows.stop]
+    """Draw the images of `rows` and update the metrics with them; groups: metrics by the run whose network they read."""
+    requests, tools = stream.requests[rows.start : rows.stop], groups[0][0].tools
+    metrics = [metric for _, members in groups for metric in members]
     with_masks = any(metric.needs.masks for metric in metrics)
     index_of = {}
     if any(metric.needs.real_images for metric in metrics):
         index_of = {key: index for index, key in enumerate(real_images.records.keys)}
 
-    done, shown = 0, progress and run.tools.progress
+    done, shown = 0, progress and tools.progress
     with ProgressBar(what=stream.what, total=len(rows), unit="images", shown=shown) as bar:
         for drawn in stream.draw(requests, with_masks):
             part = slice(done, done + len(drawn.images))
-            batch = _batch(drawn, rows[part], requests[part], run.network)
-            if index_of:
-                batch = replace(batch, real_images=[real_images.read(index_of[r.key]) for r in requests[part]])
-            for metric in metrics:
-                metric.update(batch)
+            others = [real_images.read(index_of[request.key]) for request in requests[part]] if index_of else []
+            for run, members in groups:
+                batch = replace(_batch(drawn, rows[part], requests[part], run.network), real_images=others)
+                for metric in members:
+                    metric.update(batch)
             done = part.stop
             bar.update(len(drawn.images))
 

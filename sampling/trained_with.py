@@ -1,0 +1,44 @@
+"""Which networks took part in a generator's training. A score by one of them flatters it (Kynkäänniemi et al. 2023,
+arXiv 2203.06026); eval/ marks such scores."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from miscc.checkpoint import hash_tensors
+
+
+def networks_in_training(checkpoint: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The networks that a checkpoint's generator was trained with, each as plain text for JSON.
+
+    network: by the name that scores have, such as "efficientnet-lite0"; all of CLIP's are "clip", DAMSM's encoders "damsm".
+    role: what it did there.
+    weights_hash, file: "" where they are not known; without a hash any weights of that name count as the same.
+    """
+    if "trained_with" in checkpoint:  # of a published model, which holds no discriminator
+        return list(checkpoint["trained_with"])
+    networks, config = checkpoint["networks"], checkpoint.get("config") or {}
+    found: list[dict[str, str]] = []
+
+    def add(network: str, role: str, weights_hash: str = "", file: str = "") -> None:
+        found.append({"network": network, "role": role, "weights_hash": weights_hash, "file": file})
+
+    # The projected discriminator's backbone; a checkpoint for drawing holds only the settings.
+    gan = config.get("GAN") or {}
+    if "projected" in networks or gan.get("DISCRIMINATOR") in ("projected", "both"):
+        projected = (networks.get("projected") or {}).get("arguments") or {}
+        backbone = projected.get("backbone") or (gan.get("PROJECTED") or {}).get("BACKBONE") or "efficientnet-lite0"
+        is_clip = backbone.startswith("clip")
+        add("clip" if is_clip else backbone, "discriminator", "" if is_clip else projected.get("weights_hash", ""))
+
+    # Encoders; the trunk of DAMSM's Inception is torchvision's and stays as it is.
+    kinds = {part: (networks.get(part) or {}).get("name") for part in ("generator_ema", "generator", "text_encoder")}
+    if "galip" in kinds.values():
+        add("clip", "generator and discriminator")
+    elif kinds["text_encoder"] == "clip":
+        add("clip", "encoders")
+    elif kinds["text_encoder"]:
+        encoder_hash = hash_tensors(networks["text_encoder"]["state"])
+        add("damsm", "encoders", encoder_hash, (config.get("TEXT") or {}).get("DAMSM_NAME") or "")
+    if (networks.get("image_encoder") or {}).get("name") == "inception":
+        add("inception-torchvision", "trunk of the image encoder")
+    return found
