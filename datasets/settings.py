@@ -19,11 +19,11 @@ class DataSettings(DatasetSettings):
     data_dir: str = setting("DATA_DIR", "", "where the data lies; empty: data/<DATASET_NAME>")
     keep_decoded: bool = setting("DATA_CACHE", False, "keep decoded, resized images in one file under DATA_DIR/cache")
     skip_broken: bool = setting("SKIP_BROKEN", False, "leave out images that cannot be read instead of stopping")
-    workers: int = setting("WORKERS", 4, "processes that read images; 0: none beside the main one")
+    workers: int = setting("WORKERS", 4, "processes that read images; 0: none beside the main one", maximum=1024)
     captions_per_image: int = setting(
         "TEXT.CAPTIONS_PER_IMAGE", 10, "captions of an image that are used at most", above=0
     )
-    max_words: int = setting("TEXT.WORDS_NUM", 18, "words of a caption at most", above=0)
+    max_words: int = setting("TEXT.WORDS_NUM", 18, "words of a caption at most", above=0, maximum=4096)
 
     def __post_init__(self) -> None:
         if not self.data_dir:

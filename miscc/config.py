@@ -1,10 +1,11 @@
-"""Reads YAML files and `--set`, and checks them against a schema that it is handed. The only file that reads YAML.
+"""Reads YAML files and `--set`, and checks them against a schema that it is handed. YAML itself is yaml_reader.py's.
 
 Keys and spelling are those of SSA-GAN, AttnGAN and SEMA, so that their released files load as they are. What a setting means
 stands beside the part that uses it, see miscc/settings.py; what all commands have stands here.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from easydict import EasyDict
 
-from miscc.errors import ConfigError
+from miscc.errors import ConfigError, shown
 from miscc.settings import Setting, arguments_from, setting, settings_of
+from miscc.yaml_reader import read_yaml_text
 
 Schema = Mapping[str, Setting]
 
@@ -24,9 +26,11 @@ class RunSettings:
     """What every command has: a name, a device, a seed."""
 
     name: str = setting("CONFIG_NAME", "", "name of the experiment; part of the run directory's name")
-    gpu: int | None = setting("GPU_ID", None, "number of the GPU; -1: CPU; empty: a GPU if there is one", minimum=None)
+    gpu: int | None = setting("GPU_ID", None, "number of the GPU; -1: CPU; empty: a GPU if there is one", minimum=-1)
     cuda: bool = setting("CUDA", True, "False: use the CPU even if there is a GPU")
-    seed: int = setting("SEED", 100, "of every random draw: order, captions, crops, noise, initial weights")
+    seed: int = setting(
+        "SEED", 100, "of every random draw: order, captions, crops, noise, initial weights", maximum=2**32 - 1
+    )
     resume: bool = setting("RESTORE", False, "continue the newest run of this configuration (the same as --resume)")
 
 
@@ -70,9 +74,9 @@ def read_yaml(path: str | Path, schema: Schema) -> dict[str, Any]:
         known = ", ".join(sorted(str(p) for p in Path("cfg").glob("*.yml"))) or "none in cfg/"
         raise ConfigError(f"{path}: no such settings file (there are: {known})")
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
+        document = read_yaml_text(path.read_text(encoding="utf-8"))
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
     if document is None:
         return {}
     if not isinstance(document, Mapping):
@@ -115,10 +119,13 @@ def without_effect(given: Mapping[str, Any], schema: Schema, used: Iterable[str]
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
-    """{"TRAIN": {"NF": 64}} -> {"TRAIN.NF": 64}."""
-    flat = {}
+    """{"TRAIN": {"NF": 64}} -> {"TRAIN.NF": 64}. Raises ConfigError for a key that is there both nested and dotted."""
+    flat: dict[str, Any] = {}
     for name, value in tree.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        below = flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        if twice := flat.keys() & below.keys():
+            raise ConfigError(f"{shown(min(twice))} is given twice; keep one")
+        flat |= below
     return flat
 
 
@@ -150,28 +157,33 @@ def to_yaml(cfg: Mapping) -> str:
 def _check_bounds(one: Setting, value: Any) -> None:
     """Raises ConfigError where a value is none of the choices, or lies outside the bounds."""
     if one.choices and value not in one.choices:
-        raise ConfigError(f"{one.key}: must be one of {', '.join(one.choices)}, not {value!r}")
+        raise ConfigError(f"{one.key}: must be one of {', '.join(one.choices)}, not {shown(value)}")
     if one.type is list:
         inside = all(0 <= number and (one.below is None or number < one.below) for number in value)
         if len(value) != one.length or not inside:
-            raise ConfigError(f"{one.key}: must be two numbers from 0 to below {one.below:g}, not {value}")
+            raise ConfigError(f"{one.key}: must be two numbers from 0 to below {one.below:g}, not {shown(value)}")
         return
     if one.type not in (int, float) or value is None:
         return
+
+    # Numbers.
     if one.above is not None and value <= one.above:
         empty = ", or empty" if one.default is None else ""
-        raise ConfigError(f"{one.key}: must be greater than {one.above:g}{empty}, not {value}")
+        raise ConfigError(f"{one.key}: must be greater than {one.above:g}{empty}, not {shown(value)}")
     if one.minimum is not None and value < one.minimum:
-        raise ConfigError(f"{one.key}: must not be negative, but is {value}")
+        least = "must not be negative, but is" if one.minimum == 0 else f"must be at least {one.minimum:g}, not"
+        raise ConfigError(f"{one.key}: {least} {shown(value)}")
     if one.below is not None and value >= one.below:
-        raise ConfigError(f"{one.key}: must be below {one.below:g}, not {value}")
+        raise ConfigError(f"{one.key}: must be below {one.below:g}, not {shown(value)}")
+    if one.maximum is not None and value > one.maximum:
+        raise ConfigError(f"{one.key}: must be at most {one.maximum:,}, not {shown(value)}")
 
 
 def _parse_override(key: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {key}: cannot read {text!r} as a value") from None
+        return read_yaml_text(text)
+    except ConfigError:
+        raise ConfigError(f"--set {shown(key)}: cannot read {shown(text)} as a value") from None
 
 
 def _convert(key: str, value: Any, schema: Schema) -> Any:
@@ -181,7 +193,7 @@ def _convert(key: str, value: Any, schema: Schema) -> Any:
         same_end = [known for known in schema if known.split(".")[-1] == key.split(".")[-1]]
         hint = (same_end or near or [""])[0]
         raise ConfigError(
-            f"{key}: no such setting; "
+            f"{key if len(key) < 80 else shown(key)}: no such setting; "
             + (f"did you mean {hint}?" if hint else "`python main.py --dry-run` prints a system's")
         )
     one = schema[key]
@@ -196,7 +208,7 @@ def _convert(key: str, value: Any, schema: Schema) -> Any:
 
     converted = _as_type(value, one.type)
     if converted is None:
-        raise ConfigError(f"{key}: must be {TYPE_NAMES[one.type]}, for example {one.default!r}, not {value!r}")
+        raise ConfigError(f"{key}: must be {TYPE_NAMES[one.type]}, for example {one.default!r}, not {shown(value)}")
     return converted
 
 
@@ -205,20 +217,23 @@ def _as_type(value: Any, kind: type) -> Any:
     if kind is bool:
         return value if isinstance(value, bool) else None
     if kind is int:
-        if isinstance(value, str) and value.strip().lstrip("-").isdigit():
+        if isinstance(value, str) and re.fullmatch(r"\s*[-+]?[0-9]{1,18}\s*", value):
             return int(value)
         whole = isinstance(value, float) and value.is_integer()
         return int(value) if whole or (isinstance(value, int) and not isinstance(value, bool)) else None
     if kind is float:
         try:
             number = None if isinstance(value, (bool, list)) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return None
         return number if number is not None and number == number and abs(number) != float("inf") else None
     if kind is list:
         items = [_as_type(item, float) for item in value] if isinstance(value, (list, tuple)) else [None]
         return None if None in items else items
-    return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
+
+    # A text: no path or name holds a NUL, or characters that UTF-8 cannot write.
+    text = str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
+    return None if text is None or "\0" in text or re.search("[\ud800-\udfff]", text) or len(text) > 4096 else text
 
 
 TYPE_NAMES = {

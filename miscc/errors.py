@@ -1,5 +1,6 @@
 """Errors that the user can mend: one line that says what to change. Anything else is a bug and keeps its traceback."""
 
+import reprlib
 import sys
 from collections.abc import Callable
 
@@ -24,8 +25,21 @@ class TrainingError(UserError):
     """Training cannot go on, e.g. because a loss is no longer finite."""
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlevel = 2
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: its repr, cut where it is long."""
+    return _SHORT.repr(value)
+
+
 def run_command(main: Callable[[], object]) -> None:
-    """Run an entry script's `main`: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run an entry script's `main`: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+
+    So does what the system says of a named file: no permission, a name that is too long, a loop of links.
+    """
     try:
         code = main()
     except UserError as error:
@@ -37,4 +51,9 @@ def run_command(main: Callable[[], object]) -> None:
     except BrokenPipeError:  # the reader of our output, `head` for instance, has gone
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

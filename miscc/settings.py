@@ -20,7 +20,7 @@ class Setting(NamedTuple):
     type: bool, int, float, str, or list: of numbers.
     meaning: for people.
     choices: all values that it may have; (): any.
-    minimum, above, below: bounds of a number, or of each in a list; None: none.
+    minimum, maximum, above, below: bounds of a number, or of each in a list; None: none.
     length: of a list; None: any.
     """
 
@@ -30,6 +30,7 @@ class Setting(NamedTuple):
     meaning: str
     choices: tuple = ()
     minimum: float | None = None
+    maximum: float | None = None
     above: float | None = None
     below: float | None = None
     length: int | None = None
@@ -41,12 +42,13 @@ def setting(
     meaning: str,
     choices: tuple = (),
     minimum: float | None = 0,
+    maximum: float | None = 10**9,
     above: float | None = None,
     below: float | None = None,
     length: int | None = None,
 ) -> Any:
     """A dataclass field that is a setting; its type is the field's annotation. The arguments are those of `Setting`."""
-    bounds = {"minimum": minimum, "above": above, "below": below, "length": length}
+    bounds = {"minimum": minimum, "maximum": maximum, "above": above, "below": below, "length": length}
     metadata = {METADATA: {"key": key, "meaning": meaning, "choices": choices} | bounds}
     return dataclasses.field(default=default, metadata=metadata)
 

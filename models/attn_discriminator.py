@@ -101,7 +101,7 @@ class AttnDiscriminator(Discriminator):
 
     @dataclass(frozen=True)
     class Settings(SpectralSettings, StageSettings):
-        df_dim: int = setting("GAN.DF_DIM", 64, "AttnGAN: base number of channels of D", above=0)
+        df_dim: int = setting("GAN.DF_DIM", 64, "AttnGAN: base number of channels of D", above=0, maximum=4096)
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)

@@ -148,9 +148,11 @@ class AttnGenerator(Generator):
 
     @dataclass(frozen=True)
     class Settings(StageSettings, NoiseSettings):
-        gf_dim: int = setting("GAN.GF_DIM", 32, "AttnGAN: base number of channels of G", above=0)
-        condition_dim: int = setting("GAN.CONDITION_DIM", 100, "AttnGAN: length of the augmented condition")
-        r_num: int = setting("GAN.R_NUM", 2, "AttnGAN: residual blocks a stage")
+        gf_dim: int = setting("GAN.GF_DIM", 32, "AttnGAN: base number of channels of G", above=0, maximum=4096)
+        condition_dim: int = setting(
+            "GAN.CONDITION_DIM", 100, "AttnGAN: length of the augmented condition", above=0, maximum=65536
+        )
+        r_num: int = setting("GAN.R_NUM", 2, "AttnGAN: residual blocks a stage", maximum=128)
         attention: bool = setting("GAN.B_ATTENTION", True, "AttnGAN: word attention")
 
     def __init__(self, *arguments: Any, **named: Any):

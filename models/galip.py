@@ -277,6 +277,7 @@ class GALIP(AdversarialSystem):
             "GALIP.REAL_SIZE",
             256,
             "pixels of the real images, which CLIP reads scaled by nearest neighbours; 0: TREE.BASE_SIZE",
+            maximum=8192,
         )
 
         @property

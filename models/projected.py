@@ -122,9 +122,14 @@ class ProjectedDiscriminator(Discriminator):
             224,
             "pixels that images are resized to for it, a multiple of 32; 224 as published, less for CPUs",
             above=0,
+            maximum=8192,
         )
         width: int = setting(
-            "GAN.PROJECTED.WIDTH", 64, "channels of the finest scale after mixing; 64 as published", above=0
+            "GAN.PROJECTED.WIDTH",
+            64,
+            "channels of the finest scale after mixing; 64 as published",
+            above=0,
+            maximum=4096,
         )
         batch_statistic: bool = setting(
             "GAN.PROJECTED.BATCH_STATISTIC",

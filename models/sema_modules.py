@@ -54,7 +54,9 @@ class Redescriber(Network):
     @dataclass(frozen=True)
     class Settings(SentenceSettings, SizeSettings):
         nf: int = 32
-        steps: int = setting("SEMA.STEPS", 8, "number of R's LSTM steps, each with attention to the image", above=0)
+        steps: int = setting(
+            "SEMA.STEPS", 8, "number of R's LSTM steps, each with attention to the image", above=0, maximum=64
+        )
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
@@ -101,7 +103,7 @@ class FeatureExtractor(Network):
     @dataclass(frozen=True)
     class Settings(SizeSettings):
         nf: int = 32
-        feature_dim: int = setting("SEMA.FEATURE_DIM", 256, "length of F's features", above=0)
+        feature_dim: int = setting("SEMA.FEATURE_DIM", 256, "length of F's features", above=0, maximum=65536)
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)

@@ -10,19 +10,23 @@ from miscc.settings import setting
 
 def image_size_setting(default: int = 256) -> Any:
     """TREE.BASE_SIZE, which networks with stages call otherwise."""
-    return setting("TREE.BASE_SIZE", default, "image size in pixels (AttnGAN: of the first stage)")
+    return setting(
+        "TREE.BASE_SIZE", default, "image size in pixels (AttnGAN: of the first stage)", above=0, maximum=8192
+    )
 
 
 def sentence_dim_setting() -> Any:
     """TEXT.EMBEDDING_DIM, which the encoders call otherwise."""
-    return setting("TEXT.EMBEDDING_DIM", 256, "length of word and sentence features", above=0)
+    return setting("TEXT.EMBEDDING_DIM", 256, "length of word and sentence features", above=0, maximum=65536)
 
 
 @dataclass(frozen=True)
 class WidthSettings:
     """Number of channels."""
 
-    nf: int = setting("TRAIN.NF", 64, "base number of channels of G and D (SSA-GAN, DF-GAN, SEMA)", above=0)
+    nf: int = setting(
+        "TRAIN.NF", 64, "base number of channels of G and D (SSA-GAN, DF-GAN, SEMA)", above=0, maximum=4096
+    )
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,9 @@ class SentenceSettings:
 class NumStagesSettings:
     """Number of AttnGAN's stages."""
 
-    num_stages: int = setting("TREE.BRANCH_NUM", 3, "AttnGAN: number of stages; each doubles the image size", above=0)
+    num_stages: int = setting(
+        "TREE.BRANCH_NUM", 3, "AttnGAN: number of stages; each doubles the image size", above=0, maximum=8
+    )
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class StageSettings(SentenceSettings, NumStagesSettings):
 class NoiseSettings:
     """Length of the noise."""
 
-    z_dim: int = setting("GAN.Z_DIM", 100, "length of the noise", above=0)
+    z_dim: int = setting("GAN.Z_DIM", 100, "length of the noise", above=0, maximum=65536)
 
 
 @dataclass(frozen=True)
@@ -83,14 +89,16 @@ class GeneratorSettings(SentenceSettings, ImageSizeSettings, NoiseSettings, Widt
 class ClipWidthSettings:
     """Channels of CLIP's ViT."""
 
-    width: int = setting("CLIP.WIDTH", 768, "GALIP: channels of CLIP's ViT; ViT-B/32 has 768", above=0)
+    width: int = setting("CLIP.WIDTH", 768, "GALIP: channels of CLIP's ViT; ViT-B/32 has 768", above=0, maximum=16384)
 
 
 @dataclass(frozen=True)
 class ClipSizeSettings(ClipWidthSettings):
     """Sizes of CLIP's ViT."""
 
-    num_blocks: int = setting("CLIP.BLOCKS", 12, "GALIP: Transformer blocks of CLIP's ViT; ViT-B/32 has 12", above=0)
+    num_blocks: int = setting(
+        "CLIP.BLOCKS", 12, "GALIP: Transformer blocks of CLIP's ViT; ViT-B/32 has 12", above=0, maximum=128
+    )
 
 
 # -- objectives ----------------------------------------------------------------------------------------------------

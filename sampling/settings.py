@@ -12,5 +12,9 @@ class SamplingSettings:
     validates: bool = setting("B_VALIDATION", False, "True: sample the test captions instead of training")
     trains: bool = setting("TRAIN.FLAG", True, "False: sample instead of training")
     truncation: float | None = setting(
-        "GAN.TRUNCATION", None, "sample with noise cut at +-2 times this; empty: plain normal noise", above=0
+        "GAN.TRUNCATION",
+        None,
+        "sample with noise cut at +-2 times this; empty: plain normal noise",
+        above=0,
+        maximum=100,
     )

@@ -15,7 +15,7 @@ from miscc.command_line import (
     seed_number,
     settings_from,
 )
-from miscc.errors import ConfigError
+from miscc.errors import ConfigError, run_command
 
 
 def parse(*words, former=()):
@@ -71,3 +71,16 @@ def test_seeds_are_what_numpy_takes(text, valid):
     else:
         with pytest.raises(argparse.ArgumentTypeError):
             seed_number(text)
+
+
+def test_what_the_system_says_of_a_file_is_one_line(tmp_path, capsys):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in (tmp_path / "loop", tmp_path / ("x" * 300)):
+        with pytest.raises(SystemExit) as stopped:
+            run_command(path.stat)
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.startswith(f"error: {path}: ")
+
+    # An error of the program keeps its traceback.
+    with pytest.raises(OSError, match="ours"):
+        run_command(lambda: (_ for _ in ()).throw(OSError("ours")))

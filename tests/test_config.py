@@ -207,11 +207,76 @@ def test_a_system_that_is_not_there_is_named(tmp_path):
         ("- a\n- b", "must hold KEY: value lines"),
         ("TRAIN: [", "not valid YAML"),
         ("TRAIN: 3", "TRAIN: no such setting"),
+        # One line each, although YAML or Python would raise something else, hang, or take another value in silence.
+        ("TRAIN: &a {NF: *a}", "an alias that refers to itself"),
+        ("TRAIN: &a [*a]", "an alias that refers to itself"),
+        ("TREE: {BRANCH_NUM: 100000}", "TREE.BRANCH_NUM: must be at most 8"),
+        ("TREE: {BASE_SIZE: 1000000000}", "TREE.BASE_SIZE: must be at most 8,192"),
+        ("TRAIN: {NF: '²'}", "TRAIN.NF: must be a whole number.*not '²'"),
+        ("SEED: !!int x", "not valid YAML: invalid literal"),
+        ("SEED: !!int ''", "not valid YAML"),
+        ("B_VALIDATION: !!bool x", "not valid YAML"),
+        ("SEED: !!timestamp x", "not valid YAML"),
+        ("SEED: 2024-13-45", "SEED: must be a whole number.*not '2024-13-45'"),
+        ("SEED: 12:30:45", "SEED: must be a whole number.*not '12:30:45'"),
+        ("TRAIN: {GENERATOR_LR: 1:30.5}", "TRAIN.GENERATOR_LR: must be a number"),
+        (f"SEED: {'9' * 400}", r"SEED: must be at most 4,294,967,295, not 9+\.\.\.9+$"),
+        (f"SEED: {'9' * 5000}", "not valid YAML: Exceeds the limit"),
+        (f"TRAIN: {{GENERATOR_LR: {'9' * 400}}}", "TRAIN.GENERATOR_LR: must be a number"),
+        ("TRAIN: {NF: 8, NF: 16}", "'NF' is given twice.*line 1"),
+        ("TRAIN: {NF: 8}\nSEED: 1\nTRAIN: {BATCH_SIZE: 8}", "'TRAIN' is given twice.*line 3"),
+        ("TRAIN.NF: 8\nTRAIN: {NF: 16}", "'TRAIN.NF' is given twice"),
+        ("GPU_ID: -2", "GPU_ID: must be at least -1"),
+        ('DATA_DIR: "a\\0b"', "DATA_DIR: must be a text"),
+        ("TRAIN: " + "[" * 5000, "nested too deeply"),
+        ("#" + "x" * 300_000, "has 300,001 characters"),
     ],
+    ids=lambda text: text[:30],
 )
 def test_mistakes_are_named(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path, text))
+
+
+def test_an_alias_bomb_is_refused(tmp_path):
+    """Ten aliases of ten aliases, ten times: ten thousand million numbers."""
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    with pytest.raises(ConfigError, match="too many values"):
+        load_config(write(tmp_path, "\n".join(lines)))
+
+
+def test_aliases_within_bounds_and_texts_that_look_like_numbers_load(tmp_path):
+    text = "TRAIN: {GENERATOR_LR: &lr 1e-3, DISCRIMINATOR_LR: *lr}\nCONFIG_NAME: 2024-01-02\nOUTPUT_DIR: 12:30:45"
+    cfg = load_config(write(tmp_path, text))
+    assert cfg.TRAIN.GENERATOR_LR == cfg.TRAIN.DISCRIMINATOR_LR == 1e-3
+    assert (cfg.CONFIG_NAME, cfg.OUTPUT_DIR) == ("2024-01-02", "12:30:45")
+    assert load_config(write(tmp_path, to_yaml(cfg))) == cfg
+
+
+def test_refusals_cut_what_is_long(tmp_path):
+    for text in ("TRAIN: {NF: [" + "1, " * 5000 + "1]}", "TRAIN: {NF: '" + "x" * 5000 + "'}", "x" * 5000 + ": 1"):
+        with pytest.raises(ConfigError) as error:
+            load_config(write(tmp_path, text))
+        assert len(str(error.value)) < 600
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path, ""), [("TRAIN.NF", "{" * 5000)])
+    assert len(str(error.value)) < 600
+
+
+def test_every_number_has_bounds():
+    for part in [*GAN_PARTS, *ENCODER_PARTS, *(part for name in SYSTEMS for part in system_parts(name))]:
+        for one in settings_of(part).values():
+            if one.type in (int, float):
+                assert one.minimum is not None or one.above is not None, one.key
+                assert one.maximum is not None or one.below is not None, one.key
+
+
+def test_the_largest_sizes_do_not_overflow_in_a_dry_run(tmp_path):
+    from training.dry_run import describe
+
+    sizes = [("TREE.BASE_SIZE", "8192"), ("TRAIN.NF", "4096"), ("GAN.Z_DIM", "65536"), ("TEXT.EMBEDDING_DIM", "65536")]
+    assert "GiB" in describe(load_config(write(tmp_path, "GAN: {NAME: df_gan}\nDATA_DIR: nowhere"), sizes))
 
 
 def test_a_missing_file_names_those_that_are_there():

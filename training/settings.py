@@ -28,7 +28,7 @@ from sampling.settings import SamplingSettings
 class LoopSettings:
     """Of the GANs' loop and of the encoders'."""
 
-    batch_size: int = setting("TRAIN.BATCH_SIZE", 24, "images per step, over all GPUs together", above=0)
+    batch_size: int = setting("TRAIN.BATCH_SIZE", 24, "images per step, over all GPUs together", above=0, maximum=10**6)
     max_epoch: int = setting("TRAIN.MAX_EPOCH", 600, "epochs to train")
     max_minutes: float = setting(
         "TRAIN.MAX_MINUTES", 0.0, "stop after so many minutes, those before a --resume included; 0: no limit"
@@ -37,6 +37,7 @@ class LoopSettings:
         "TRAIN.LR_DECAY_FROM",
         1.0,
         "share of the steps or minutes from which learning rates fall linearly to 0; 1: never",
+        maximum=1,
     )
     snapshot_interval: int = setting(
         "TRAIN.SNAPSHOT_INTERVAL", 0, "epochs between numbered checkpoints with everything; 0: none"
@@ -98,6 +99,7 @@ class TrainerSettings(LoopSettings):
         "TRAIN.EMA_SHARE",
         0.0,
         "share of the steps so far that the average goes back over at most, for runs bounded by time; 0: EMA_DECAY alone",
+        maximum=1,
     )
 
 
