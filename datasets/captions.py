@@ -26,9 +26,15 @@ def load_captions_pickle(path: str | Path) -> tuple[list, list, Vocabulary]:
         raise DataError(f"{path}: is not AttnGAN's [train captions, test captions, index to word, word to index]")
     train, test, index_to_word = content[:3]
     try:
-        vocabulary = Vocabulary(str(index_to_word[index]) for index in range(len(index_to_word)))
+        words = [index_to_word[index] for index in range(len(index_to_word))]
     except KeyError as missing:
         raise DataError(f"{path}: the vocabulary has {len(index_to_word)} words but none at {missing}") from None
+    if not all(isinstance(word, str) for word in words):
+        raise DataError(f"{path}: the vocabulary holds something that is no word; copy the file again")
+    try:
+        vocabulary = Vocabulary(words)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
     return train, test, vocabulary
 
 

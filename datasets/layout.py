@@ -6,6 +6,7 @@ image (path from the root), captions, class_id and, where there is one, box. The
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ import numpy as np
 from datasets.captions import METADATA_NAMES, load_captions_pickle
 from datasets.pickles import load_legacy_pickle
 from datasets.records import Records
-from miscc.errors import DataError
-from miscc.files import write_text
+from miscc.errors import DataError, shown
+from miscc.files import parse_json, stays_inside, write_text
 from miscc.vocabulary import Vocabulary, tokenize
 
 logger = logging.getLogger(__name__)
@@ -134,14 +135,41 @@ def read_layout(name: str, root: Path, split: str, vocabulary: Vocabulary | None
 
 
 def _read_entries(path: Path) -> list[Entry]:
-    entries = []
-    with path.open(encoding="utf-8") as lines:
+    entries: dict[str, Entry] = {}
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                entries.append(Entry(**json.loads(line)))
+                entry = _checked(Entry(**parse_json(line.decode("utf-8"))))
+                if entries.setdefault(entry.key, entry) is not entry:
+                    raise ValueError(f"the key {shown(entry.key)} is there twice")
             except (ValueError, TypeError) as error:
-                raise DataError(f"{path}, line {number}: is no record of ours ({error}); run prepare again") from None
-    return entries
+                reason = str(error)[:200]
+                raise DataError(f"{path}, line {number}: is no record of ours ({reason}); run prepare again") from None
+    if not entries:
+        raise DataError(f"{path}: holds no record; run prepare again")
+    return list(entries.values())
+
+
+def _checked(entry: Entry) -> Entry:
+    """The entry. Raises ValueError where a field holds something else than it should."""
+    texts = [entry.key, entry.image, *(entry.captions if isinstance(entry.captions, list) else [None])]
+    if not all(isinstance(text, str) for text in texts) or not entry.key or not entry.captions:
+        raise ValueError("key and image must be texts, captions a list of at least one")
+    if any(re.search("[\ud800-\udfff]", text) for text in texts):
+        raise ValueError("a text holds half a character")
+    if not stays_inside(entry.image):
+        raise ValueError(
+            f"the image {shown(entry.image)} is outside the data folder; a link in the folder may lead there"
+        )
+    if type(entry.class_id) is not int or abs(entry.class_id) >= 2**63:
+        raise ValueError(f"class_id must be a whole number, not {shown(entry.class_id)}")
+
+    # The box.
+    if entry.box is not None:
+        numbers = entry.box if isinstance(entry.box, list) else []
+        if len(numbers) != 4 or not all(type(one) in (int, float) and abs(one) < 1e9 for one in numbers):
+            raise ValueError(f"box must be four numbers, not {shown(entry.box)}")
+    return entry
 
 
 # (root, keys) -> paths of the images, and their boxes (N, 4) or None
@@ -188,7 +216,10 @@ def read_metadata(name: str, root: Path, split: str, vocabulary: Vocabulary | No
 def _read_captions(captions_path: Path, names_path: Path, split: str) -> tuple[Vocabulary, list[str], Captions]:
     """The vocabulary, the keys of the split's images, and for each its captions."""
     train, test, vocabulary = load_captions_pickle(captions_path)
-    keys = [str(key) for key in _expect_list(load_legacy_pickle(names_path), names_path)]
+    keys = _expect_list(load_legacy_pickle(names_path), names_path)
+    outside = next((key for key in keys if not isinstance(key, str) or not stays_inside(key)), None)
+    if outside is not None:
+        raise DataError(f"{names_path}: {shown(outside)} names no image inside the data folder; copy the file again")
     flat = _expect_list(train if split == "train" else test, captions_path)
 
     # The pickle holds one flat list: as many captions for each image.
@@ -198,13 +229,18 @@ def _read_captions(captions_path: Path, names_path: Path, split: str) -> tuple[V
             f"in {names_path}; the two files do not belong together"
         )
     each = len(flat) // len(keys)
-    captions = [np.asarray(caption, dtype=np.int64) for caption in flat]
+    try:
+        captions = [np.fromiter(caption, dtype=np.int64, count=len(caption)) for caption in flat]
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(f"{captions_path}: a caption is no list of words' numbers; copy the file again") from None
 
     # A damaged file shows as an index beyond the vocabulary.
     highest = max((int(caption.max(initial=0)) for caption in captions), default=0)
-    if highest >= len(vocabulary):
+    lowest = min((int(caption.min(initial=0)) for caption in captions), default=0)
+    if highest >= len(vocabulary) or lowest < 0:
         raise DataError(
-            f"{captions_path}: word {highest} is beyond its vocabulary of {len(vocabulary)}; copy the file again"
+            f"{captions_path}: word {lowest if lowest < 0 else highest} is beyond its vocabulary of {len(vocabulary)}; copy "
+            f"the file again"
         )
     return vocabulary, keys, [captions[start : start + each] for start in range(0, len(captions), each)]
 
@@ -245,7 +281,10 @@ def _class_ids(path: Path, keys: Sequence[str]) -> np.ndarray:
             return np.unique([key.rpartition("/")[0] for key in keys], return_inverse=True)[1].astype(np.int64)
         return np.arange(len(keys), dtype=np.int64)
 
-    class_ids = np.array([int(number) for number in _expect_list(load_legacy_pickle(path), path)], dtype=np.int64)
+    try:
+        class_ids = np.array([int(number) for number in _expect_list(load_legacy_pickle(path), path)], dtype=np.int64)
+    except (TypeError, ValueError, OverflowError):
+        raise DataError(f"{path}: must hold a whole number for each image; copy the file again") from None
     if len(class_ids) != len(keys):
         raise DataError(
             f"{path}: names {len(class_ids)} classes for {len(keys)} images; the files do not belong together"

@@ -5,7 +5,10 @@ Captions are taken out of them in captions.py, file names and classes in layout.
 
 import codecs
 import collections
+import io
 import pickle
+import pickletools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +29,50 @@ def _encode(text: str, encoding: str = "latin1", errors: str = "strict") -> byte
     return codecs.encode(text, encoding, errors)
 
 
-_BUILTINS = {
-    c.__name__: c for c in (set, frozenset, list, dict, tuple, str, bytes, bytearray, int, float, complex, bool)
-}
-_BUILTINS |= {"unicode": str, "long": int}
+def _bytes(data: bytes = b"") -> bytes:
+    """`bytes` of bytes: of a number it would take as much memory."""
+    return b"" + data
+
+
+def _bytearray(text: str = "", encoding: str = "latin1") -> bytearray:
+    """As protocol 2 stores a bytearray."""
+    return bytearray(_encode(text, encoding))
+
+
+def _text(value: str = "") -> str:
+    """`str` of a text: of lists in lists it could take any time."""
+    return "" + value
+
+
+class _NdArray:
+    """Stands for numpy.ndarray, which `_reconstruct` is given."""
+
+
+def _reconstruct(kind: type, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An empty array, which its state fills; of another shape it would take as much memory."""
+    return np.ndarray.__new__(np.ndarray, (0,), "b")
+
+
+def _scalar(dtype: np.dtype, data: bytes) -> Any:
+    """A number; without data it could take any memory."""
+    return multiarray.scalar(dtype, data)
+
+
+_BUILTINS = {c.__name__: c for c in (set, frozenset, list, dict, tuple, int, float, complex, bool)}
+_BUILTINS |= {"unicode": _text, "str": _text, "bytes": _bytes, "bytearray": _bytearray, "long": int}
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): _encode,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("collections", "defaultdict"): collections.defaultdict,
-    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "ndarray"): _NdArray,
     ("numpy", "dtype"): np.dtype,
 }
 for _module in ("builtins", "__builtin__"):
     _ALLOWED |= {(_module, _name): _value for _name, _value in _BUILTINS.items()}
 for _core in ("numpy.core", "numpy._core"):
     _ALLOWED |= {
-        (f"{_core}.multiarray", "_reconstruct"): multiarray._reconstruct,
-        (f"{_core}.multiarray", "scalar"): multiarray.scalar,
+        (f"{_core}.multiarray", "_reconstruct"): _reconstruct,
+        (f"{_core}.multiarray", "scalar"): _scalar,
         (f"{_core}.numeric", "_frombuffer"): numeric._frombuffer,  # pyrefly: ignore[missing-attribute]  # private, not in the stubs
     }
 
@@ -59,6 +89,59 @@ class _PlainUnpickler(pickle.Unpickler):
             raise _NotPlainError(f"{module}.{name}") from None
 
 
+# -- memory --------------------------------------------------------------------------------------------------------
+
+# The unpickler takes the memory that a pickle declares before it reads on: nine bytes can ask for gigabytes. So the
+# pickle is walked first: by the lengths of pickletools, runs of short operations at once, and memo numbers below 2^24.
+_MEMOS = {"PUT": rb"p[0-9]{1,7}\n", "LONG_BINPUT": rb"r[\x00-\xff]{3}\x00"}
+_COUNT_BYTES = {-2: 1, -3: 4, -4: 4, -5: 8}  # of operations with a count, by pickletools' marks
+
+
+def _short_operations() -> re.Pattern[bytes]:
+    """Matches some operations that are no STOP and have no count."""
+    by_length: dict[int, bytes] = {}
+    lines = b""
+    for one in pickletools.opcodes:
+        code = re.escape(one.code.encode("latin-1"))
+        length = one.arg.n if one.arg else 0
+        if one.name in ("INST", "GLOBAL"):
+            lines += b"|" + code + rb"[^\n]*\n[^\n]*\n"
+        elif length == pickletools.UP_TO_NEWLINE and one.name not in _MEMOS:
+            lines += b"|" + code + rb"[^\n]*\n"
+        elif length >= 0 and one.name not in ("STOP", *_MEMOS):
+            by_length[length] = by_length.get(length, b"") + code
+    fixed = b"|".join(b"[%b][\\x00-\\xff]{%d}" % pair[::-1] for pair in sorted(by_length.items()))
+    return re.compile(b"(?:%b%b|%b){0,4000}" % (fixed, lines, b"|".join(_MEMOS.values())))
+
+
+_SHORT = _short_operations()
+_COUNTED = {
+    ord(one.code): _COUNT_BYTES[one.arg.n] for one in pickletools.opcodes if one.arg and one.arg.n in _COUNT_BYTES
+}
+
+
+def _check_memory(content: bytes) -> None:
+    """Raises ValueError for a pickle that declares more than it holds, or whose end is missing."""
+    position = 0
+    while position < len(content) and content[position] != ord("."):
+        matched = _SHORT.match(content, position)
+        if matched and matched.end() > position:
+            position = matched.end()
+            continue
+
+        # An operation with a count of the bytes that follow.
+        code = content[position]
+        if code not in _COUNTED:
+            raise ValueError(f"damaged at byte {position}")
+        start = position + 1 + _COUNTED[code]
+        count = int.from_bytes(content[position + 1 : start], "little")
+        if start + count > len(content):
+            raise ValueError("it ends too early")
+        position = start + count
+    if position >= len(content):
+        raise ValueError("it ends too early")
+
+
 def load_legacy_pickle(path: str | Path) -> Any:
     """Load a pickle of plain containers, strings, numbers and numpy arrays; Python 2's strings are read as latin-1.
 
@@ -67,8 +150,9 @@ def load_legacy_pickle(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            return _PlainUnpickler(file, encoding="latin-1").load()
+        content = path.read_bytes()
+        _check_memory(content)
+        return _PlainUnpickler(io.BytesIO(content), encoding="latin-1").load()
 
     # Refused.
     except _NotPlainError as error:

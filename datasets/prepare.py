@@ -6,17 +6,19 @@ Only the command is here: originals are read in sources/, the layout is written 
 import argparse
 import logging
 import os
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from datasets import DATASETS, check_name
 from datasets.layout import SPLITS, VOCABULARY_NAME, Entry, metadata_file, write_layout
 from datasets.sources.building import BuildOptions
-from miscc.command_line import CommandParser, add_data_dir_option
-from miscc.errors import DataError, run_command
+from miscc.command_line import CommandParser, add_data_dir_option, positive, seed_number
+from miscc.errors import DataError, run_command, shown
 from miscc.images import open_rgb
 from miscc.progress import ProgressBar
 from miscc.vocabulary import Vocabulary, tokenize
@@ -36,6 +38,17 @@ _ONLY_FOR = {  # options that mean nothing for the others
     "test_size": ("toybirds",),
     "image_size": ("toybirds",),
 }
+
+
+_SETTINGS = {  # of the encoders and of the GAN, in cfg/
+    "birds": ("bird", "bird"),
+    "coco": ("coco", "coco"),
+    "folder": ("folder", "folder"),
+    "flickr": ("folder", "folder"),
+    "toybirds": ("toybirds", "toybirds_ssa"),
+}
+LINK = "linked_images"  # in the root, to images outside it
+SMALL = 60  # training images, a twentieth of which is held out: fewer do not fill the encoders' batch of 48
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,11 +79,56 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Splits -> layout.
     try:
+        splits = link_images(root, splits)
         before = Vocabulary.load(root / VOCABULARY_NAME) if (root / VOCABULARY_NAME).is_file() else None
         vocabulary = write_layout(root, splits)
     except OSError as error:
         raise DataError(f"{root}: cannot be written ({error}); the layout goes beside the data") from None
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{shown(error.object)[:200]}: is not UTF-8; rename the file, or write the caption anew"
+        ) from None
     print("\n".join(_summary(args.name, root, splits, vocabulary, before)))
+
+
+def link_images(root: Path, splits: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
+    """The same splits; images outside the root are reached through a link in it, since a layout names nothing outside."""
+    outside = [entry.image for split in splits.values() for entry in split if Path(entry.image).is_absolute()]
+    if not outside:
+        return splits
+    folder, link = Path(os.path.commonpath([str(Path(image).parent) for image in outside])), root / LINK
+    if link.is_symlink():
+        link.unlink()
+    link.symlink_to(folder, target_is_directory=True)
+
+    def linked(entry: Entry) -> Entry:
+        path = Path(entry.image)
+        return replace(entry, image=f"{LINK}/{path.relative_to(folder).as_posix()}") if path.is_absolute() else entry
+
+    return {split: [linked(entry) for entry in entries] for split, entries in splits.items()}
+
+
+def next_commands(name: str, root: Path, num_train: int) -> list[str]:
+    """The commands that train encoders and a GAN on the data set, with what differs from the files in cfg/."""
+    encoders_cfg, gan_cfg = _SETTINGS[name]
+    options = [] if root == Path("data") / name else ["--data-dir", str(root)]
+    changed = {"DATASET_NAME": "flickr"} if name == "flickr" else {}
+    changed |= {"TRAIN.BATCH_SIZE": "8"} if num_train < SMALL else {}
+
+    # Where encoders of another data set lie already, these get a folder of their own.
+    out, others = [], {}
+    if (Path("DAMSMencoders") / name / "best.pth").is_file():
+        folder = f"DAMSMencoders/{root.resolve().name}" + ("-2" if root.resolve().name == name else "")
+        out, others = ["--out", folder], {"TEXT.DAMSM_NAME": f"{folder}/best.pth"}
+
+    def command(*words: str, **settings: str) -> str:
+        pairs = [word for pair in settings.items() for word in pair]
+        return shlex.join(["python", *words, *options, *(["--set", *pairs] if pairs else [])])
+
+    return [
+        command("pretrain_DAMSM.py", "--cfg", f"cfg/DAMSM/{encoders_cfg}.yml", *out, **changed),
+        command("main.py", "--cfg", f"cfg/{gan_cfg}.yml", **changed, **others),
+    ]
 
 
 def verify_images(root: Path, splits: dict[str, list[Entry]], drop_broken: bool) -> dict[str, list[Entry]]:
@@ -89,6 +147,7 @@ def verify_images(root: Path, splits: dict[str, list[Entry]], drop_broken: bool)
         complaints = list(ProgressBar(pool.map(complaint, entries), "verify", len(entries), "images", leave=True))
     broken = {entry.image: text for entry, text in zip(entries, complaints, strict=True) if text}
     if not broken:
+        print(f"verified: all {len(entries):,} images can be read")
         return splits
 
     # Refuse or drop the broken ones.
@@ -127,12 +186,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument("--class-column", metavar="NAME", help="a column whose value is the class (default: no classes)")
     own.add_argument("--test-fraction", type=_fraction, help="where there is no test.txt (default 0.1)")
     own.add_argument("--val-fraction", type=_fraction, help="where there is no val.txt (default 0)")
-    own.add_argument("--seed", type=int, help="of the drawn split (default 100)")
+    own.add_argument("--seed", type=seed_number, help="of the drawn split (default 100)")
 
     toys = parser.add_argument_group("toybirds")
-    toys.add_argument("--train-size", type=int, help="birds to train on (default 8000)")
-    toys.add_argument("--test-size", type=int, help="birds of the classes kept for testing (default 2000)")
-    toys.add_argument("--image-size", type=int, help="pixels (default 128)")
+    toys.add_argument("--train-size", type=positive, help="birds to train on (default 8000)")
+    toys.add_argument("--test-size", type=positive, help="birds of the classes kept for testing (default 2000)")
+    toys.add_argument("--image-size", type=positive, help="pixels (default 128)")
     return parser.parse_args(argv)
 
 
@@ -174,6 +233,7 @@ def _summary(
     if pickle:
         lines.append(f"  {pickle} is there, too, and comes first when the data set is loaded")
 
+    lines += ["  next:", *(f"    {command}" for command in next_commands(name, root, len(splits["train"])))]
     files = [VOCABULARY_NAME, *(f"{split}.jsonl" for split in SPLITS if split in splits)]
     lines.append(f"ready: {root} ({', '.join(files)})")
     return lines

@@ -17,7 +17,8 @@ class DataSettings(DatasetSettings):
     """Which data set, and how its images and captions are read."""
 
     data_dir: str = setting("DATA_DIR", "", "where the data lies; empty: data/<DATASET_NAME>")
-    keep_decoded: bool = setting("DATA_CACHE", False, "keep decoded, resized images in one file under DATA_DIR/cache")
+    keep_decoded: bool = setting("DATA_CACHE", False, "keep decoded, resized images in one file")
+    cache_dir: str = setting("DATA_CACHE_DIR", "", "the folder of that file; empty: DATA_DIR/cache")
     skip_broken: bool = setting("SKIP_BROKEN", False, "leave out images that cannot be read instead of stopping")
     workers: int = setting("WORKERS", 4, "processes that read images; 0: none beside the main one", maximum=1024)
     captions_per_image: int = setting(

@@ -21,6 +21,8 @@ from miscc.randomness import stream
 
 logger = logging.getLogger(__name__)
 
+MOST_PIXELS = 1 << 27  # of a scaled image; 400 MB
+
 
 class Sample(NamedTuple):
     """One row of a Batch.
@@ -83,6 +85,10 @@ def load_resized(path: str | Path, box: Sequence[float] | None, image_size: int)
     height, width = pixels.shape[:2]
     short = int(image_size * 76 / 64)
     size = (int(short * height / width), short) if width <= height else (short, int(short * width / height))
+    if size[0] * size[1] > MOST_PIXELS:
+        raise DataError(
+            f"{path}: is {width} x {height}, too narrow to be scaled to {size[1]} x {size[0]}; crop or remove it"
+        )
     scaled = F.interpolate(pixels.permute(2, 0, 1)[None], size=size, mode="bilinear", antialias=True)
     return scaled[0].permute(1, 2, 0).numpy()
 
@@ -115,6 +121,7 @@ class TextImageDataset(Dataset):
         cache: ImageReader | None = None,
         skip_broken: bool = False,
         as_bytes: bool = False,
+        remedy: str = "--set SKIP_BROKEN True",
     ):
         """
         records: a split
@@ -125,6 +132,7 @@ class TextImageDataset(Dataset):
         cache: an ImageCache of the same records and largest size
         skip_broken: replace a file that cannot be read by the next good one, with one warning, instead of a DataError
         as_bytes: images as uint8, a quarter of the memory; `Batch.to` converts them on the device
+        remedy: how the command at hand leaves out files that cannot be read
         """
         if not len(records):
             raise DataError(f"{records.name}: the split {records.split!r} holds no image")
@@ -138,6 +146,7 @@ class TextImageDataset(Dataset):
         self.cache = cache
         self.skip_broken = skip_broken
         self.as_bytes = as_bytes
+        self.remedy = remedy
 
         # Which broken files have been named: in shared memory, so that the workers name each of them only once.
         self._named = torch.zeros(len(records) if skip_broken else 0, dtype=torch.bool).share_memory_()
@@ -156,7 +165,7 @@ class TextImageDataset(Dataset):
             try:
                 return self._sample(epoch, index, number)
             except DataError as error:
-                raise DataError(f"{error}, or leave such files out: --set SKIP_BROKEN True") from None
+                raise DataError(f"{error}, or leave such files out: {self.remedy}") from None
 
         # The next image that can be read.
         for candidate in range(index, index + len(self)):

@@ -112,7 +112,8 @@ def draw_candidates(
         if len(texts) - len(forbidden) < num_candidates:
             raise DataError(
                 f"R-precision needs {num_candidates} captions of other images for each image; there are "
-                f"{len(texts) - len(forbidden)} for {captions[row]!r}: draw images for more captions, or rank among fewer"
+                f"{len(texts) - len(forbidden)} for {captions[row]!r}: score images of more captions, or sample them with "
+                f"main.py and rank among fewer with eval/R_precision.py --candidates {max(1, len(texts) - len(forbidden))}"
             )
         drawn = stream(seed, "r-precision candidates", row).choice(
             len(texts), min(len(texts), num_candidates + len(forbidden)), replace=False
@@ -214,7 +215,10 @@ class RPrecision(Metric):
         if encoders is None:
             raise CheckpointError("no encoders; name a DAMSM checkpoint by --encoders")
         if len(run.requests) < protocol.folds:
-            raise DataError(f"{len(run.requests)} images cannot be dealt to {protocol.folds} folds; draw more")
+            raise DataError(
+                f"{len(run.requests)} images cannot be dealt to {protocol.folds} folds; score more, or sample them "
+                f"with main.py and take fewer with eval/R_precision.py --folds {len(run.requests)}"
+            )
         lists = lists_for(run)
         about_samples = (run.text_encoder_hash, run.folder)
         return cls(encoders, run.vocabulary, lists, protocol.folds, protocol.seed, *about_samples)

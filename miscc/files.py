@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any
 
 from miscc.errors import UserError
@@ -65,6 +65,20 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON with an indent, whole or not at all."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a relative path, as it is written, names something inside its folder. Links in the folder are its owner's."""
+    path = PurePath(name.replace("\\", "/"))
+    return not path.is_absolute() and not path.drive and ".." not in path.parts and "\0" not in name and bool(path.name)
+
+
+def parse_json(text: str) -> Any:
+    """json.loads, for text that somebody else wrote. Raises ValueError for everything that is no JSON."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def hash_of_file(path: str | Path) -> str:

@@ -1,6 +1,7 @@
 """Images: reading files as RGB, [-1, 1] <-> uint8. Pictures for people are miscc/pictures.py's."""
 
 import io
+import os
 import warnings
 from pathlib import Path
 
@@ -25,17 +26,17 @@ def open_rgb(path: str | Path, upright: bool = True) -> Image.Image:
 
     upright: turn photos as their EXIF data say, as every viewer does; False for images whose boxes refer to stored pixels
 
-    Raises DataError, naming the file, when it is missing, truncated or no image.
+    Raises DataError, naming the file, when it is missing, truncated, no image, or no file at all, such as a pipe.
     """
+    if isinstance(path, (str, Path)) and not os.path.isfile(path):
+        raise DataError(f"{path}: {'is no file' if os.path.lexists(path) else 'no such image'}")
     try:
         with Image.open(path) as image:
             image.load()
             if upright:
                 ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such image") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged image can raise nearly anything
         raise DataError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
 
 
@@ -50,7 +51,7 @@ def open_pixels(path: str | Path, upright: bool = True) -> torch.Tensor:
 
 def _decode_jpeg(path: str | Path, upright: bool) -> torch.Tensor | None:
     """An upright RGB JPEG without errors as (H, W, 3) uint8; None for everything else, which is left to PIL."""
-    if decode_jpeg is None or not isinstance(path, (str, Path)):
+    if decode_jpeg is None or not isinstance(path, (str, Path)) or not os.path.isfile(path):
         return None
 
     try:

@@ -1,14 +1,13 @@
 """Captions as word indices: how a caption is cut, which words a model knows. Owner of vocabulary.json; works without torch."""
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from miscc.errors import DataError
-from miscc.files import write_json
+from miscc.errors import DataError, shown
+from miscc.files import parse_json, write_json
 
 END = "<end>"  # word 0: the padding
 _WORD = re.compile(r"\w+")  # what the originals ask of nltk's RegexpTokenizer; importing nltk takes two seconds
@@ -27,6 +26,14 @@ def tokenize(caption: str) -> list[str]:
     return [word for word in plain if word]
 
 
+def words_that_lose_letters(caption: str) -> dict[str, str]:
+    """The words of a caption that `tokenize` changes by more than capitals, as {"grüner": "grner"}; "" where none is left."""
+    if caption.isascii():
+        return {}
+    words = _WORD.findall(caption.lower())
+    return {word: word.encode("ascii", "ignore").decode("ascii") for word in words if not word.isascii()}
+
+
 class Vocabulary:
     """The words that an encoder knows, each at its index; index 0 is `<end>`, the padding.
 
@@ -39,13 +46,13 @@ class Vocabulary:
         """words: in the order of their indices, `<end>` first. Raises DataError if it is not, or a word occurs twice."""
         self.words = list(words)
         if not self.words or self.words[0] != END:
-            raise DataError(f"vocabulary: the first entry must be {END}, not {self.words[:1]}")
+            raise DataError(f"vocabulary: the first entry must be {END}, not {shown(self.words[:1])}")
 
         # Lookup by word.
         self._indices = {word: index for index, word in enumerate(self.words)}
         if len(self._indices) != len(self.words):
             twice = next(word for index, word in enumerate(self.words) if self._indices[word] != index)
-            raise DataError(f"vocabulary: {twice!r} is there twice")
+            raise DataError(f"vocabulary: {shown(twice)} is there twice")
 
     def __len__(self) -> int:
         return len(self.words)
@@ -104,7 +111,7 @@ def read_words(path: str | Path) -> list[str]:
     """The list of words in a vocabulary.json. Raises DataError when it is missing or something else."""
     path = Path(path)
     try:
-        words = json.loads(path.read_text(encoding="utf-8"))
+        words = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such vocabulary; write it with `python -m datasets.prepare`") from None
     except (OSError, ValueError) as error:
@@ -139,6 +146,8 @@ def encode_rows(
     lengths = np.zeros(len(captions), dtype=np.int64)
     unknown = []
     for row, caption in enumerate(captions):
+        if re.search("[\ud800-\udfff]", caption):
+            raise DataError(f"caption {shown(caption)} holds bytes that are not UTF-8; save it as UTF-8")
         indices, missing = vocabulary.encode(caption)
         if not indices:
             raise DataError(_nothing_known(caption, missing))
@@ -153,8 +162,8 @@ def encode_rows(
 
 def _nothing_known(caption: str, missing: list[str]) -> str:
     if not missing:
-        return f"caption {caption!r} holds no word; write one such as 'a small red bird with black wings'"
+        return f"caption {shown(caption)} holds no word in Latin letters; write one such as 'a small red bird with black wings'"
     return (
-        f"caption {caption!r}: none of its words ({', '.join(missing)}) is in the model's vocabulary; "
+        f"caption {shown(caption)}: none of its words ({', '.join(missing[:8])[:200]}) is in the model's vocabulary; "
         f"use words that occur in the captions of its training set"
     )

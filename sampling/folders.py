@@ -22,7 +22,7 @@ from datasets.records import Records
 from datasets.text_image import load_resized
 from miscc.checkpoint import hash_tensors
 from miscc.errors import ConfigError, DataError
-from miscc.files import write_atomically, write_json, write_text
+from miscc.files import parse_json, stays_inside, write_atomically, write_json, write_text
 from miscc.pictures import caption_grid, encode_png, save_image, unit_to_uint8
 from miscc.progress import ProgressBar
 from sampling.attention import caption_words, check_attends, write_strips
@@ -40,11 +40,12 @@ def prepare_folder(folder: str | Path, overwrite: bool) -> Path:
     folder = Path(folder)
     if not (folder / CAPTIONS).exists() and not (folder / ABOUT).exists():
         return folder
+    names = sampled_files(folder)
     if not overwrite:
         raise DataError(f"{folder}: holds samples already; give --overwrite, or another folder with --out")
 
     # Delete what the earlier sampling wrote, and nothing else.
-    for name in sampled_files(folder):
+    for name in names:
         stem = name.removesuffix(".png")
         pattern = f"{glob.escape(stem)}_*px.png"
         maps = [path for kind in ("masks", "attention") for path in (folder / kind).glob(pattern)]
@@ -54,14 +55,19 @@ def prepare_folder(folder: str | Path, overwrite: bool) -> Path:
     return folder
 
 
-def sampled_files(folder: Path) -> Iterator[str]:
-    """The images that a folder's captions.jsonl lists."""
+def sampled_files(folder: Path) -> list[str]:
+    """The images that a folder's captions.jsonl lists. Raises DataError for a file that no sampling of ours wrote."""
     if not (folder / CAPTIONS).is_file():
-        return
-    for line in (folder / CAPTIONS).read_text(encoding="utf-8").splitlines():
-        name = json.loads(line).get("file", "")
-        if name and not Path(name).is_absolute() and ".." not in Path(name).parts:
-            yield name
+        return []
+    try:
+        lines = [parse_json(line) for line in (folder / CAPTIONS).read_text(encoding="utf-8").split("\n") if line]
+        names = [line["file"] for line in lines]
+        ours = all(re.search(r"_c[0-9]+_s[0-9]+\.png$", name) and stays_inside(name) for name in names)
+    except (ValueError, TypeError, KeyError):
+        ours = False
+    if not ours:
+        raise DataError(f"{folder / CAPTIONS}: no sampling wrote this file; give another folder with --out")
+    return names
 
 
 def file_stem(request: Request) -> str:

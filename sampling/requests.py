@@ -9,7 +9,8 @@ import numpy as np
 
 from datasets.layout import SPLITS
 from datasets.records import Records
-from miscc.errors import DataError
+from miscc.errors import DataError, shown
+from miscc.files import stays_inside
 from miscc.randomness import stream
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ def example_requests(data_dir: str | Path) -> list[Request]:
     requests: list[Request] = []
     for name in names:
         key = name.removesuffix(".txt")
+        if not stays_inside(key):
+            raise DataError(f"{root / EXAMPLES}: names {shown(key)}, which is not inside {root}; link or copy it there")
         try:
             captions = read_captions(root / f"{key}.txt")
         except DataError as error:

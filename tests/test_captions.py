@@ -11,7 +11,7 @@ from dataset_samples import REAL_DATA, python2_pickle
 from datasets.captions import encode_batch, load_captions_pickle
 from miscc.errors import DataError
 from miscc.randomness import stream
-from miscc.vocabulary import Vocabulary, shorten, tokenize
+from miscc.vocabulary import Vocabulary, shorten, tokenize, words_that_lose_letters
 
 WORDS = ["<end>", "a", "small", "red", "bird", "with", "black", "wings"]
 
@@ -142,3 +142,23 @@ def test_the_vocabulary_of_cub():
     assert len(captions) == 117_880
     assert any("\ufffd\ufffd" in caption for caption in captions)
     assert len(Vocabulary.build(captions)) == 5_450
+
+
+def test_a_caption_that_is_not_utf8_is_refused():
+    vocabulary = Vocabulary(["<end>", "bird"])
+    with pytest.raises(DataError, match="holds bytes that are not UTF-8; save it as UTF-8"):
+        encode_batch([b"bird \xff".decode("utf-8", "surrogateescape")], vocabulary, 5)
+
+
+def test_a_caption_of_other_letters_says_so_and_long_ones_are_cut():
+    vocabulary = Vocabulary(["<end>", "bird"])
+    with pytest.raises(DataError, match="holds no word in Latin letters"):
+        encode_batch(["赤い鳥"], vocabulary, 5)
+    with pytest.raises(DataError, match="is in the model's vocabulary") as error:
+        encode_batch(["fish " * 10_000], vocabulary, 5)
+    assert len(str(error.value)) < 500
+
+
+def test_words_that_lose_letters_by_hand():
+    assert words_that_lose_letters("ein Grüner Vogel, 鳥 é") == {"grüner": "grner", "鳥": "", "é": ""}
+    assert words_that_lose_letters("a red bird!") == {}

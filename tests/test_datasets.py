@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import tarfile
 
 import numpy as np
@@ -10,6 +11,7 @@ from dataset_samples import REAL_DATA, python2_pickle, write_cub, write_image
 
 from datasets import DATASETS, load_records
 from datasets.layout import Entry, splits_present, write_layout
+from datasets.pickles import load_legacy_pickle
 from datasets.sources import birds
 from datasets.sources.building import BuildOptions
 from datasets.text_image import TextImageDataset
@@ -152,6 +154,66 @@ def test_a_damaged_layout_names_the_line(layout, line):
         file.write(line + "\n")
     with pytest.raises(DataError, match="train.jsonl, line 3"):
         load_records("folder", layout, "train")
+
+
+RECORD = {"key": "k9", "image": "images/0.jpg", "captions": ["a bird"], "class_id": 0}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"key": 1}, {"key": ""}, {"key": "k0"}, {"image": None}, {"captions": "a bird"}, {"captions": []},
+        {"captions": [1]}, {"class_id": "0"}, {"class_id": 2**70}, {"class_id": True}, {"box": [1, 2, 3]},
+        {"box": [1, 2, 3, "4"]}, {"box": [1, 2, 3, 1e400]}, {"captions": ["half \ud800"]}, {"image": "a\0b.jpg"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_layout_edited_by_hand_names_file_and_line(layout, changed):
+    with (layout / "train.jsonl").open("a") as file:
+        file.write(json.dumps(RECORD | changed) + "\n")
+    with pytest.raises(DataError, match="train.jsonl, line 3: is no record of ours") as error:
+        load_records("folder", layout, "train")
+    assert len(str(error.value)) < 500 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("line", [b"\xff", b"[" * 100_000, b'{"key": ' + b"9" * 5000 + b"}"])
+def test_bytes_that_are_no_json_name_file_and_line(layout, line):
+    with (layout / "train.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(DataError, match="train.jsonl, line 3"):
+        load_records("folder", layout, "train")
+
+
+def test_an_empty_layout_is_refused(layout):
+    (layout / "train.jsonl").write_text("")
+    with pytest.raises(DataError, match="train.jsonl: holds no record; run prepare again"):
+        load_records("folder", layout, "train")
+
+
+@pytest.mark.parametrize("image", ["/etc/passwd", "../secret.png", "images/../../secret.png", "..\\secret.png", "."])
+def test_an_image_outside_the_data_folder_is_refused(layout, image):
+    with (layout / "train.jsonl").open("a") as file:
+        file.write(json.dumps(RECORD | {"image": image}) + "\n")
+    with pytest.raises(DataError, match="line 3: .*is outside the data folder; a link in the folder may lead there"):
+        load_records("folder", layout, "train")
+
+
+def test_keys_of_metadata_stay_inside_the_data_folder(metadata):
+    names = metadata / "train" / "filenames.pickle"
+    keys = load_legacy_pickle(names)
+    for bad in ("../../secret", "/etc/passwd", ["nested"]):
+        names.write_bytes(pickle.dumps([bad, *keys[1:]], protocol=2))
+        with pytest.raises(DataError, match="filenames.pickle: .* names no image inside the data folder"):
+            load_records("birds", metadata, "train")
+
+
+@pytest.mark.parametrize("caption", [[[1]], ["red"], [-1], None, [2**70]], ids=str)
+def test_captions_in_the_pickle_that_are_none(metadata, caption):
+    path = metadata / "captions.pickle"
+    train, test, *vocabularies = load_legacy_pickle(path)
+    path.write_bytes(pickle.dumps([[caption, *train[1:]], test, *vocabularies], protocol=2))
+    with pytest.raises(DataError, match="captions.pickle: (a caption is no list|word -1 is beyond)"):
+        load_records("birds", metadata, "train")
 
 
 def test_moved_images_show_before_training(layout):

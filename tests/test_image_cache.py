@@ -18,8 +18,10 @@ from PIL import Image
 from datasets import cache as cache_module
 from datasets.cache import ImageCache
 from datasets.loading import training_loader
+from datasets.settings import DataSettings
 from datasets.text_image import TextImageDataset, load_resized
 from miscc.errors import DataError
+from training.data import make_dataset
 
 BOXES = np.array([[3.0 * number, 5.0, 20.0, 12.0] for number in range(6)])
 
@@ -218,3 +220,29 @@ def test_a_folder_that_cannot_be_written_is_named(records, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="train without --cache"):
         ImageCache.open(records, 32, tmp_path / "file" / "cache")
+
+
+def test_zeroed_pixels_are_read_from_the_image_itself(records, tmp_path, caplog):
+    path = ImageCache.open(records, 32, tmp_path / "cache").path
+    content = bytearray(path.read_bytes())
+    content[:2000] = bytes(2000)
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert_equals_uncached(ImageCache.open(records, 32, tmp_path / "cache"), records, 32)
+    assert caplog.text.count("is damaged; damaged images are read from their own files") == 1
+
+
+@pytest.mark.parametrize("offset", [0, 8, 16, 24])
+def test_a_damaged_table_is_rebuilt(records, tmp_path, decoded, offset):
+    path = ImageCache.open(records, 32, tmp_path / "cache").path
+    content = bytearray(path.read_bytes())
+    content[len(content) - cache_module._FOOTER.size - 2 * 32 + offset + 1] ^= 0x10
+    path.write_bytes(content)
+    assert_equals_uncached(ImageCache.open(records, 32, tmp_path / "cache"), records, 32)
+    assert len(decoded) == 12
+
+
+def test_the_cache_may_lie_on_another_disk(records, tmp_path):
+    settings = DataSettings(keep_decoded=True, data_dir=str(tmp_path / "data"), cache_dir=str(tmp_path / "large"))
+    make_dataset(settings, records, [32], seed=1, augment=False)
+    assert list((tmp_path / "large").glob("*.images")) and not (tmp_path / "data").exists()

@@ -1,5 +1,8 @@
 """Streamed statistics, their cache and files, and the resize filters and labels of the networks."""
 
+import io
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -282,3 +285,32 @@ def test_efficientnet_knows_what_it_sees():
     _, logits = network.extract_features([stripes, np.full((224, 224, 3), 128, np.uint8)])
     zebra, flat = logits.softmax(dim=1)
     assert network.published and float(zebra.max()) > 0.2 and int(zebra.argmax()) != int(flat.argmax())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"made_by": np.array("[]")}, {"made_by": np.array("{")}, {"made_by": np.array('{"protocol": 3}')},
+        {"made_by": np.array('{"skipped": 3}')}, {"made_by": np.array("[" * 100_000)}, {"num_images": np.arange(3)},
+        {"num_images": np.array("many")}, {"mu": np.array(["a"])}, {"mu": np.array(3.0)}, {"sigma": np.zeros((2, 3))},
+    ],
+    ids=lambda changed: str(changed)[:50],
+)  # fmt: skip
+def test_statistics_of_another_form_are_one_line(tmp_path, changed):
+    arrays = {"mu": np.zeros(2), "sigma": np.eye(2), "num_images": np.array(5), "made_by": np.array("{}")}
+    np.savez(tmp_path / "good.npz", **arrays)
+    assert load_statistics(tmp_path / "good.npz").num_images == 5
+    np.savez(tmp_path / "bad.npz", **(arrays | changed))
+    with pytest.raises(DataError, match="bad.npz") as error:
+        load_statistics(tmp_path / "bad.npz")
+    assert len(str(error.value)) < 500
+
+
+def test_statistics_that_declare_more_than_memory_are_refused(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**9, 10**9)})
+    with zipfile.ZipFile(tmp_path / "large.npz", "w") as archive:
+        archive.writestr("mu.npy", header.getvalue())
+        archive.writestr("sigma.npy", header.getvalue())
+    with pytest.raises(DataError, match="large.npz: cannot be read as statistics"):
+        load_statistics(tmp_path / "large.npz")

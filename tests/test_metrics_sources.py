@@ -1,5 +1,6 @@
 """Where scores read images: every kind of input, odd and broken images, and how many are held at a time."""
 
+import io
 import json
 import os
 import zipfile
@@ -11,6 +12,7 @@ from PIL import Image
 
 from eval.features.sources import batches, drop_broken, open_source, read_samples
 from miscc.errors import DataError
+from miscc.images import open_pixels, open_rgb
 
 
 def all_images(source, batch_size=4):
@@ -170,3 +172,42 @@ def test_few_images_are_held_however_many_there_are(tmp_path):
         most = max(most, fetched - used)
         used += len(batch)
     assert used == 3000 and most == 10 + 2 * 3
+
+
+@pytest.mark.parametrize("shape", [(10**9, 1000, 1000, 3), (2, 10**12, 10**12, 3), (3, -4, 4, 3)])
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_an_array_that_declares_more_than_its_file_holds(tmp_path, shape, suffix):
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    path = tmp_path / f"images{suffix}"
+    if suffix == ".npy":
+        path.write_bytes(content.getvalue() + bytes(48))
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("images.npy", content.getvalue() + bytes(48))
+    with pytest.raises(DataError, match="more than the file can hold|has shape"):
+        open_source(path)
+
+
+def test_a_pipe_named_as_an_image_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(DataError, match="x.png: is no file"):
+        open_rgb(tmp_path / "x.png")
+    with pytest.raises(DataError, match="x.png: is no file"):
+        open_pixels(tmp_path / "x.png")
+    with pytest.raises(DataError, match="x.png: is no file, or leave such files out with --skip-broken"):
+        open_source(tmp_path).read(0)
+
+
+@pytest.mark.parametrize("name", ["../x.png", "/etc/passwd"])
+def test_samples_outside_their_folder_are_refused(tmp_path, name):
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"file": name, "caption": "a bird"}) + "\n")
+    with pytest.raises(DataError, match="captions.jsonl, line 1: .*outside the folder"):
+        open_source(tmp_path)
+
+
+def test_captions_of_samples_may_hold_any_sign(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a_c0_s0.png")
+    line = json.dumps({"file": "a_c0_s0.png", "caption": "red\u2028bird\x85"}, ensure_ascii=False)
+    (tmp_path / "captions.jsonl").write_text(line + "\n", encoding="utf-8")
+    assert read_samples(tmp_path)[0].caption == "red\u2028bird\x85"

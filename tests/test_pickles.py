@@ -3,6 +3,7 @@
 import collections
 import os
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -99,3 +100,42 @@ def test_damaged_pickles_are_named(tmp_path, content):
 def test_a_missing_pickle_is_named(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         load_legacy_pickle(tmp_path / "none.pickle")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02]r\xff\xff\xff\x10.",  # a memo of 285 million places
+        b"]p400000000\n.",
+        b"\x80\x05\x96\xff\xff\xff\xff\x01\0\0\0.",  # a bytearray of 8 GB
+        b"\x80\x04\x8e\xff\xff\xff\xff\x01\0\0\0.",
+        b"\x80\x02X\xff\xff\xff\x7fa.",
+        b"\x80\x02\x8b\xff\xff\xff\x7fa.",
+        b"cbuiltins\nbytearray\n(I4000000000\ntR.",
+        b"cbuiltins\nbytes\n(I4000000000\ntR.",
+        b"cnumpy\nndarray\n((I4000000000\nttR.",
+        b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'V2000000000'\ntRtR.",
+    ],
+)
+def test_a_few_bytes_take_no_gigabytes(tmp_path, content):
+    path = written(tmp_path, content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="some.pickle: cannot be read as a pickle"):
+            load_legacy_pickle(path)
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_every_operation_is_walked_by_its_length(tmp_path):
+    """A walk that lost its place would refuse these: every protocol, long texts, more than 256 memo numbers."""
+    value = {
+        "texts": ["x" * 300, "é" * 70_000, *map(str, range(400))],
+        "numbers": [*range(-3, 70_000, 999), 2**70, 1.5],
+    }
+    value |= {"bytes": b"..(r" * 100, "array": np.arange(5), "none": None, "flags": (True, False), "set": {1, 2}}
+    for protocol in range(6):
+        loaded = load_legacy_pickle(written(tmp_path, pickle.dumps(value, protocol=protocol)))
+        assert loaded.pop("array").tolist() == [0, 1, 2, 3, 4]
+        assert loaded == {name: content for name, content in value.items() if name != "array"}

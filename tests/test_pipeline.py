@@ -20,10 +20,10 @@ from models.damsm import TextEncoder
 from models.ssa_gan import SSAGenerator
 from sampling import folders as sampling
 from sampling.encoders import load_encoders
-from sampling.folders import file_stem, sample
+from sampling.folders import file_stem, prepare_folder, sample
 from sampling.interpolate import interpolate
 from sampling.pipeline import TextToImage
-from sampling.requests import caption_requests, read_captions, split_requests
+from sampling.requests import caption_requests, example_requests, read_captions, split_requests
 from training.data import read_records
 from training.trainer import train
 
@@ -299,3 +299,34 @@ def test_encoders_of_the_authors_without_an_image_encoder(released):
         CheckpointError, match="text_encoder200.pth: a generator is wanted, but the tensors are of a DAMSM"
     ):
         TextToImage.from_released(folder / "text_encoder200.pth", folder / "text_encoder200.pth", folder, "cpu")
+
+
+FOREIGN = [
+    json.dumps({"image": "a.png", "caption": "a bird"}), json.dumps({"file": "mine.txt"}), json.dumps({"file": "photo.png"}),
+    json.dumps({"file": "../a_c0_s0.png"}), json.dumps({"file": 3}), "[1]", "no JSON", "[" * 100_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", FOREIGN, ids=lambda line: line[:30])
+def test_overwrite_removes_nothing_that_no_sampling_wrote(tmp_path, line):
+    files = {tmp_path / name for name in ("mine.txt", "photo.png", "a.png", "captions.jsonl")}
+    for path in files:
+        path.write_text(line + "\n")
+    with pytest.raises(DataError, match="captions.jsonl: no sampling wrote this file; give another folder"):
+        prepare_folder(tmp_path, overwrite=True)
+    assert set(tmp_path.iterdir()) == files
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret.txt", "."])
+def test_examples_outside_the_data_folder_are_refused(tmp_path, name):
+    (tmp_path / "example_filenames.txt").write_text(name + "\n")
+    with pytest.raises(DataError, match="example_filenames.txt: names .*, which is not inside"):
+        example_requests(tmp_path)
+
+
+def test_examples_behind_a_link_of_the_user_are_read(tmp_path):
+    (tmp_path / "elsewhere.txt").write_text("a red bird\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "linked.txt").symlink_to(tmp_path / "elsewhere.txt")
+    (tmp_path / "data" / "example_filenames.txt").write_text("linked\n")
+    assert [request.caption for request in example_requests(tmp_path / "data")] == ["a red bird"]

@@ -1,5 +1,7 @@
 """`python -m datasets.prepare`: what it writes, says and refuses."""
 
+import json
+import logging
 import os
 import subprocess
 import sys
@@ -178,3 +180,94 @@ def test_real_photos(tmp_path, capsys, name, images, train, test):
     assert test is None or len(load_records("folder", root, "test")[0]) == test
     assert {len(group) for group in records.captions} <= {5, 6}
     assert vocabulary.decode(records.captions[0][0]).split() == prepare.tokenize(records.texts[0][0])
+
+
+def test_the_next_commands_are_filled_in(root, capsys, monkeypatch, tmp_path_factory):
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+    spaced = root.rename(root.with_name("my birds"))
+    prepare.main(["folder", "--root", str(spaced)])
+    encoders, gan = (line.split() for line in capsys.readouterr().out.splitlines()[-3:-1])
+    pretrain = "python pretrain_DAMSM.py --cfg cfg/DAMSM/folder.yml --data-dir"
+    assert " ".join(encoders) == f"{pretrain} '{spaced}' --set TRAIN.BATCH_SIZE 8"
+    assert " ".join(gan) == f"python main.py --cfg cfg/folder.yml --data-dir '{spaced}' --set TRAIN.BATCH_SIZE 8"
+
+    # A second data set of one's own: its encoders do not meet those of the first.
+    Path("DAMSMencoders/folder").mkdir(parents=True)
+    Path("DAMSMencoders/folder/best.pth").touch()
+    encoders, gan = prepare.next_commands("folder", Path("data/second"), 500)
+    assert encoders.endswith("--out DAMSMencoders/second --data-dir data/second")
+    assert gan.endswith("--data-dir data/second --set TEXT.DAMSM_NAME DAMSMencoders/second/best.pth")
+    assert prepare.next_commands("birds", Path("data/birds"), 8855)[1] == "python main.py --cfg cfg/bird.yml"
+
+
+def test_verify_says_so_when_all_is_well(root, capsys):
+    prepare.main(["folder", "--root", str(root), "--verify"])
+    assert "verified: all 6 images can be read" in capsys.readouterr().out
+
+
+def test_images_outside_the_data_folder_are_reached_through_a_link(root, tmp_path_factory, capsys):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "photos"
+    (root / "images").rename(elsewhere)
+    for _ in range(2):
+        prepare.main(["folder", "--root", str(root), "--images", str(elsewhere)])
+    records, _ = load_records("folder", root, "train")
+    assert [path.name for path in records.image_paths] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    assert records.image_paths[0].parent == root / "linked_images" and records.image_paths[0].is_file()
+
+
+@pytest.mark.parametrize("option", [["--seed", "-1"], ["--seed", str(2**32)]])
+def test_a_seed_that_no_draw_can_use(root, option, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        prepare.main(["folder", "--root", str(root), *option])
+    assert stopped.value.code == 2 and "argument --seed: must" in capsys.readouterr().err
+
+
+def test_sizes_of_toybirds_are_positive(tmp_path, capsys):
+    for option in ("--train-size", "--test-size", "--image-size"):
+        with pytest.raises(SystemExit):
+            prepare.main(["toybirds", "--root", str(tmp_path), option, "-5"])
+        assert "must be at least 1" in capsys.readouterr().err
+
+
+def test_words_that_lose_letters_are_named(root, capsys, caplog):
+    with (root / "captions.csv").open("a", encoding="utf-8") as file:
+        file.write("0.jpg,ein grüner Vogel über 鳥\n")
+    with caplog.at_level(logging.WARNING):
+        prepare.main(["folder", "--root", str(root)])
+    assert (
+        "3 words lose letters outside ASCII, as in AttnGAN: grüner -> grner, über -> ber, 鳥 -> nothing" in caplog.text
+    )
+    assert "TEXT.ENCODER clip" in caplog.text
+
+
+def test_captions_without_latin_letters_are_called_that(root, capsys, caplog):
+    rows = [f"{number}.jpg,赤い鳥{'！' * number}" for number in range(6)]
+    (root / "captions.csv").write_text("\n".join(["image,caption", *rows]), encoding="utf-8")
+    with pytest.raises(DataError, match="6 captions hold no word in Latin letters or digits, e.g. '赤い鳥") as error:
+        prepare.main(["folder", "--root", str(root)])
+    assert "fit none" not in str(error.value)
+    rows[0] = "0.jpg,a bird"
+    rows[5] = "5.jpg,another bird"
+    (root / "captions.csv").write_text("\n".join(["image,caption", *rows]), encoding="utf-8")
+    (root / "train.txt").write_text("0\n")
+    (root / "test.txt").write_text("5\n")
+    prepare.main(["folder", "--root", str(root)])
+    assert "4 captions without a word in Latin letters or digits are left out" in caplog.text
+
+
+def test_half_a_character_in_a_caption_is_one_line(root):
+    lines = [json.dumps({"image": f"{number}.jpg", "caption": "a bird \ud800"}) for number in range(6)]
+    (root / "captions.csv").unlink()
+    (root / "captions.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match="is not UTF-8; rename the file, or write the caption anew"):
+        prepare.main(["folder", "--root", str(root)])
+    assert not (root / "train.jsonl").exists()
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"image": "0.jpg", "caption": "\xff"}', b"9" * 5000])
+@pytest.mark.parametrize("name", ["captions.jsonl", "captions.json"])
+def test_json_that_is_none_is_one_line(root, content, name):
+    (root / "captions.csv").unlink()
+    (root / name).write_bytes(content)
+    with pytest.raises(DataError, match=r"captions\.json|no captions found"):
+        prepare.main(["folder", "--root", str(root), "--captions", str(root / name)])

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from datasets.settings import DataSettings
 from miscc.checkpoint import load_checkpoint, save_checkpoint
 from miscc.distributed import World
 from miscc.errors import CheckpointError, ConfigError, DataError, TrainingError
+from training.data import fixed_captions, read_records
 from training.ema import EMA
 from training.resume import changed_settings
 from training.run_dir import RunDir
@@ -345,3 +347,13 @@ def test_run_directories_are_numbered(tmp_path):
     with pytest.raises(CheckpointError, match="no such run"):
         RunDir.newest(tmp_path, "bird")
     assert RunDir.newest(tmp_path, "bird", must_exist=False) is None
+
+
+def test_pictured_captions_do_not_come_twice(drawn_folder):
+    settings = DataSettings(dataset="folder", data_dir=str(drawn_folder))
+    records = read_records(settings, "test")
+    every = [records.text(index, 0) for index in range(len(records))]
+    for count in (1, 5, len(records), 40):
+        captions = fixed_captions(settings, records.vocabulary, records, count)
+        assert len(set(captions)) == len(captions) and set(captions) <= set(every)
+    assert captions == list(dict.fromkeys(every))

@@ -185,6 +185,7 @@ def encoders_for(system: ChosenSystem, start: StartSettings, data: DataSettings)
         )
 
     # The files.
+    key = {"damsm": "TEXT.DAMSM_NAME", "clip": "CLIP.WEIGHTS"}[start.kind]
     encoders = ENCODERS_OF[start.kind](start, data)
     vocabulary = encoders.vocabulary or released_vocabulary(data.data_dir)
     if not objective.needs_image_encoder and start.kind != objective.encoders_with_images:
@@ -194,12 +195,12 @@ def encoders_for(system: ChosenSystem, start: StartSettings, data: DataSettings)
     num_known = encoders.text_encoder.embedding.num_embeddings
     if num_known != len(vocabulary):
         raise CheckpointError(
-            f"TEXT.DAMSM_NAME: {start.encoders} knows {num_known} words, the captions.pickle in {data.data_dir} has "
-            f"{len(vocabulary)}; take the metadata that these encoders were trained with"
+            f"{key}: {start.encoders_path} knows {num_known} words, its vocabulary (without one of its own, the captions.pickle "
+            f"in {data.data_dir}) has {len(vocabulary)}; take the one that these encoders were trained with"
         )
     if encoders.image_encoder is None and objective.needs_image_encoder:
         raise CheckpointError(
-            f"TEXT.DAMSM_NAME: there is no image encoder beside {start.encoders}; put the released "
+            f"{key}: there is no image encoder beside {start.encoders_path}; put the released "
             f"image_encoder*.pth there, or train without the DAMSM loss: --set TRAIN.DAMSM_WEIGHT 0"
         )
 

@@ -64,7 +64,8 @@ def pretrain(
         raise CheckpointError(f"nothing to resume: {run.last} does not exist; start without --resume")
     if (run.last.is_file() or run.best.is_file()) and not resume and not overwrite:
         raise CheckpointError(
-            f"{run.path}: holds encoders already; give --resume, --overwrite, or another folder with --out"
+            f"{run.path}: holds encoders already; give --resume, --overwrite, or, for other data, another folder: "
+            f"--out DIR here, and --set TEXT.DAMSM_NAME DIR/best.pth for main.py"
         )
 
     # Everything that may be refused comes before the first file.

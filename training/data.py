@@ -71,7 +71,7 @@ def make_dataset(
     """
     cache = None
     if settings.keep_decoded:
-        folder = Path(settings.data_dir) / "cache"
+        folder = Path(settings.cache_dir or Path(settings.data_dir) / "cache")
         cache = ImageCache.open(records, max(image_sizes), folder, settings.skip_broken)
     return TextImageDataset(
         records,
@@ -93,9 +93,10 @@ def fixed_captions(settings: DataSettings, vocabulary: Vocabulary, training_reco
         logger.warning("pictures will show training captions: %s", error)
         records = training_records
 
-    # The first caption of each.
-    last, num_gaps = len(records) - 1, max(1, count - 1)
+    # The first caption of each image; each caption once.
+    last, num_gaps = len(records) - 1, max(1, min(count, len(records)) - 1)
     captions = [records.text(round(index * last / num_gaps), 0) for index in range(min(count, len(records)))]
+    captions = list(dict.fromkeys(captions))
 
     # Encoders that were trained on other captions may know no word of some.
     return [caption for caption in captions if vocabulary.encode(caption)[0]]

@@ -11,7 +11,7 @@ from miscc.errors import CheckpointError, ConfigError, DataError
 from models.choice import keys_of, network_parts
 
 # What any run may have its own way, without a word about it.
-FREE = {"RESTORE", "GPU_ID", "WORKERS", "DATA_CACHE", "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS", "TRAIN.MAX_MINUTES",
+FREE = {"RESTORE", "GPU_ID", "WORKERS", "DATA_CACHE", "DATA_CACHE_DIR", "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS", "TRAIN.MAX_MINUTES",
         "TRAIN.TRACKER"}  # fmt: skip
 # What shapes the encoders, their data or the order of it.
 ENCODER_KEYS = ("SEED", "RNN_TYPE", "DAMSM.IMAGE_ENCODER", "TREE.BASE_SIZE", "TEXT.EMBEDDING_DIM", "TEXT.WORDS_NUM",

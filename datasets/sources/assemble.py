@@ -13,10 +13,10 @@ from pathlib import Path
 
 from datasets.layout import SPLITS, Entry
 from datasets.sources.building import BuildOptions, named
-from miscc.errors import DataError
+from miscc.errors import DataError, shown
 from miscc.images import IMAGE_SUFFIXES
 from miscc.randomness import stream
-from miscc.vocabulary import tokenize
+from miscc.vocabulary import tokenize, words_that_lose_letters
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +122,11 @@ def assemble(
     captions: dict[str, list[str]] = {}
     classes: dict[str, str] = {}
     lost: dict[str, None] = {}
+    wordless: dict[str, None] = {}
     for row in rows:
-        texts = [text for text in (" ".join(caption.split()) for caption in row.captions) if tokenize(text)]
+        written = [text for text in (" ".join(caption.split()) for caption in row.captions) if text]
+        texts = [text for text in written if tokenize(text)]
+        wordless |= dict.fromkeys(text for text in written if not tokenize(text))
         path = index.find(row.image)
         if path is None:
             lost[row.image] = None
@@ -133,11 +136,21 @@ def assemble(
                 classes[path] = row.class_name
 
     # Say what is left out, and stop where nothing is left.
+    if wordless:
+        logger.warning(
+            "%d captions without a word in Latin letters or digits are left out: %s", len(wordless), named(wordless)
+        )
+    _warn_of_lost_letters(text for texts in captions.values() for text in texts)
     if lost:
         logger.warning("%d names with captions, but no such image (or several): %s", len(lost), named(lost))
     bare = [path for path in index.paths if path not in captions]
     if bare:
         logger.warning("%d images without a caption are left out: %s", len(bare), named(bare))
+    if not captions and wordless:
+        raise DataError(
+            f"{root}: not one image with a caption that the encoders can read: {len(wordless):,} captions hold no word in "
+            f"Latin letters or digits, e.g. {shown(next(iter(wordless)))}; translate them"
+        )
     if not captions:
         raise DataError(
             f"{root}: not one image with a caption: {len(index.paths):,} images in {index.folder}, {len(lost):,} names "
@@ -147,6 +160,20 @@ def assemble(
 
     entries = _entries(sorted(captions), captions, classes, index)
     return _by_lists(entries, index, lists) if lists else _seeded(entries, options)
+
+
+def _warn_of_lost_letters(captions: Iterable[str]) -> None:
+    """Say which words lose letters outside ASCII, which AttnGAN's tokenizer takes out of words."""
+    changed: dict[str, str] = {}
+    for caption in captions:
+        changed |= words_that_lose_letters(caption)
+    if changed:
+        examples = [f"{word} -> {plain or 'nothing'}" for word, plain in changed.items()]
+        logger.warning(
+            "%d words lose letters outside ASCII, as in AttnGAN: %s; spell them without (gruen), or train with CLIP's encoder, "
+            "which reads them (TEXT.ENCODER clip)",
+            *(len(changed), named(examples)),
+        )
 
 
 def _entries(

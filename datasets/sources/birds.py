@@ -15,7 +15,8 @@ import numpy as np
 from datasets.layout import Entry
 from datasets.pickles import load_legacy_pickle
 from datasets.sources.building import BuildOptions, first_present, missing_pieces, named
-from miscc.errors import DataError
+from miscc.errors import DataError, shown
+from miscc.files import stays_inside
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +138,8 @@ def _read_names(path: Path) -> dict[str, str]:
     for line in path.read_text(encoding="utf-8").splitlines():
         number, _, name = line.strip().partition(" ")
         if name:
+            if not stays_inside(name):
+                raise DataError(f"{path}: {shown(name)} is not inside the folder of the images; take it out")
             names[number] = os.path.splitext(name.strip())[0]
     return names
 
@@ -146,9 +149,12 @@ def _read_boxes(images: _Images) -> dict[str, list[float]]:
     names = _read_names(images.names)
     boxes = {}
     for line in images.boxes.read_text(encoding="utf-8").splitlines():
-        number, *box = line.split()
+        number, *box = line.split() or [""]
         if number in names and len(box) == 4:
-            boxes[names[number]] = [float(value) for value in box]
+            try:
+                boxes[names[number]] = [float(value) for value in box]
+            except ValueError as error:
+                raise DataError(f"{images.boxes}: image {number}: {error}; copy the file again") from None
     return boxes
 
 

@@ -1,6 +1,5 @@
 """COCO 2014 with its captions: where the originals lie. Each image is a class of its own, and there are no boxes."""
 
-import json
 import logging
 import os
 from collections import defaultdict
@@ -10,6 +9,7 @@ from pathlib import Path
 from datasets.layout import Entry
 from datasets.sources.building import BuildOptions, first_present, missing_pieces, named
 from miscc.errors import DataError
+from miscc.files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +83,11 @@ def read_coco_captions(path: Path) -> dict[str, list[str]]:
     Raises DataError when the file is of another form.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         captions = defaultdict(list)
         for annotation in content["annotations"]:
             captions[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
         named_images = {image["file_name"]: captions[image["id"]] for image in content["images"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: is not COCO's caption JSON ({type(error).__name__}: {error})") from None
+        raise DataError(f"{path}: is not COCO's caption JSON ({type(error).__name__}: {str(error)[:200]})") from None
     return {name: texts for name, texts in named_images.items() if texts}

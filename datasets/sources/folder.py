@@ -5,7 +5,6 @@ How caption files are read; matching their names to image files and making split
 
 import csv
 import io
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from datasets.sources.assemble import ImageIndex, Row, assemble, image_index, lo
 from datasets.sources.building import BuildOptions
 from datasets.sources.coco import read_coco_captions
 from miscc.errors import DataError
+from miscc.files import parse_json
 
 __all__ = ["build", "locate"]
 
@@ -85,7 +85,7 @@ def _find_source(root: Path) -> Path | None:
 
 def _is_coco(path: Path) -> bool:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and {"images", "annotations"} <= content.keys()
@@ -143,7 +143,7 @@ def _json_lines(path: Path, options: BuildOptions) -> list[Row]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise DataError(f"{path}, line {number}: is no JSON ({error})") from None
         if not isinstance(record, dict):

@@ -41,7 +41,8 @@ class RealImages:
 
     def __init__(self, records: Records, image_size: int, crop: str = "middle", seed: int = 0):
         self.records, self.image_size, self.crop, self.seed = records, image_size, crop, seed
-        self._dataset = TextImageDataset(records, [image_size], seed=seed, augment=crop == "augmented")
+        remedy = f"python -m datasets.prepare {records.name} --drop-broken"
+        self._dataset = TextImageDataset(records, [image_size], seed=seed, augment=crop == "augmented", remedy=remedy)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -6,7 +6,7 @@ changes with its content.
 
 import hashlib
 import io
-import json
+import math
 import os
 import zipfile
 import zlib
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from miscc.errors import DataError
+from miscc.errors import DataError, shown
+from miscc.files import parse_json, stays_inside
 from miscc.images import IMAGE_SUFFIXES, open_rgb
 from miscc.progress import ProgressBar
 
@@ -49,8 +50,8 @@ class ImageSource:
         return len(self.names)
 
     def read(self, index: int) -> np.ndarray:
-        """One image as (H, W, 3) uint8. Raises DataError, naming it, when it cannot be read."""
-        return decode(self.fetch(index), self._title(index))
+        """One image as (H, W, 3) uint8. Raises DataError, naming it and --skip-broken, when it cannot be read."""
+        return _decode(self.fetch(index), self._title(index))
 
     def fingerprint(self) -> str:
         """32 hex digits that stay the same as long as the files do."""
@@ -83,6 +84,14 @@ def decode(item: Path | bytes | np.ndarray, title: str) -> np.ndarray:
     if isinstance(item, np.ndarray):
         return item if item.ndim == 3 and item.shape[2] == 3 else np.repeat(item.reshape(*item.shape[:2], 1), 3, 2)
     return np.array(open_rgb(item if isinstance(item, Path) else _NamedBytes(item, title)))
+
+
+def _decode(item: Path | bytes | np.ndarray, title: str) -> np.ndarray:
+    """`decode` for an image of a script, all of which have --skip-broken."""
+    try:
+        return decode(item, title)
+    except DataError as error:
+        raise DataError(f"{error}, or leave such files out with --skip-broken") from None
 
 
 def open_source(path: str | Path) -> ImageSource:
@@ -121,11 +130,13 @@ def read_samples(folder: str | Path) -> list[Sample]:
 
     # One record a line.
     samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line.decode("utf-8"))
+            if not stays_inside(str(record["file"])):
+                raise ValueError("the file is outside the folder")
             samples.append(
                 Sample(
                     file=str(record["file"]),
@@ -135,8 +146,8 @@ def read_samples(folder: str | Path) -> list[Sample]:
                     sample=int(record.get("sample") or 0),
                 )
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}, line {number}: not a record with `file` and `caption` ({error!r})") from None
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise DataError(f"{path}, line {number}: not a record with `file` and `caption` ({shown(error)})") from None
 
     # Every image must be there.
     missing = [sample.file for sample in samples if not (folder / sample.file).is_file()]
@@ -159,7 +170,7 @@ def batches(source: ImageSource, batch_size: int, workers: int | None = None) ->
             stop = min(start + batch_size, len(source))
             while following < min(stop + 2 * workers, len(source)):
                 item = source.fetch(following)
-                waiting.append(pool.submit(decode, item, source._title(following)))
+                waiting.append(pool.submit(_decode, item, source._title(following)))
                 following += 1
             yield [waiting.popleft().result() for _ in range(start, stop)]
     finally:
@@ -224,16 +235,16 @@ def _sample_folder(path: Path) -> ImageSource:
 def _list(path: Path) -> ImageSource:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, OSError):
         raise DataError(f"{path}: neither a folder, a .zip, a .npz nor a text file of paths") from None
     names = [line for line in lines if line]
     files, missing = [], []
     for name in names:
-        choices = [path.resolve().parent / name, Path(name).resolve()]  # beside the list, or where we are
-        file = next((choice for choice in choices if choice.is_file()), None)
+        choices = [path.resolve().parent / name, Path(name).absolute()]  # beside the list, or where we are
+        file = next((choice for choice in choices if os.path.isfile(choice)), None)
         (files if file else missing).append(file or name)
     if missing:
-        raise DataError(f"{path}: {len(missing)} of its {len(names)} images are not there, e.g. {missing[0]}")
+        raise DataError(f"{path}: {len(missing)} of its {len(names)} images are not there, e.g. {missing[0][:200]}")
     return _files(path, names, files)
 
 
@@ -265,10 +276,12 @@ def _zip(path: Path) -> ImageSource:
 
 def _array(path: Path) -> ImageSource:
     """Reads the array forwards, image by image, so that a large .npz never lies in memory as a whole."""
-    stream, member = _open_array(path)
+    stream, member, num_bytes = _open_array(path)
     shape, channels_first = _image_shape(path, member, stream)
-    size = int(np.prod(shape[1:]))
+    size = math.prod(shape[1:])
     start = stream.tell()
+    if math.prod(shape) > num_bytes:
+        raise DataError(f"{path}: declares {shape} bytes of images, more than the file can hold; copy it again")
 
     def fetch(index: int) -> np.ndarray:
         stream.seek(start + index * size)
@@ -285,9 +298,9 @@ def _array(path: Path) -> ImageSource:
 
 
 def _open_array(path: Path):
-    """A seekable stream at the start of the .npy data, and the array's name."""
+    """A seekable stream at the start of the .npy data, the array's name, and how many bytes it can be at most."""
     if path.suffix.lower() == ".npy":
-        return open(path, "rb"), path.name
+        return open(path, "rb"), path.name, path.stat().st_size
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as error:
@@ -298,7 +311,15 @@ def _open_array(path: Path):
     named = [name for name in members if name in ("images.npy", "arr_0.npy")] or members
     if len(named) != 1:
         raise DataError(f"{path}: holds the arrays {', '.join(members) or '(none)'}; call that of the images `images`")
-    return archive.open(named[0]), named[0]
+    about = archive.getinfo(named[0])
+    try:
+        return (
+            archive.open(named[0]),
+            named[0],
+            min(about.file_size, 1100 * about.compress_size),
+        )  # deflate packs 1 : 1032
+    except (zipfile.BadZipFile, OSError, RuntimeError) as error:
+        raise DataError(f"{path}: {named[0]} cannot be unpacked ({error}); copy it again") from None
 
 
 def _image_shape(path: Path, member: str, stream) -> tuple[tuple[int, ...], bool]:
@@ -307,14 +328,14 @@ def _image_shape(path: Path, member: str, stream) -> tuple[tuple[int, ...], bool
         version = np.lib.format.read_magic(stream)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran_order, dtype = read_header(stream)
-    except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{path}: {member} is not a numpy array ({error})") from None
+    except Exception as error:  # a damaged header can raise nearly anything
+        raise DataError(f"{path}: {member} is not a numpy array ({' '.join(str(error).split())[:160]})") from None
     if dtype != np.uint8:
         raise DataError(f"{path}: {member} is {dtype}; store the images as uint8, 0 to 255")
     if fortran_order and len(shape) > 1:
         raise DataError(f"{path}: {member} is in Fortran order; save numpy.ascontiguousarray(images)")
     channels_last = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
     channels_first = not channels_last and len(shape) == 4 and shape[1] in (1, 3)
-    if not (channels_last or channels_first) or 0 in shape[1:]:
+    if not (channels_last or channels_first) or min(shape) < 0 or 0 in shape[1:]:
         raise DataError(f"{path}: {member} has shape {shape}; expected (N, H, W, 3), (N, H, W) or (N, 3, H, W)")
     return tuple(shape), channels_first

@@ -18,9 +18,10 @@ import torch
 from eval.features.networks import FeatureNetwork
 from eval.features.sources import ImageSource, batches, drop_broken, open_source
 from miscc.errors import DataError, UserError
-from miscc.files import write_atomically
+from miscc.files import parse_json, write_atomically
 from miscc.progress import ProgressBar
 
+MOST_BYTES = 1 << 30  # of a file of statistics; those of 2,048 features have 34 MB
 CACHE_FORMAT = 1  # part of every cache key; raised when features would come out differently from the same files
 
 
@@ -187,8 +188,11 @@ def holds_statistics(path: str | Path) -> bool:
     path = Path(path)
     if path.suffix.lower() != ".npz" or not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
 
 
 def save_statistics(path: str | Path, statistics: Statistics) -> None:
@@ -209,13 +213,21 @@ def load_statistics(path: str | Path, network: FeatureNetwork | None = None) -> 
     Raises DataError when it is damaged, or of another network, weights or resize filter than `network`.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > MOST_BYTES:
+                raise ValueError(f"declares more than {MOST_BYTES >> 30} GiB")
         with np.load(path, allow_pickle=False) as arrays:
             mean = np.asarray(arrays["mu"], dtype=np.float64)
             covariance = np.asarray(arrays["sigma"], dtype=np.float64)
             count = int(arrays["num_images"]) if "num_images" in arrays else -1
-            made_by = json.loads(str(arrays["made_by"])) if "made_by" in arrays else {}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: cannot be read as statistics with `mu` and `sigma` ({error})") from None
+            made_by = parse_json(str(arrays["made_by"])) if "made_by" in arrays else {}
+            protocol, skipped = made_by.get("protocol", {}), tuple(made_by.get("skipped", ()))
+            if not isinstance(protocol, dict):
+                raise TypeError("`made_by` names no protocol")
+    except Exception as error:  # a damaged archive can raise nearly anything
+        raise DataError(
+            f"{path}: cannot be read as statistics with `mu` and `sigma` ({' '.join(str(error).split())[:160]}); make them again"
+        ) from None
 
     # Shapes and values.
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
@@ -223,10 +235,7 @@ def load_statistics(path: str | Path, network: FeatureNetwork | None = None) -> 
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise DataError(f"{path}: mu or sigma is not finite; make the statistics again")
 
-    protocol = made_by.get("protocol", {})
-    statistics = Statistics(
-        mean, covariance, count if count >= 0 else None, protocol, tuple(made_by.get("skipped", ()))
-    )
+    statistics = Statistics(mean, covariance, count if count >= 0 else None, protocol, skipped)
     if network is not None:
         _check_made_for(path, statistics, network)
     return statistics
