@@ -100,7 +100,7 @@ class ImageCache:
 
         # Once in each process: a tenth of a millisecond.
         if not self._checked[index]:
-            if zlib.crc32(pixels) != checksum:
+            if zlib.crc32(pixels.data) != checksum:
                 return self._from_file(index)
             self._checked[index] = True
         return pixels
@@ -223,7 +223,7 @@ def _build(
             for start in range(0, len(records), _BLOCK):
                 block = range(start, min(start + _BLOCK, len(records)))
                 for index, pixels in zip(block, pool.map(load, block), strict=True):
-                    table[index] = offset, *pixels.shape[:2], zlib.crc32(np.ascontiguousarray(pixels))
+                    table[index] = offset, *pixels.shape[:2], zlib.crc32(np.ascontiguousarray(pixels).data)
                     offset += stream.write(pixels.tobytes())
                     bar.update()
 

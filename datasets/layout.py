@@ -152,8 +152,8 @@ def _read_entries(path: Path) -> list[Entry]:
 
 def _checked(entry: Entry) -> Entry:
     """The entry. Raises ValueError where a field holds something else than it should."""
-    texts = [entry.key, entry.image, *(entry.captions if isinstance(entry.captions, list) else [None])]
-    if not all(isinstance(text, str) for text in texts) or not entry.key or not entry.captions:
+    texts = [entry.key, entry.image, *(entry.captions if isinstance(entry.captions, list) else [])]
+    if not all(isinstance(text, str) for text in texts) or not entry.key or len(texts) < 3:
         raise ValueError("key and image must be texts, captions a list of at least one")
     if any(re.search("[\ud800-\udfff]", text) for text in texts):
         raise ValueError("a text holds half a character")

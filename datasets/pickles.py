@@ -50,7 +50,7 @@ class _NdArray:
 
 def _reconstruct(kind: type, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An empty array, which its state fills; of another shape it would take as much memory."""
-    return np.ndarray.__new__(np.ndarray, (0,), "b")
+    return np.ndarray((0,), "b")
 
 
 def _scalar(dtype: np.dtype, data: bytes) -> Any:

@@ -40,11 +40,10 @@ _ONLY_FOR = {  # options that mean nothing for the others
 }
 
 
-_SETTINGS = {  # of the encoders and of the GAN, in cfg/
+_SETTINGS = {  # of the encoders and of the GAN, in cfg/; others take the folder's
     "birds": ("bird", "bird"),
     "coco": ("coco", "coco"),
     "folder": ("folder", "folder"),
-    "flickr": ("folder", "folder"),
     "toybirds": ("toybirds", "toybirds_ssa"),
 }
 LINK = "linked_images"  # in the root, to images outside it
@@ -110,9 +109,9 @@ def link_images(root: Path, splits: dict[str, list[Entry]]) -> dict[str, list[En
 
 def next_commands(name: str, root: Path, num_train: int) -> list[str]:
     """The commands that train encoders and a GAN on the data set, with what differs from the files in cfg/."""
-    encoders_cfg, gan_cfg = _SETTINGS[name]
+    encoders_cfg, gan_cfg = _SETTINGS.get(name, ("folder", "folder"))
     options = [] if root == Path("data") / name else ["--data-dir", str(root)]
-    changed = {"DATASET_NAME": "flickr"} if name == "flickr" else {}
+    changed = {} if name in _SETTINGS else {"DATASET_NAME": name}
     changed |= {"TRAIN.BATCH_SIZE": "8"} if num_train < SMALL else {}
 
     # Where encoders of another data set lie already, these get a folder of their own.

@@ -113,7 +113,7 @@ def draw_candidates(
             raise DataError(
                 f"R-precision needs {num_candidates} captions of other images for each image; there are "
                 f"{len(texts) - len(forbidden)} for {captions[row]!r}: score images of more captions, or sample them with "
-                f"main.py and rank among fewer with eval/R_precision.py --candidates {max(1, len(texts) - len(forbidden))}"
+                f"main.py and rank among fewer by eval/R_precision.py with {max(1, len(texts) - len(forbidden))} candidates"
             )
         drawn = stream(seed, "r-precision candidates", row).choice(
             len(texts), min(len(texts), num_candidates + len(forbidden)), replace=False
@@ -217,7 +217,7 @@ class RPrecision(Metric):
         if len(run.requests) < protocol.folds:
             raise DataError(
                 f"{len(run.requests)} images cannot be dealt to {protocol.folds} folds; score more, or sample them "
-                f"with main.py and take fewer with eval/R_precision.py --folds {len(run.requests)}"
+                f"with main.py and take fewer by eval/R_precision.py with {len(run.requests)} folds"
             )
         lists = lists_for(run)
         about_samples = (run.text_encoder_hash, run.folder)

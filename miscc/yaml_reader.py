@@ -22,7 +22,7 @@ class _Reader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         is_alias = self.check_event(yaml.AliasEvent)
-        node = super().compose_node(parent, index)
+        node: Any = super().compose_node(parent, index)
         if is_alias and id(node) not in self._sizes:
             raise yaml.MarkedYAMLError(problem="an alias that refers to itself", problem_mark=node.start_mark)
 

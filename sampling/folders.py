@@ -59,6 +59,7 @@ def sampled_files(folder: Path) -> list[str]:
     """The images that a folder's captions.jsonl lists. Raises DataError for a file that no sampling of ours wrote."""
     if not (folder / CAPTIONS).is_file():
         return []
+    names: list[str] = []
     try:
         lines = [parse_json(line) for line in (folder / CAPTIONS).read_text(encoding="utf-8").split("\n") if line]
         names = [line["file"] for line in lines]
