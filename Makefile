@@ -7,7 +7,7 @@ DEMO   := output/demo
 GPU    ?=
 DEVICE := $(if $(GPU),--gpu $(GPU),)
 
-.PHONY: demo serve test slow-test check house clean-demo environment
+.PHONY: demo serve test slow-test check fuzz audit house clean-demo environment
 
 environment: $(VENV)/installed
 
@@ -61,6 +61,18 @@ check: environment
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyrefly check
+
+# Odd inputs of every kind, seeded; docs/reliability.md has what it found.
+N    ?= 5000
+SEED ?= 1
+
+fuzz: environment
+	$(RUN) tests/fuzz/run.py --number $(N) --seed $(SEED)
+
+# Known holes in what is installed; wants the internet.
+audit: environment
+	$(RUN) -m pip install --quiet pip-audit
+	$(RUN) -m pip_audit --skip-editable
 
 # The drawing in docs/architecture.md.
 house:

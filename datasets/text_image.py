@@ -56,6 +56,8 @@ def box_edges(width: int, height: int, box: Sequence[float]) -> tuple[int, int, 
     Raises DataError for a box that is empty or outside.
     """
     x, y, box_width, box_height = box
+    if not all(abs(number) < 1e9 for number in box):  # NaN neither
+        raise DataError(f"bounding box {tuple(box)} holds something that is no number of pixels")
     half = int(max(box_width, box_height) * 0.75)
     center_x, center_y = int((2 * x + box_width) / 2), int((2 * y + box_height) / 2)
     left, right = max(0, center_x - half), min(width, center_x + half)

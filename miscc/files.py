@@ -70,7 +70,8 @@ def write_json(path: str | Path, value: Any) -> None:
 def stays_inside(name: str) -> bool:
     """Whether a relative path, as it is written, names something inside its folder. Links in the folder are its owner's."""
     path = PurePath(name.replace("\\", "/"))
-    return not path.is_absolute() and not path.drive and ".." not in path.parts and "\0" not in name and bool(path.name)
+    is_name = bool(path.name) and "\0" not in name and len(name) < 1000
+    return is_name and not path.is_absolute() and not path.drive and ".." not in path.parts
 
 
 def parse_json(text: str) -> Any:

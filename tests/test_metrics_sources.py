@@ -211,3 +211,15 @@ def test_captions_of_samples_may_hold_any_sign(tmp_path):
     line = json.dumps({"file": "a_c0_s0.png", "caption": "red\u2028bird\x85"}, ensure_ascii=False)
     (tmp_path / "captions.jsonl").write_text(line + "\n", encoding="utf-8")
     assert read_samples(tmp_path)[0].caption == "red\u2028bird\x85"
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".npz"])
+def test_a_zip_of_a_version_to_come_is_named(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.npy", b"")
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 6] = 255  # the version that unpacking needs, in the directory
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read as a .*zip file version 25.5"):
+        open_source(path)

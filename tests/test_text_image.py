@@ -411,3 +411,16 @@ def test_skipping_is_the_same_with_workers(broken):
 def test_nothing_but_broken_files(broken):
     with pytest.raises(DataError, match="not one image"):
         TextImageDataset(broken.select([1, 3]), [32], skip_broken=True)[0]
+
+
+@pytest.mark.parametrize("box", [[float("nan"), 0, 1, 1], [0, 0, float("inf"), 1], [1e300, 0, 1, 1]])
+def test_a_box_of_no_numbers_is_named(tmp_path, box):
+    write_image(tmp_path / "a.png")
+    with pytest.raises(DataError, match="a.png: bounding box .* is no number of pixels"):
+        load_resized(tmp_path / "a.png", box, 16)
+
+
+def test_an_image_that_is_too_narrow_to_be_scaled_is_refused(tmp_path):
+    Image.new("L", (1, 65_000)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="a.png: is 1 x 65000, too narrow"):
+        load_resized(tmp_path / "a.png", None, 256)

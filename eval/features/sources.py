@@ -251,7 +251,7 @@ def _list(path: Path) -> ImageSource:
 def _zip(path: Path) -> ImageSource:
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
         raise DataError(f"{path}: cannot be read as a zip ({error}); copy it again") from None
     members = [
         member
@@ -303,7 +303,7 @@ def _open_array(path: Path):
         return open(path, "rb"), path.name, path.stat().st_size
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
         raise DataError(f"{path}: cannot be read as a .npz ({error}); copy it again") from None
     members = [name for name in archive.namelist() if name.endswith(".npy")]
     if {"mu.npy", "sigma.npy"} <= set(members):

@@ -1,0 +1,115 @@
+"""`make fuzz N=5000 SEED=1`: seeded odd inputs, in one process, each within 20 seconds and 3 GB; nothing may be changed.
+
+A case must succeed or end in a UserError of one line, or in an OSError that names a file, which commands print as one line.
+"""
+
+import argparse
+import collections
+import logging
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from fuzz.cases import KINDS  # noqa: E402
+
+from miscc.errors import UserError  # noqa: E402
+
+SECONDS, BYTES = 20, 3 << 30  # of a case; beside what the process has when it starts
+
+
+class TooLongError(BaseException):
+    """A case took longer than SECONDS. No Exception: broad handlers must not take it for a damaged file."""
+
+
+def state(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of each file."""
+    found = {}
+    for path in folder.rglob("*"):
+        about = path.lstat()
+        found[str(path)] = (about.st_size, about.st_mtime_ns)
+    return found
+
+
+def outcome(kind: str, seed: str, folder: Path) -> str:
+    """What becomes of one case: "success", "refused", or what is wrong."""
+    call = KINDS[kind][0](random.Random(seed), folder)
+    before = state(folder)
+    signal.alarm(SECONDS)
+    try:
+        call()
+        result = "success"
+    except UserError as error:
+        text = str(error)
+        result = "refused" if text and len(text) < 3000 else f"message of {len(text)} characters"
+    except OSError as error:
+        result = "refused" if error.filename is not None else _place(error)
+    except (TooLongError, Exception) as error:
+        result = _place(error)
+    finally:
+        signal.alarm(0)
+    return result if state(folder) == before else "changed a file"
+
+
+def _place(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {str(error)[:100]!r}"
+
+
+def _stop(*_: object) -> None:
+    raise TooLongError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--number", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kind", choices=KINDS)
+    options = parser.parse_args()
+
+    # Limits, and silence.
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, used + BYTES))
+    signal.signal(signal.SIGALRM, _stop)
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+
+    # The cases.
+    names = [options.kind] if options.kind else [name for name, (_, weight) in KINDS.items() for _ in range(weight)]
+    counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    started = time.monotonic()
+    for number in range(options.number):
+        seed = f"{options.seed}-{number}"
+        kind = random.Random(f"kind-{seed}").choice(names)
+        folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+        try:
+            found = outcome(kind, f"{kind}-{seed}", folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if found not in ("success", "refused") and not counts[kind, found]:
+            print(f"{kind} {kind}-{seed}: {found}", flush=True)
+        counts[kind, found] += 1
+
+    # The table.
+    for kind in KINDS:
+        rows = {found: count for (name, found), count in counts.items() if name == kind}
+        bad = sum(rows.values()) - rows.get("success", 0) - rows.get("refused", 0)
+        print(f"{kind:<14} {sum(rows.values()):6} inputs: {rows.get('success', 0):6} read, {rows.get('refused', 0):6} "
+              f"refused, {bad} wrong")  # fmt: skip
+    total_bad = sum(count for (_, found), count in counts.items() if found not in ("success", "refused"))
+    print(f"{options.number} inputs, seed {options.seed}, {time.monotonic() - started:.0f} s: {total_bad} wrong")
+    return 1 if total_bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
