@@ -32,7 +32,8 @@ SCHEMA: dict[str, Setting] = schema()
 ODD = [
     "", " ", "²", "-1", "0", "9" * 400, "9" * 5000, "1e400", "nan", ".inf", "12:30:45", "2024-13-45", "!!int x", "!!bool x",
     "&a [*a]", "*a", "{", "[[[[", "[" * 3000, "true", "~", "a\0b", "\ud800", "grüner", "鳥", "\u2028", "\ufffd\ufffd", "🐦",
-    "../x", "x" * 5000, "!!python/object:os.system x", "<<: *a", "? [a]", "0x7f", "010", "1_000", "- 1", "a: b", "'", '"', "%", "\t",
+    "../x", "x" * 5000, "!!python/object:os.system x", "<<: *a", "? [a]", "0x7f", "010", "1_000", "- 1", "a: b", "'", '"',
+    "%", "\t",
 ]  # fmt: skip
 WORDS = ["red", "bird", "with", "wings", *ODD]
 
