@@ -217,9 +217,9 @@ def _read_captions(captions_path: Path, names_path: Path, split: str) -> tuple[V
     """The vocabulary, the keys of the split's images, and for each its captions."""
     train, test, vocabulary = load_captions_pickle(captions_path)
     keys = _expect_list(load_legacy_pickle(names_path), names_path)
-    outside = next((key for key in keys if not isinstance(key, str) or not stays_inside(key)), None)
-    if outside is not None:
-        raise DataError(f"{names_path}: {shown(outside)} names no image inside the data folder; copy the file again")
+    outside = [key for key in keys if not isinstance(key, str) or not stays_inside(key)]
+    if outside:
+        raise DataError(f"{names_path}: {shown(outside[0])} names no image inside the data folder; copy the file again")
     flat = _expect_list(train if split == "train" else test, captions_path)
 
     # The pickle holds one flat list: as many captions for each image.

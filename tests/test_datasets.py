@@ -201,7 +201,7 @@ def test_an_image_outside_the_data_folder_is_refused(layout, image):
 def test_keys_of_metadata_stay_inside_the_data_folder(metadata):
     names = metadata / "train" / "filenames.pickle"
     keys = load_legacy_pickle(names)
-    for bad in ("../../secret", "/etc/passwd", ["nested"]):
+    for bad in ("../../secret", "/etc/passwd", ["nested"], None):
         names.write_bytes(pickle.dumps([bad, *keys[1:]], protocol=2))
         with pytest.raises(DataError, match="filenames.pickle: .* names no image inside the data folder"):
             load_records("birds", metadata, "train")
