@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from miscc.command_line import not_negative, parser_with_settings, positive, settings_from, truncation
 from miscc.config import Config
-from miscc.errors import ConfigError, UserError, run_command
+from miscc.errors import ConfigError, run_command
 from miscc.settings import from_config
 
 # What needs torch is imported inside the functions: --help should not wait for it.
@@ -285,19 +285,21 @@ def open_drawing(cfg: Config, options: argparse.Namespace) -> Any:
 
 def newest_checkpoint(cfg: Config) -> Path:
     """The last checkpoint of the newest run of these settings. Raises ConfigError where there is none."""
-    from training.run_dir import RunDir
+    from training.run_dir import RunDir, run_name
 
-    # Runs are named after the settings file and the system.
-    name = f"{cfg.CONFIG_NAME}-{cfg.GAN.NAME}"
-    try:
-        run = RunDir.newest(cfg.OUTPUT_DIR, name)
-    except UserError:
+    name = run_name(cfg)
+    run = RunDir.newest(cfg.OUTPUT_DIR, name, must_exist=False)
+    if run is None:
         raise ConfigError(
             f"nothing to draw with: no run of {name!r} in {Path(cfg.OUTPUT_DIR).resolve()}; train one, or name a "
             f"weight file with --checkpoint or TRAIN.NET_G"
-        ) from None
-    assert run is not None  # it must exist
-    return run.last
+        )
+
+    # last.pth, unless it is damaged.
+    path = run.newest_whole()
+    if path != run.last:
+        logger.warning("%s is damaged or gone: drawing with %s", run.last, path.name)
+    return path
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -312,6 +314,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     # What is done, and its own options.
     mode = mode_of(options, cfg)
+    for given, option in ((options.resume, "--resume"), (options.resume_if_exists, "--continue")):
+        if given and mode not in (TRAINING, DRY_RUN):
+            raise ConfigError(
+                f"{option}: goes on with a training, but these options draw; leave {option} or the drawing out"
+            )
     return mode.run(cfg, parse(mode, arguments))
 
 

@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     from miscc.distributed import refuse_several_processes, start  # torch comes with it: --help should not wait for it
     from training.damsm import pretrain
+    from training.run_dir import EncoderDir
     from training.settings import keys_without_effect, load_config
 
     refuse_several_processes("pretraining the encoders")
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         logger.warning("%s: %s has no effect for the encoders", options.cfg, key)
     device = start(cfg.GPU_ID, cfg.CUDA).device
     folder = Path(options.out or Path("DAMSMencoders") / cfg.DATASET_NAME)
-    resume = cfg.RESTORE or (options.resume_if_exists and (folder / "last.pth").is_file())
+    resume = cfg.RESTORE or (options.resume_if_exists and EncoderDir(folder).has_state())
     return pretrain(cfg, device, folder, resume=resume, overwrite=options.overwrite)
 
 

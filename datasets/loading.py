@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 
@@ -82,12 +83,31 @@ class EpochBatches(Sampler):
 
 
 class _Loader(DataLoader):
-    """A DataLoader that passes a worker's DataError on as one line, without the worker's traceback."""
+    """A DataLoader that passes a worker's DataError on as one line, without the worker's traceback.
+
+    A worker that was killed is a DataError, too, raised where the next batch is requested: PyTorch's own handler would
+    raise in the middle of a step.
+    """
 
     def __iter__(self):  # pyrefly: ignore[bad-override]  # a generator over the iterator that PyTorch returns
+        is_main = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGCHLD) if is_main and hasattr(signal, "SIGCHLD") else None
         try:
-            yield from super().__iter__()
+            batches = super().__iter__()
+            if before is not None:
+                signal.signal(signal.SIGCHLD, before)
+            yield from batches
             return
+
+        # A worker has ended.
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            message = (
+                f"WORKERS: a process that reads images was killed, as happens when memory runs short; use fewer than "
+                f"{self.num_workers}, or --set WORKERS 0, which needs none"
+            )
+            traceback.clear_frames(error.__traceback__)
         except DataError as error:
             # PyTorch re-raises with the traceback as the message; its last entry is `miscc.errors.DataError: text`.
             marker = f"\n{DataError.__module__}.{DataError.__qualname__}: "

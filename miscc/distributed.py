@@ -1,6 +1,7 @@
 """Devices, processes and their gradients: the only place that asks which GPU."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from miscc.errors import ConfigError
+from miscc.errors import ConfigError, TrainingError
 
 # The other processes wait while the main one draws and scores thousands of images; torch would give up after 10 minutes.
 LONGEST_WAIT = timedelta(hours=4)
@@ -86,6 +87,22 @@ def stop() -> None:
     """Leave the process group, if this process is in one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def naming_lost_processes(world: World) -> Iterator[None]:
+    """Inside, the error of a message to a process that has ended becomes a TrainingError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        is_message = isinstance(error, dist.DistError) or re.search(r"gloo|nccl|connection", text, re.IGNORECASE)
+        if world.size == 1 or not is_message:
+            raise
+        raise TrainingError(
+            f"process {world.rank} of {world.size}: another process has ended, or cannot be reached ({text[:120]}); the last "
+            f"checkpoint is kept, go on with --resume"
+        ) from None
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:

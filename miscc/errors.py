@@ -21,6 +21,14 @@ class CheckpointError(UserError):
     """A weight file is missing, broken, unsafe or of another system."""
 
 
+class DamagedError(CheckpointError):
+    """A weight file whose bytes are not those that were written: cut off, or changed on the disk."""
+
+
+class WriteError(UserError):
+    """A file cannot be written: the disk is full or read-only, or the folder is gone."""
+
+
 class TrainingError(UserError):
     """Training cannot go on, e.g. because a loss is no longer finite."""
 

@@ -1,5 +1,6 @@
 """Files written whole or not at all. Works without torch, as serving an exported model does."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -9,22 +10,33 @@ from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import IO, Any
 
-from miscc.errors import UserError
+from miscc.errors import WriteError
+
+# A full disk, a limit on files, a disk that fails or was made read-only, a folder that is gone.
+WRITING_FAILED = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR,
+    errno.ESTALE,
+}  # fmt: skip
 
 
-def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], flush: bool = True) -> None:
+def write_atomically(
+    path: str | Path, write: Callable[[IO[bytes]], object], flush: bool = True, previous: str | Path | None = None
+) -> None:
     """Call `write(stream)` on a temporary file beside `path`, flush it to the disk, then put it in place.
 
     A reader sees the old file or the new one, never half of one, whenever the process is killed.
 
     flush: False: whole after a kill, but perhaps not after a power cut; for thousands of small files that can be made again
+    previous: in the same folder; what was at `path` before is kept under this name
+
+    Raises WriteError on a full or read-only disk, and where the folder cannot be made.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         stream = _create(temporary)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
+        raise WriteError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
 
     try:
         with stream:
@@ -32,14 +44,57 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], flu
             if flush:
                 stream.flush()
                 os.fsync(stream.fileno())
+        if previous is not None and path.exists():
+            _keep_as(path, Path(previous))
         os.replace(temporary, path)
+        if flush:
+            _flush_folder(path.parent)
 
-    # Also on Ctrl-C: leave no temporary file. A full disk is the user's to mend.
+    # Also on Ctrl-C: leave no temporary file.
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(f"{path}: cannot be written ({error.strerror}); what was there before is kept") from None
+        _remove(temporary)
+        if reason := _failed_write(error):
+            kept = "; what was there before is kept" if path.exists() else ""
+            raise WriteError(f"{path}: cannot be written ({reason}){kept}") from None
         raise
+
+
+def _keep_as(path: Path, previous: Path) -> None:
+    """Give the file at `path` a second name, without a moment at which either name has half a file or none."""
+    temporary = previous.with_name(f".{previous.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links: for a moment the file has its second name alone
+        os.replace(path, previous)
+    else:
+        os.replace(temporary, previous)
+
+
+def _failed_write(error: BaseException | None) -> str:
+    """The reason of the OSError that an error is, or that torch's zip writer hides under a RuntimeError; "": none."""
+    if not isinstance(error, (OSError, RuntimeError)):
+        return ""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in WRITING_FAILED:
+            return error.strerror or type(error).__name__
+        error = error.__context__
+    return ""
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush the names in a folder, which a power cut could otherwise undo."""
+    with contextlib.suppress(OSError):  # some file systems, and Windows, know no such thing
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file if that is possible: with the disk, the folder may be gone."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _create(path: Path) -> IO[bytes]:
@@ -54,7 +109,7 @@ def _create(path: Path) -> IO[bytes]:
 def remove_unfinished(folder: str | Path) -> None:
     """Delete what writes into this folder left unfinished when their process was killed."""
     for path in Path(folder).glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        _remove(path)
 
 
 def write_text(path: str | Path, text: str) -> None:

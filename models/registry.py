@@ -17,15 +17,38 @@ def to_state(name: str, module: Network) -> dict[str, Any]:
 
 
 def from_state(entry: Mapping[str, Any], registry: Mapping[str, type[Network]]) -> Network:
-    """The network of a `to_state`, with its weights. Raises CheckpointError for a network that this version does not know."""
+    """The network of a `to_state`, with its weights.
+
+    Raises CheckpointError for a network that this version does not know, and for tensors that do not fit its arguments.
+    """
     if entry["name"] not in registry:
         raise CheckpointError(
             f"the checkpoint holds a network {entry['name']!r}, which this version does not know (it knows: "
             f"{', '.join(registry)}); update the project"
         )
-    module = skip_init(registry[entry["name"]], entry["arguments"])
-    module.load_state_dict(entry["state"])
+    try:
+        _check_sizes(registry[entry["name"]], entry)
+        module = skip_init(registry[entry["name"]], entry["arguments"])
+        module.load_state_dict(entry["state"])
+    except (TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError, AssertionError, LookupError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"the network {entry['name']!r} does not fit this version of the project: {reason}"
+        ) from None
     return module
+
+
+def _check_sizes(kind: type[Network], entry: Mapping[str, Any]) -> None:
+    """Raises ValueError where a network of these arguments has other sizes than its tensors: it may be larger than memory."""
+    try:
+        with torch.device("meta"):  # sizes alone
+            expected = kind(**entry["arguments"]).state_dict()
+    except (RuntimeError, NotImplementedError):  # a part that cannot be built without values
+        return
+    for name, tensor in expected.items():
+        actual = entry["state"].get(name)
+        if actual is not None and actual.shape != tensor.shape:
+            raise ValueError(f"{name} is {tuple(actual.shape)}, its arguments say {tuple(tensor.shape)}")
 
 
 def skip_init(kind: type[Network], arguments: Mapping[str, Any]) -> Network:

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
-from miscc.checkpoint import load_file
+from miscc.checkpoint import check_tensors, load_file
 from miscc.errors import CheckpointError
 from models import networks_of
 from models.registry import skip_init
@@ -112,6 +113,7 @@ def unwrap(value: Any, part: str) -> dict[str, Tensor]:
 
         # Nothing but tensors: the network itself.
         if value and all(isinstance(tensor, Tensor) for tensor in value.values()):
+            check_tensors(value, f"the {part}")
             return {re.sub(r"^(module\.)+", "", name): tensor for name, tensor in value.items()}
 
         # DF-GAN's authors save D's head apart from its body.
@@ -151,13 +153,22 @@ def _load(state_dict: Mapping[str, Any], part: str) -> Network:
         what = f"of {article} {form.title}" if form else f"unknown (the first: {_first(state)})"
         raise CheckpointError(f"a {part} is wanted, but the tensors are {what}; give the {part}'s own file")
 
-    # A network of the same sizes, filled with the renamed tensors.
+    # Its sizes, compared before there is memory for any tensor.
+    kind = networks_of(part)[form.network]
     try:
-        module = skip_init(networks_of(part)[form.network], form.arguments(state))
-    except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(f"{form.title}: its sizes cannot be read, tensors are missing ({error})") from None
+        arguments = form.arguments(state)
+        with torch.device("meta"):
+            expected = kind(**arguments).state_dict()
+    except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError, StopIteration) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{form.title}: its sizes cannot be read, tensors are missing or of other shapes ({reason})"
+        ) from None
     renamed = {rename(name, form): tensor for name, tensor in state.items() if not re.match(form.ignored, name)}
-    _check_fit(form, renamed, module.state_dict())
+    _check_fit(form, renamed, expected)
+
+    # The network, filled with the renamed tensors.
+    module = skip_init(kind, arguments)
     module.load_state_dict(renamed)
     return module.eval()
 

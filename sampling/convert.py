@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from miscc.checkpoint import load_file, save_checkpoint
+from miscc.checkpoint import load_file, save_checkpoint, validate
 from miscc.command_line import CommandParser
 from miscc.errors import DataError, UserError, run_command
 from miscc.files import hash_of_file
@@ -26,6 +26,7 @@ def describe(path: str | Path) -> list[str]:
     """What a weight file is, a line a network. Raises CheckpointError with the reason where it cannot be loaded."""
     content = read_published(path) if Path(path).is_dir() else load_file(path)
     if isinstance(content, Mapping) and "networks" in content:
+        validate(content, path)
         return _describe_ours(path, content)
     parts = [part for part in LOADERS if holds(content, part)]
 

@@ -8,7 +8,7 @@ import torch
 
 from datasets.captions import METADATA_NAMES, load_captions_pickle
 from miscc.byte_pairs import vocabulary_of
-from miscc.checkpoint import load_file
+from miscc.checkpoint import load_file, validate
 from miscc.errors import CheckpointError, DataError
 from miscc.vocabulary import Vocabulary
 from models import networks_of
@@ -60,6 +60,7 @@ def load_encoders(path: str | Path, device: str | torch.device = "cpu", max_word
     # One of ours.
     content = load_file(path)
     if isinstance(content, dict) and "networks" in content:
+        validate(content, path)
         networks = rebuild_networks(content, ("text_encoder", "image_encoder"), path)
         if "text_encoder" not in networks:
             raise CheckpointError(f"{path}: holds no text encoder but {', '.join(content['networks'])}")
@@ -123,10 +124,7 @@ def rebuild_networks(checkpoint: dict, names: tuple[str, ...], path: str | Path)
     for name in names:
         if name not in checkpoint["networks"]:
             continue
-        try:
+        with naming(f"{path}: its {name}"):
             network = from_state(checkpoint["networks"][name], networks_of(name))
-            networks[name] = network.eval().requires_grad_(False)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{path}: its {name} does not fit this version of the project: {reason}") from None
+        networks[name] = network.eval().requires_grad_(False)
     return networks

@@ -117,6 +117,7 @@ class TextToImage:
         vocabulary = vocabulary_of(checkpoint["vocabulary"])
         generator = cast(Generator, networks[wanted].to(device))
         text_encoder = cast(CaptionEncoder, networks["text_encoder"].to(device))
+        check_sentence_length(text_encoder, generator, path)
         return cls(generator, text_encoder, vocabulary, origin)
 
     @classmethod

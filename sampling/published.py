@@ -12,9 +12,9 @@ from typing import Any
 import safetensors
 import safetensors.torch
 
-from miscc.checkpoint import load_checkpoint
-from miscc.errors import CheckpointError, DataError
-from miscc.files import write_atomically, write_json
+from miscc.checkpoint import load_checkpoint, validate
+from miscc.errors import CheckpointError, DamagedError, DataError
+from miscc.files import hash_of_file, write_atomically, write_json
 from miscc.vocabulary import Vocabulary, read_words
 
 WEIGHTS, CONFIG, VOCABULARY, CARD, PICTURE = (
@@ -36,14 +36,14 @@ def weight_file(path: str | Path) -> Path:
 
 def load_model(path: str | Path) -> dict[str, Any]:
     """The checkpoint in a file of ours, or in the folder of a published model. Raises CheckpointError."""
-    if Path(path).is_dir() and is_published(path):
-        return read_published(path)
     if Path(path).is_dir() and not is_published(path):
         raise CheckpointError(
             f"{path}: a folder without {CONFIG} and {WEIGHTS}; name the .pth in it, or a folder that "
             f"`python -m sampling.publish` wrote"
         )
-    return load_checkpoint(path)
+    checkpoint = read_published(path) if Path(path).is_dir() else load_checkpoint(path)
+    validate(checkpoint, path)
+    return checkpoint
 
 
 def find_published(name: str | Path) -> Path:
@@ -87,7 +87,8 @@ def write_published(folder: Path, networks: Mapping[str, Mapping[str, Any]], wor
     write_atomically(folder / WEIGHTS, lambda stream: stream.write(encoded))
     words.save(folder / VOCABULARY)
     described = {part: {name: networks[part][name] for name in ("name", "arguments")} for part in PARTS}
-    write_json(folder / CONFIG, {"format": FORMAT, **about, **described})
+    checksum = {"sha256": hash_of_file(folder / WEIGHTS)}
+    write_json(folder / CONFIG, {"format": FORMAT, **about, **checksum, **described})
 
 
 def read_published(folder: str | Path) -> dict[str, Any]:
@@ -98,10 +99,14 @@ def read_published(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
     try:
+        if config.get("sha256") not in (None, hash_of_file(folder / WEIGHTS)):  # folders of former versions have none
+            raise DamagedError(
+                f"{folder / WEIGHTS}: cannot be read, its checksum differs from {CONFIG}'s; publish it again"
+            )
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
         words = read_words(folder / VOCABULARY)
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS}: cannot be read ({error}); copy it again") from None
+        raise CheckpointError(f"{folder / WEIGHTS}: cannot be read ({error}); publish it again") from None
     except DataError as error:
         raise CheckpointError(f"{error} (it belongs to the published model)") from None
 
@@ -129,7 +134,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); copy it again") from None
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); publish the model again") from None
     if not isinstance(config, dict) or not isinstance(config.get("format"), int):
         raise CheckpointError(f"{path}: describes no published model of this project (`format` is missing)")
     if config["format"] > FORMAT:

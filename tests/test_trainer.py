@@ -64,7 +64,7 @@ def test_a_run_leaves_everything_behind(tiny, tmp_path, capsys):
     assert lines[-1]["epoch"] == 2.0
     assert sorted(path.name for path in (run / "pictures").iterdir()) == [f"step_{n:07d}.png" for n in (4, 8, 10)]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
-        "epoch_0001.pth", "epoch_0002.pth", "last.pth",
+        "epoch_0001.pth", "epoch_0002.pth", "last.pth", "previous.pth",
     ]  # fmt: skip
     last, numbered = (load_checkpoint(run / "checkpoints" / name) for name in ("last.pth", "epoch_0001.pth"))
     assert last["step"] == 10 and last["networks"].keys() == {

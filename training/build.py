@@ -9,7 +9,7 @@ from torch import nn
 
 from datasets.settings import DataSettings
 from miscc.byte_pairs import BytePairs, vocabulary_of
-from miscc.checkpoint import load_file
+from miscc.checkpoint import load_file, validate
 from miscc.errors import CheckpointError, ConfigError, UserError
 from miscc.settings import settings_of
 from miscc.vocabulary import Vocabulary
@@ -20,8 +20,14 @@ from models.clip_files import UNTRAINED
 from models.mixed_text import mixed_text_encoder
 from models.registry import from_state, network_name
 from models.released import holds, load_discriminator, load_discriminator_files, load_generator, naming
-from models.types import Discriminator, Network, System
-from sampling.encoders import Encoders, load_clip_encoders, load_encoders, released_vocabulary
+from models.types import CaptionEncoder, Discriminator, Generator, Network, System
+from sampling.encoders import (
+    Encoders,
+    check_sentence_length,
+    load_clip_encoders,
+    load_encoders,
+    released_vocabulary,
+)
 from training.data import read_records
 from training.settings import StartSettings
 
@@ -70,15 +76,25 @@ def resumed_networks(system: ChosenSystem, checkpoint: Mapping) -> tuple[dict[st
         for part, entry in checkpoint["networks"].items()
         if part != "generator_ema"
     }
-    for part in SYSTEMS[system.name].parts(system.objective):
+    expected = SYSTEMS[system.name]
+    for part in expected.parts(system.objective):
         if part not in networks:
             raise CheckpointError(
                 f"the run was started without a network {part!r}, which these settings train; set GAN.DISCRIMINATOR "
                 f"back, or start anew (TRAIN.NET_G)"
             )
+        if type(networks[part]) is not expected.NETWORKS[part]:
+            raise CheckpointError(f"the checkpoint's {part} is {network_name(networks[part])}'s, not {system.name}'s")
+    if "text_encoder" not in networks:
+        raise CheckpointError("the checkpoint holds no text encoder; use another one, or start anew")
     if "image_encoder" not in networks and system.objective.needs_image_encoder:
         raise CheckpointError("the run was started without an image encoder; keep TRAIN.DAMSM_WEIGHT at 0")
-    return networks, vocabulary_of(checkpoint["vocabulary"])
+    vocabulary = vocabulary_of(checkpoint["vocabulary"])
+    text_encoder = cast(CaptionEncoder, networks["text_encoder"])
+    check_sentence_length(text_encoder, cast(Generator, networks["generator"]), "the checkpoint's text encoder")
+    if text_encoder.embedding.num_embeddings != len(vocabulary):
+        raise CheckpointError("the checkpoint's text encoder knows another number of words than its vocabulary has")
+    return networks, vocabulary
 
 
 # -- weight files --------------------------------------------------------------------------------------------------
@@ -113,11 +129,13 @@ def _from_generator_file(start: StartSettings, fresh: Mapping[str, Network]) -> 
 
     # Ours: every network that the system trains, or G alone.
     if isinstance(content, dict) and "networks" in content:
+        validate(content, path)
         stored = content["networks"]
         if "generator" not in stored:
             raise CheckpointError(f"TRAIN.NET_G: {path} holds no generator but {', '.join(stored)}")
         parts = tuple(fresh) if start.with_discriminator else ("generator",)
-        return {part: from_state(stored[part], networks_of(part)) for part in parts if part in stored}
+        with naming(path):
+            return {part: from_state(stored[part], networks_of(part)) for part in parts if part in stored}
 
     # The authors'.
     with naming(path):

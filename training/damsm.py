@@ -1,7 +1,7 @@
 """The encoders' loop: DAMSM pretraining, with validation loss and retrieval on held-out pairs after each epoch."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import Inception_V3_Weights
 
-from datasets.loading import ordered_loader, training_loader
+from datasets.loading import ordered_loader
 from datasets.records import Records
 from datasets.settings import DataSettings
 from datasets.text_image import TextImageDataset
 from miscc.batch import Batch
-from miscc.checkpoint import load_checkpoint, load_file, save_checkpoint
+from miscc.checkpoint import load_file, save_checkpoint
 from miscc.config import Config, to_plain, to_yaml
 from miscc.distributed import World
 from miscc.errors import CheckpointError, ConfigError, TrainingError
@@ -32,14 +32,14 @@ from models.registry import from_state, network_name, to_state
 from models.types import CaptionEncoder, ImageEncoder, Network, TextFeatures, Update
 from sampling.encoders import load_encoders, released_vocabulary
 from training.build import check_batch_size
-from training.data import make_dataset, split_pairs, usable_workers
+from training.data import batches_from, make_dataset, next_batch, split_pairs
 from training.progress import Progress, StopSignal
-from training.resume import check_encoders_resumable, check_same_data, fingerprint
+from training.resume import check_encoders_resumable, check_same_data, fingerprint, restore_state
 from training.retrieval import retrieval_at
 from training.run_dir import EncoderDir
 from training.schedule import Budget, learning_rate_factor, set_learning_rates
 from training.settings import PretrainingSettings
-from training.step import Clipping, Stepper, adam, restore_adam
+from training.step import Clipping, Stepper, adam, check_finite_weights
 from training.tracker import Tracker, find_tracker
 
 logger = logging.getLogger(__name__)
@@ -60,16 +60,20 @@ def pretrain(
 
     # The folder: nothing is overwritten unasked.
     run = EncoderDir(folder)
-    if resume and not run.last.is_file():
+    if resume and not run.has_state():
         raise CheckpointError(f"nothing to resume: {run.last} does not exist; start without --resume")
-    if (run.last.is_file() or run.best.is_file()) and not resume and not overwrite:
+    if (run.has_state() or run.best.is_file()) and not resume and not overwrite:
         raise CheckpointError(
             f"{run.path}: holds encoders already; give --resume, --overwrite, or, for other data, another folder: "
             f"--out DIR here, and --set TEXT.DAMSM_NAME DIR/best.pth for main.py"
         )
 
     # Everything that may be refused comes before the first file.
-    trainer = EncoderTrainer(cfg, device, load_checkpoint(run.last) if resume else None)
+    if resume:
+        run.lock()
+    trainer = EncoderTrainer(cfg, device, run.load() if resume else None)
+    if not resume:
+        run.lock()
     write_text(run.config, to_yaml(cfg))
     remove_unfinished(run.path)
 
@@ -78,6 +82,7 @@ def pretrain(
         return trainer.run_to_the_end(run, progress)
     finally:
         progress.close()
+        run.release()
 
 
 class EncoderTrainer:
@@ -131,7 +136,8 @@ class EncoderTrainer:
             f"encoders on {self.device}: {len(self.records)} images to train on, {len(self.validation)} held out, "
             f"{len(self.vocabulary)} words, epoch {self.step // self.steps_per_epoch + 1} of {max_epoch}"
         )
-        batches = iter(self._loader())
+        order = (self.settings.batch_size, self.seed, self.step)
+        batches = iter(batches_from(self.dataset, *order, self.data_settings.workers, self.world))
         self.budget.start()
         with StopSignal() as stop:
             for epoch in range(self.step // self.steps_per_epoch, max_epoch):
@@ -144,7 +150,8 @@ class EncoderTrainer:
                 progress.start_epoch(f"epoch {epoch + 1}/{max_epoch}", done, self.steps_per_epoch)
                 for _ in range(done, self.steps_per_epoch):
                     # Step, log, stop: a signal at an epoch's last step lets the epoch end first.
-                    losses = self.train_step(next(batches).to(self.device, non_blocking=True), epoch)
+                    batch = next_batch(batches, self.step, lambda: self.save(run))
+                    losses = self.train_step(batch.to(self.device, non_blocking=True), epoch)
                     progress.advance()
                     if self.step % LOG_EVERY == 0:
                         values = {f"loss/{name}": loss.item() for name, loss in losses.items()}
@@ -163,17 +170,6 @@ class EncoderTrainer:
 
         progress.say(f"best: epoch {self.best_epoch}, validation loss {self.best_loss:.4f}: {run.best}")
         return 0
-
-    def _loader(self) -> Iterable[Batch]:
-        """The batches that are left, from the present step on."""
-        return training_loader(
-            self.dataset,
-            self.settings.batch_size,
-            self.seed,
-            self.step,
-            usable_workers(self.data_settings.workers, self.device),
-            pin_memory=self.device.type == "cuda",
-        )
 
     def train_step(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
         """One optimizer step; returns the losses. Raises TrainingError, naming the loss, when one is not finite."""
@@ -235,7 +231,7 @@ class EncoderTrainer:
         every = self.settings.snapshot_interval
         if every and epoch % every == 0:
             save_checkpoint(run.numbered(epoch), checkpoint)
-        save_checkpoint(run.last, checkpoint)
+        run.save(checkpoint)
 
     def validate(self) -> dict[str, float]:
         """Mean loss over held-out pairs in full batches, and retrieval among all of them. Nothing random in it."""
@@ -282,7 +278,8 @@ class EncoderTrainer:
             for caption, length in zip(batch.captions, batch.lengths, strict=True)
         ]
         picture = attention_picture(list(to_uint8(batch.images)), words, list(maps))
-        save_image(picture, run.picture(epoch))
+        with progress.optional("pictures"):
+            save_image(picture, run.picture(epoch))
         progress.picture("attention", picture, self.step)
 
     def out_of_patience(self, epoch: int) -> bool:
@@ -307,14 +304,19 @@ class EncoderTrainer:
     def _restore(self, checkpoint: dict) -> None:
         """Go on where the checkpoint was written. The networks have their weights already, see `_stored_encoders`."""
         check_same_data(checkpoint, self.records, self.data_settings.data_dir)
-        restore_adam(self.optimizer, checkpoint["optimizers"]["encoders"])
+        restore_state({"encoders": self.optimizer}, None, checkpoint)
         self.step = checkpoint["step"]
         self.best_loss, self.best_epoch = checkpoint["best"]["loss"], checkpoint["best"]["epoch"]
+
+    def save(self, run: EncoderDir) -> None:
+        """Write last.pth now."""
+        check_finite_weights(self.networks, self.step)
+        run.save(self.checkpoint())
 
     def _stopped(self, run: EncoderDir, progress: Progress, number: int) -> int:
         """Save and say so, after the signal of this number; returns the exit code."""
         progress.end_epoch()
-        save_checkpoint(run.last, self.checkpoint())
+        self.save(run)
         progress.say(f"stopped after step {self.step}, saved {run.last}; go on with the same command and --resume")
         return 128 + number
 

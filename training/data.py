@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -9,9 +10,12 @@ import torch
 from datasets import load_records
 from datasets.cache import ImageCache
 from datasets.layout import splits_present
+from datasets.loading import training_loader
 from datasets.records import Records
 from datasets.settings import DataSettings
 from datasets.text_image import TextImageDataset
+from miscc.batch import Batch
+from miscc.distributed import World
 from miscc.errors import DataError
 from miscc.randomness import stream
 from miscc.vocabulary import Vocabulary
@@ -100,6 +104,42 @@ def fixed_captions(settings: DataSettings, vocabulary: Vocabulary, training_reco
 
     # Encoders that were trained on other captions may know no word of some.
     return [caption for caption in captions if vocabulary.encode(caption)[0]]
+
+
+def batches_from(
+    dataset: TextImageDataset, batch_size: int, seed: int, step: int, workers: int, world: World
+) -> Iterable[Batch]:
+    """This process's share of the endless batches of a training, from a step on.
+
+    batch_size: of all processes together.
+    seed: of the order.
+    workers: WORKERS.
+    """
+    return training_loader(
+        dataset,
+        batch_size,
+        seed,
+        start_step=step,
+        workers=usable_workers(workers, world.device),
+        rank=world.rank,
+        world_size=world.size,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def next_batch(batches: Iterator[Batch], step: int, save: Callable[[], None] | None) -> Batch:
+    """The next batch. Where the data cannot be read, the steps so far are saved before the error goes on.
+
+    step: taken so far.
+    save: writes last.pth; None in a process that writes nothing.
+    """
+    try:
+        return next(batches)
+    except DataError as error:
+        if save is None or step == 0:
+            raise
+        save()
+        raise DataError(f"{error}; step {step} is saved, go on with --resume") from None
 
 
 def usable_workers(workers: int, device: torch.device) -> int:

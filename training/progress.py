@@ -5,12 +5,16 @@ import logging
 import math
 import signal
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from miscc.errors import WriteError
 from miscc.progress import ProgressBar, note, write
 from training.run_dir import RunDir
 from training.tracker import Tracker
@@ -30,19 +34,49 @@ class Progress:
         self.bar: ProgressBar | None = None
         self.board: SummaryWriter | None = None
         self.handler: logging.FileHandler | None = None
-        if run is not None:
+        self._failed: set[str] = set()  # what could not be written, and was warned of
+        self._excepthook = threading.excepthook
+        if run is None:
+            return
+
+        # The files. TensorBoard's are written by a thread of its own, which must not end in a traceback either.
+        threading.excepthook = self._on_thread_error
+        with self.optional("stats.jsonl"):
             run.truncate_stats(start_step)
-            self.board = SummaryWriter(run.path / "tensorboard", purge_step=start_step + 1)
-            self.handler = logging.FileHandler(run.log, encoding="utf-8")
-            self.handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        with self.optional("log.txt"):
+            self.handler = _LogFile(run.log, self)
             logging.getLogger().addHandler(self.handler)
+        with self.optional("TensorBoard's files"):
+            self.board = SummaryWriter(run.path / "tensorboard", purge_step=start_step + 1)
+        if run.note:
+            self.say(f"warning: {run.note}")
+
+    @contextmanager
+    def optional(self, what: str) -> Iterator[None]:
+        """Inside, a file that cannot be written (a full disk, a folder that is gone) costs one warning, not the training."""
+        try:
+            yield
+        except (OSError, WriteError) as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                reason = error.strerror if isinstance(error, OSError) else error
+                self.say(f"warning: {what} cannot be written ({reason}); the training goes on")
+
+    def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread has ended: a warning where the disk is to blame."""
+        with self.optional("TensorBoard's files"):
+            if isinstance(error.exc_value, OSError):
+                raise error.exc_value
+            self._excepthook(error)
 
     def say(self, text: str) -> None:
         """One line in the log and, unless --quiet was given, on the screen."""
-        if self.handler is None:
+        if self.run is None:
             return
-        note(text)
-        self.handler.emit(logging.LogRecord("training", logging.INFO, "", 0, text, None, None))
+        with suppress(OSError):  # a terminal that is gone
+            note(text)
+        if self.handler is not None:
+            self.handler.emit(logging.LogRecord("training", logging.INFO, "", 0, text, None, None))
 
     def start_epoch(self, title: str, done: int, total: int) -> None:
         """A new epoch: `done` of `total` steps are over already."""
@@ -70,12 +104,13 @@ class Progress:
         # stats.jsonl: JSON knows no NaN: such a number is written as null, and the trainer stops anyway.
         plain = {name: float(value) for name, value in values.items()}
         line = {name: value if math.isfinite(value) else None for name, value in plain.items()}
-        with self.run.stats.open("a", encoding="utf-8") as stream:
+        with self.optional("stats.jsonl"), self.run.stats.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, "epoch": round(epoch, 4), **line}) + "\n")
 
         # TensorBoard, and the bar.
-        for name, value in plain.items():
-            self.board.add_scalar(name, value, step)
+        with self.optional("TensorBoard's files"):
+            for name, value in plain.items() if self.board is not None else ():
+                self.board.add_scalar(name, value, step)
         if self.tracker is not None:
             self.tracker.log(plain, step)
         if self.bar is not None:
@@ -83,19 +118,37 @@ class Progress:
 
     def picture(self, name: str, pixels, step: int) -> None:
         """Show (H, W, 3) uint8 in TensorBoard."""
-        if self.board is not None:
-            self.board.add_image(name, pixels, step, dataformats="HWC")
+        with self.optional("TensorBoard's files"):
+            if self.board is not None:
+                self.board.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """End bar, TensorBoard's file and the log."""
         self.end_epoch()
         if self.tracker is not None:
             self.tracker.close()
-        if self.board is not None:
-            self.board.close()
+        with self.optional("TensorBoard's files"):
+            if self.board is not None:
+                self.board.close()
+        threading.excepthook = self._excepthook
         if self.handler is not None:
             logging.getLogger().removeHandler(self.handler)
-            self.handler.close()
+            with suppress(OSError):
+                self.handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """log.txt; where it cannot be written, `progress` warns of it, once."""
+
+    def __init__(self, path: Path, progress: Progress):
+        super().__init__(path, encoding="utf-8")
+        self.progress = progress
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's own name
+        """Called by logging inside its `except`."""
+        with self.progress.optional("log.txt"):
+            raise
 
 
 def introduction(trainer: "Trainer", run: RunDir | None) -> list[str]:
@@ -113,15 +166,20 @@ def introduction(trainer: "Trainer", run: RunDir | None) -> list[str]:
 
 
 class StopSignal:
-    """`with StopSignal() as stop:` SIGINT and SIGTERM only set `stop.received`; a second one ends the program."""
+    """`with StopSignal() as stop:` SIGINT, SIGTERM and SIGHUP only set `stop.received`; a second one ends the program.
+
+    SIGHUP, which a closed terminal sends, stays ignored where it is ignored already, as under nohup.
+    """
 
     def __init__(self):
         self.received = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -132,4 +190,5 @@ class StopSignal:
         if self.received:
             raise KeyboardInterrupt
         self.received = number
-        write("stopping after this step; once more to stop at once", sys.stderr)
+        with suppress(OSError):  # a terminal that is gone
+            write("stopping after this step; once more to stop at once", sys.stderr)

@@ -5,10 +5,14 @@ Loading a checkpoint is trainer.py's and damsm.py's.
 
 from collections.abc import Iterable, Mapping
 
+import torch
+
 from datasets.records import Records
 from miscc.config import Config, flatten
 from miscc.errors import CheckpointError, ConfigError, DataError
 from models.choice import keys_of, network_parts
+from training.ema import EMA
+from training.step import restore_adam
 
 # What any run may have its own way, without a word about it.
 FREE = {"RESTORE", "GPU_ID", "WORKERS", "DATA_CACHE", "DATA_CACHE_DIR", "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS", "TRAIN.MAX_MINUTES",
@@ -21,9 +25,7 @@ ENCODER_KEYS = ("SEED", "RNN_TYPE", "DAMSM.IMAGE_ENCODER", "TREE.BASE_SIZE", "TE
 def check_resumable(checkpoint: Mapping, cfg: Config) -> None:
     """Raises where the checkpoint is not of a whole run, or where settings that shape networks or order have changed."""
     # A whole run: neither encoders alone nor a checkpoint for drawing.
-    for part in ("optimizers", "step", "config"):
-        if part not in checkpoint:
-            raise CheckpointError(f"the checkpoint holds no {part}: resuming needs a last.pth of main.py")
+    _check_parts(checkpoint, ("optimizers", "step", "config", "num_averaged"), "main.py")
 
     # The same data, networks and order.
     check_same_held_out(checkpoint["config"], cfg)
@@ -34,7 +36,14 @@ def check_resumable(checkpoint: Mapping, cfg: Config) -> None:
 
 def check_encoders_resumable(checkpoint: Mapping, cfg: Mapping) -> None:
     """The same for a training of the encoders."""
+    _check_parts(checkpoint, ("optimizers", "step", "config", "best"), "pretrain_DAMSM.py")
     check_fixed_settings(checkpoint["config"], cfg, ENCODER_KEYS, "--overwrite")
+
+
+def _check_parts(checkpoint: Mapping, parts: Iterable[str], command: str) -> None:
+    for part in parts:
+        if checkpoint.get(part) is None:
+            raise CheckpointError(f"the checkpoint holds no {part}: resuming needs a last.pth of {command}")
 
 
 def check_fixed_settings(stored: Mapping, cfg: Mapping, keys: Iterable[str], instead: str) -> None:
@@ -51,7 +60,7 @@ def check_fixed_settings(stored: Mapping, cfg: Mapping, keys: Iterable[str], ins
 
 def check_same_held_out(stored: Mapping, cfg: Mapping) -> None:
     """Raises ConfigError where a resumed run would train on other classes than it has until now."""
-    before, now = _held_out_share(stored["TRAIN"]), _held_out_share(cfg["TRAIN"])
+    before, now = _held_out_share(stored.get("TRAIN", {})), _held_out_share(cfg["TRAIN"])
     if before == now:
         return
     key = "TRAIN.EVAL_CLASSES" if before and now else "TRAIN.EVAL_EVERY"
@@ -82,6 +91,30 @@ def check_same_data(checkpoint: Mapping, records: Records, data_dir: str) -> Non
         f"{' others, or other captions' if same_number else ''}; restore the data, or start a new run from these weights "
         f"(TRAIN.NET_G, TRAIN.NET_E)"
     )
+
+
+def restore_state(optimizers: Mapping[str, torch.optim.Optimizer], average: EMA | None, checkpoint: Mapping) -> None:
+    """Load the state of every optimizer that the checkpoint has, and the average; what the settings have added starts anew.
+
+    Raises CheckpointError for a state that is missing, empty or not this optimizer's.
+    """
+    part = ""
+    try:
+        for name, optimizer in optimizers.items():
+            # One that the settings have added, e.g. of fine-tuned encoders, goes by no network's name.
+            if name in checkpoint["optimizers"] or name in checkpoint["networks"]:
+                part = f"optimizer {name!r}"
+                restore_adam(optimizer, checkpoint["optimizers"][name])
+        if average is not None and "generator_ema" in checkpoint["networks"]:
+            part = "averaged generator"
+            average.module.load_state_dict(checkpoint["networks"]["generator_ema"]["state"])
+            average.num_updates = checkpoint["num_averaged"]
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CheckpointError(
+            f"the checkpoint's {part} is missing, empty or another's ({reason}); use another checkpoint, or start anew from "
+            f"its networks (TRAIN.NET_G)"
+        ) from None
 
 
 def changed_settings(before: Mapping, now: Mapping) -> list[str]:

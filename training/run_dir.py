@@ -1,23 +1,47 @@
-"""Numbered run directories: output/00003-bird-ssa_gan/. The only place that spells the names of files in a run."""
+"""Numbered run directories: output/00003-bird-ssa_gan/. The only place that spells the names of files in a run.
+
+What the files hold is the trainers'; which of a run's checkpoints it goes on from stands here.
+"""
 
 import json
 import os
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from miscc.errors import CheckpointError, UserError
+from miscc.checkpoint import check_whole, load_checkpoint, save_checkpoint, validate
+from miscc.errors import CheckpointError, ConfigError, DamagedError, WriteError
 from miscc.files import write_text
+from miscc.lock import FolderLock
+
+
+def run_name(cfg: Mapping[str, Any]) -> str:
+    """What the directories of these settings' runs are called. Raises ConfigError for a CONFIG_NAME that is no file name."""
+    name = cfg["CONFIG_NAME"]
+    if not re.fullmatch(r"(?!\.)[^/\\\x00-\x1f]{1,100}", name):
+        raise ConfigError(
+            f"CONFIG_NAME: {name[:100]!r} must be a file name, without slashes; it names the run directory"
+        )
+    return f"{name}-{cfg['GAN']['NAME']}"
 
 
 class RunDir:
-    """One run's directory and the names in it."""
+    """One run's directory and the names in it.
+
+    note: what must be said of the checkpoint that the run goes on from.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.note = ""
+        self._lock: FolderLock | None = None
+        self._last_is_whole = True  # or the next `save` must not put it in previous.pth's place
         self.config = self.path / "config.yml"
         self.log = self.path / "log.txt"
         self.stats = self.path / "stats.jsonl"
         self.last = self.path / "checkpoints" / "last.pth"
+        self.previous = self.path / "checkpoints" / "previous.pth"
         self.best = self.path / "checkpoints" / "best.pth"
 
     def numbered(self, epoch: int) -> Path:
@@ -34,7 +58,7 @@ class RunDir:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
+            raise WriteError(
                 f"OUTPUT_DIR: {output_dir} cannot be made ({error.strerror}); choose another place"
             ) from None
 
@@ -47,6 +71,11 @@ class RunDir:
             except FileExistsError:
                 number += 1
                 continue
+            except OSError as error:
+                raise WriteError(
+                    f"OUTPUT_DIR: {run.path} cannot be made ({error.strerror}); choose another place"
+                ) from None
+            run.lock()
             write_text(run.config, config_yaml)
             return run
 
@@ -56,7 +85,7 @@ class RunDir:
         # The newest that is any use.
         directories = [path for _, path in sorted(_numbered_directories(Path(output_dir))) if path.name[6:] == name]
         for path in reversed(directories):
-            if cls(path).last.is_file():
+            if cls(path).has_state():
                 return cls(path)
         if not must_exist:
             return None
@@ -65,6 +94,75 @@ class RunDir:
         why = f"the {len(directories)} runs of this name hold no checkpoint" if directories else "there is no such run"
         raise CheckpointError(f"nothing to resume for {name!r} in {output_dir}: {why}; start without --resume")
 
+    # -- one process at a time -----------------------------------------------------------------------------------
+
+    def lock(self) -> None:
+        """Keep other processes from training here, see `FolderLock`. Raises UserError where one does already."""
+        self._lock = FolderLock(self.path)
+
+    def release(self) -> None:
+        """Give up the lock, where this process holds it."""
+        if self._lock is not None:
+            self._lock.release()
+
+    # -- the run's state -----------------------------------------------------------------------------------------
+
+    def has_state(self) -> bool:
+        """Whether there is a last.pth, or the one before it."""
+        return self.last.is_file() or self.previous.is_file()
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """Write last.pth; what it was until now stays as previous.pth. Raises WriteError."""
+        save_checkpoint(self.last, checkpoint, self.previous if self._last_is_whole else None)
+        self._last_is_whole = True
+
+    def load(self) -> dict[str, Any]:
+        """The checkpoint to go on from: last.pth or, where that is damaged or gone, the newest older one with everything.
+
+        Raises CheckpointError where there is none.
+        """
+        reason = f"{self.last}: is not there"
+        try:
+            if self.last.is_file():
+                return self._load_whole(self.last)
+        except DamagedError as error:
+            reason = str(error)
+
+        # Older ones: numbered ones for drawing are of no use.
+        self._last_is_whole = False
+        for path in self._older():
+            try:
+                checkpoint = self._load_whole(path)
+            except DamagedError:
+                continue
+            if "optimizers" in checkpoint:
+                self.note = f"{reason.partition(';')[0]}; goes on from {path.name}, step {checkpoint.get('step')}"
+                return checkpoint
+        raise CheckpointError(f"{reason.partition(';')[0]}, and there is no older checkpoint to go on from; start anew")
+
+    def newest_whole(self) -> Path:
+        """The file that `load` would read, or last.pth where none is whole; to draw with."""
+        for path in (self.last, *self._older()):
+            try:
+                check_whole(path)
+                return path
+            except CheckpointError:
+                continue
+        return self.last
+
+    def _older(self) -> Iterator[Path]:
+        """previous.pth and numbered checkpoints, the newest first."""
+        found = [path for path in (self.previous, *self.last.parent.glob("epoch_*.pth")) if path.is_file()]
+        yield from sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+    @staticmethod
+    def _load_whole(path: Path) -> dict[str, Any]:
+        checkpoint = load_checkpoint(path)
+        validate(checkpoint, path)
+        return checkpoint
+
+    # -- stats ---------------------------------------------------------------------------------------------------
+
     def truncate_stats(self, step: int) -> None:
         """Drop lines after `step`: a resumed run writes them again."""
         if not self.stats.is_file():
@@ -72,11 +170,11 @@ class RunDir:
 
         # The last line of a killed run may be half a line, which is dropped, too.
         kept = []
-        for line in self.stats.read_text(encoding="utf-8").splitlines():
+        for line in self.stats.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 continue
         write_text(self.stats, "".join(f"{line}\n" for line in kept))
 
@@ -87,6 +185,7 @@ class EncoderDir(RunDir):
     def __init__(self, path: str | Path):
         super().__init__(path)
         self.last = self.path / "last.pth"
+        self.previous = self.path / "previous.pth"
         self.best = self.path / "best.pth"
 
     def numbered(self, epoch: int) -> Path:

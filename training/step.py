@@ -225,7 +225,8 @@ def check_finite_weights(networks: Mapping[str, nn.Module], step: int) -> None:
     """Raise TrainingError, naming the network, if a weight is not finite; step: the one that was taken last."""
     for part, network in networks.items():
         # One sum a tensor: it is finite only if all its values are.
-        sums = torch.stack([parameter.detach().float().sum() for parameter in network.parameters()])
+        tensors = [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
+        sums = torch.stack([tensor.float().sum() for tensor in tensors])
         if not torch.isfinite(sums).all():
             raise TrainingError(
                 f"the weights of the {part} are not finite at step {step}; the last good checkpoint is kept. "
@@ -247,7 +248,18 @@ def adam(parameters: Sequence[nn.Parameter], lr: float, betas: Sequence[float]) 
 
 
 def restore_adam(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Load an optimizer's saved state. Learning rate and betas stay those of the settings, which may have changed."""
+    """Load an optimizer's saved state. Learning rate and betas stay those of the settings, which may have changed.
+
+    Raises ValueError where the state is not this optimizer's.
+    """
+    # The averages of every parameter, in its shape.
+    parameters, states = parameters_of(optimizer), saved["state"]
+    for index, parameter in enumerate(parameters):
+        for name in ("exp_avg", "exp_avg_sq"):
+            if states[index][name].shape != parameter.shape or not torch.isfinite(states[index][name].sum()):
+                raise ValueError(f"the {name} of parameter {index} has another shape, or is not finite")
+        torch.as_tensor(states[index]["step"]).float().item()
+
     # Older checkpoints were not fused.
     groups = [
         old | {key: new[key] for key in ("lr", "betas", "fused")}

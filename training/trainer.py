@@ -10,11 +10,11 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from datasets.loading import EpochBatches, training_loader
+from datasets.loading import EpochBatches
 from datasets.settings import DataSettings
 from miscc import distributed
 from miscc.batch import Batch
-from miscc.checkpoint import load_checkpoint, save_checkpoint
+from miscc.checkpoint import save_checkpoint
 from miscc.config import Config, to_plain, to_yaml
 from miscc.distributed import World
 from miscc.files import remove_unfinished
@@ -30,13 +30,13 @@ from sampling.folders import generated_picture
 from sampling.pipeline import TextToImage
 from training.build import build_system, check_batch_size, resumed_networks, starting_networks
 from training.compute import checkpoint_activations, compile_networks, peak_memory_mib, use_channels_last
-from training.data import fixed_captions, make_dataset, usable_workers
+from training.data import batches_from, fixed_captions, make_dataset, next_batch
 from training.ema import EMA
 from training.evaluation import Evaluation, split_records
 from training.progress import Progress, StopSignal, introduction
-from training.resume import changed_settings, check_resumable, check_same_data, fingerprint
-from training.run_dir import RunDir
-from training.schedule import Budget, learning_rate_factor, set_learning_rates
+from training.resume import changed_settings, check_resumable, check_same_data, fingerprint, restore_state
+from training.run_dir import RunDir, run_name
+from training.schedule import Budget, due_checkpoint, learning_rate_factor, set_learning_rates
 from training.settings import EvaluationSettings, StartSettings, TrainerSettings
 from training.step import (
     FiniteCheck,
@@ -45,7 +45,6 @@ from training.step import (
     check_finite_weights,
     log_values,
     make_optimizers,
-    restore_adam,
 )
 from training.tracker import Tracker, find_tracker
 
@@ -62,12 +61,13 @@ def train(cfg: Config, world: World, resume: bool = False, resume_if_exists: boo
     Returns the exit code: 0, or 128 + the signal's number. Raises UserError where something is missing or a loss is no
     longer finite.
     """
-    package = find_tracker(cfg.TRAIN.TRACKER)
+    package, name = find_tracker(cfg.TRAIN.TRACKER), run_name(cfg)
 
-    # The run to continue, and everything that it consists of.
-    name = f"{cfg.CONFIG_NAME}-{cfg.GAN.NAME}"
+    # The run to continue, which no other process may train, and everything that it consists of.
     run = RunDir.newest(cfg.OUTPUT_DIR, name, must_exist=resume) if resume or resume_if_exists else None
-    trainer = Trainer(cfg, world, load_checkpoint(run.last) if run else None)
+    if run is not None and world.is_main:
+        run.lock()
+    trainer = Trainer(cfg, world, run.load() if run else None)
 
     # A directory, only after all checks have passed. The main process alone shows and writes anything.
     if run is None and world.is_main:
@@ -79,9 +79,12 @@ def train(cfg: Config, world: World, resume: bool = False, resume_if_exists: boo
 
     progress = Progress(run, trainer.step, Tracker(package, run, cfg) if package and run is not None else None)
     try:
-        return trainer.run_to_the_end(run, progress)
+        with distributed.naming_lost_processes(world):
+            return trainer.run_to_the_end(run, progress)
     finally:
         progress.close()
+        if run is not None:
+            run.release()
         distributed.stop()
 
 
@@ -177,7 +180,8 @@ class Trainer:
         settings = self.settings
         for line in introduction(self, run):
             progress.say(line)
-        batches, epoch = iter(self._loader()), -1
+        order = (settings.batch_size, self.seed, self.step)
+        batches, epoch = iter(batches_from(self.dataset, *order, self.data_settings.workers, self.world)), -1
         seconds, timed_from = 0.0, self.step
         self.budget.start()
         pictured = self.budget.seconds
@@ -192,7 +196,8 @@ class Trainer:
                 # Step: every update of the system, then the averaged generator.
                 wants_log = (self.step + 1) % settings.log_every == 0
                 began = time.perf_counter()
-                values = self.train_step(next(batches).to(self.device, non_blocking=True), epoch, wants_log)
+                batch = next_batch(batches, self.step, run and (lambda: self.save(run)))
+                values = self.train_step(batch.to(self.device, non_blocking=True), epoch, wants_log)
                 seconds += time.perf_counter() - began
                 progress.advance()
                 if self.agrees():
@@ -263,18 +268,6 @@ class Trainer:
         """Whether the processes ask each other after this step. It makes a GPU wait, so they do not at every step."""
         return self.world.size == 1 or self.step % CHECK_STOP_EVERY == 0
 
-    def _loader(self) -> Any:
-        """The batches that are left, from the present step on."""
-        return training_loader(
-            self.dataset,
-            self.settings.batch_size,
-            self.seed,
-            start_step=self.step,
-            workers=usable_workers(self.data_settings.workers, self.device),
-            rank=self.world.rank,
-            world_size=self.world.size,
-            pin_memory=self.device.type == "cuda",
-        )
 
     # -- pictures and evaluations --------------------------------------------------------------------------------
 
@@ -285,9 +278,10 @@ class Trainer:
         with self._pipeline() as pipeline:
             drawn = pipeline.generate(self.pictured_captions, seed=self.seed)
         picture = generated_picture(self.pictured_captions, drawn)
-        save_image(picture, run.picture(self.step))
+        with progress.optional("pictures"):
+            save_image(picture, run.picture(self.step))
+            progress.say(f"picture of step {self.step}: {run.picture(self.step)}")
         progress.picture("samples", picture, self.step)
-        progress.say(f"picture of step {self.step}: {run.picture(self.step)}")
 
     @contextmanager
     def _pipeline(self) -> Iterator[TextToImage]:
@@ -304,7 +298,7 @@ class Trainer:
         if not every or step or epoch % every:
             return
 
-        self.finite.check()
+        self.check_finite()
         if self.evaluation is not None and run is not None:
             with self._pipeline() as pipeline:
                 value = self.evaluation.measure(pipeline)
@@ -319,37 +313,43 @@ class Trainer:
 
     def save_when_due(self, run: RunDir | None, stopped: bool) -> None:
         """Write last.pth and the numbered checkpoints that the settings ask for at this step."""
-        settings, epoch_ended = self.settings, self.step % self.steps_per_epoch == 0
-        finished = self.budget.is_over(self.step)
-        within = settings.save_every > 0 and self.step % settings.save_every == 0
-        if not (within or epoch_ended or finished or stopped):
+        epoch_ended, every = self.step % self.steps_per_epoch == 0, self.settings.save_every
+        within = every > 0 and self.step % every == 0
+        if not (within or epoch_ended or self.budget.is_over(self.step) or stopped):
             return
 
         # Only what can be trained further: what is there stays as it is otherwise.
-        self.finite.check()
-        check_finite_weights(self.networks, self.step)
+        self.check_finite()
         distributed.wait_for_all(self.world)
         if run is None:
             return
 
-        # Numbered: the most complete kind that is due.
+        # A numbered one, too. Where the disk takes one of them alone, it is the one to go on from.
         epoch = self.step // self.steps_per_epoch
-        if epoch_ended and epoch >= max(1, settings.warmup_epochs):
-            intervals = {
-                "full": settings.snapshot_interval,
-                "networks": settings.dsave_interval,
-                "drawing": settings.gsave_interval,
-            }
-            due = [content for content, every in intervals.items() if every and epoch % every == 0]
+        due = due_checkpoint(epoch, self.settings) if epoch_ended else None
+        try:
             if due:
-                save_checkpoint(run.numbered(epoch), self.checkpoint(due[0]))
-        save_checkpoint(run.last, self.checkpoint())
+                save_checkpoint(run.numbered(epoch), self.checkpoint(due))
+        finally:
+            run.save(self.checkpoint())
+
+    def save(self, run: RunDir) -> None:
+        """Write last.pth now."""
+        self.check_finite()
+        run.save(self.checkpoint())
+
+    def check_finite(self) -> None:
+        """Raises TrainingError where a loss or a weight, the average's included, is not finite."""
+        self.finite.check()
+        check_finite_weights(self.networks_and_average(), self.step)
+
+    def networks_and_average(self) -> dict[str, Any]:
+        """All networks that a checkpoint holds, by part."""
+        return self.networks | ({"generator_ema": self.average.module} if self.average is not None else {})
 
     def checkpoint(self, contents: str = "full") -> dict[str, Any]:
         """Everything ("full"), all but the optimizers ("networks"), or G, its average and the text encoder ("drawing")."""
-        networks = dict(self.networks)
-        if self.average is not None:
-            networks["generator_ema"] = self.average.module
+        networks = self.networks_and_average()
         if contents == "drawing":
             networks = {part: networks[part] for part in DRAWING if part in networks}
         content: dict[str, Any] = {
@@ -372,12 +372,7 @@ class Trainer:
     def _restore(self, checkpoint: dict) -> None:
         """Go on where the checkpoint was written. The networks have their weights already, see `_build_networks`."""
         check_same_data(checkpoint, self.records, self.data_settings.data_dir)
-        for name, optimizer in self.optimizers.items():
-            if name in checkpoint["optimizers"]:
-                restore_adam(optimizer, checkpoint["optimizers"][name])
-        if self.average is not None and "generator_ema" in checkpoint["networks"]:
-            self.average.module.load_state_dict(checkpoint["networks"]["generator_ema"]["state"])
-            self.average.num_updates = checkpoint["num_averaged"]
+        restore_state(self.optimizers, self.average, checkpoint)
         if self.evaluation is not None:
             self.evaluation.restore(checkpoint.get("evaluation"))
         self.step = checkpoint["step"]

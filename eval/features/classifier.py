@@ -124,7 +124,7 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Cla
     try:
         network = from_state(networks["classifier"], CLASSIFIERS).eval()
         return ClassifierNetwork(network, content).to(device)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, CheckpointError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(
             f"--classifier {path}: does not fit this version of the project ({reason}); train it again with `{MADE_BY}`"
