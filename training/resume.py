@@ -4,6 +4,7 @@ Loading a checkpoint is trainer.py's and damsm.py's.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -60,7 +61,7 @@ def check_fixed_settings(stored: Mapping, cfg: Mapping, keys: Iterable[str], ins
 
 def check_same_held_out(stored: Mapping, cfg: Mapping) -> None:
     """Raises ConfigError where a resumed run would train on other classes than it has until now."""
-    before, now = _held_out_share(stored.get("TRAIN", {})), _held_out_share(cfg["TRAIN"])
+    before, now = _held_out_share(stored.get("TRAIN")), _held_out_share(cfg["TRAIN"])
     if before == now:
         return
     key = "TRAIN.EVAL_CLASSES" if before and now else "TRAIN.EVAL_EVERY"
@@ -70,9 +71,12 @@ def check_same_held_out(stored: Mapping, cfg: Mapping) -> None:
     )
 
 
-def _held_out_share(train: Mapping) -> float:
+def _held_out_share(train: Any) -> float:
     """`EvaluationSettings.held_out_share` of stored settings; a run of former code lacks the keys."""
-    return float(train.get("EVAL_CLASSES", 0.0)) if train.get("EVAL_EVERY", 0) else 0.0
+    try:
+        return float(train.get("EVAL_CLASSES", 0.0)) if train.get("EVAL_EVERY", 0) else 0.0
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        raise CheckpointError("the checkpoint's settings are damaged (TRAIN); use another checkpoint") from None
 
 
 def fingerprint(records: Records) -> dict[str, int]:

@@ -253,7 +253,7 @@ def restore_adam(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> 
     Raises ValueError where the state is not this optimizer's.
     """
     # The averages of every parameter, in its shape.
-    parameters, states = parameters_of(optimizer), saved["state"]
+    parameters, states = parameters_of(optimizer), dict(saved["state"])
     for index, parameter in enumerate(parameters):
         for name in ("exp_avg", "exp_avg_sq"):
             if states[index][name].shape != parameter.shape or not torch.isfinite(states[index][name].sum()):
