@@ -268,7 +268,6 @@ class Trainer:
         """Whether the processes ask each other after this step. It makes a GPU wait, so they do not at every step."""
         return self.world.size == 1 or self.step % CHECK_STOP_EVERY == 0
 
-
     # -- pictures and evaluations --------------------------------------------------------------------------------
 
     def draw(self, run: RunDir, progress: Progress) -> None:
