@@ -6,6 +6,7 @@ Which losses there are is the system's part (models/), how an optimizer step is 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor
@@ -196,7 +197,7 @@ class Trainer:
                 # Step: every update of the system, then the averaged generator.
                 wants_log = (self.step + 1) % settings.log_every == 0
                 began = time.perf_counter()
-                batch = next_batch(batches, self.step, run and (lambda: self.save(run)))
+                batch = next_batch(batches, self.step, partial(self.save, run) if run is not None else None)
                 values = self.train_step(batch.to(self.device, non_blocking=True), epoch, wants_log)
                 seconds += time.perf_counter() - began
                 progress.advance()
