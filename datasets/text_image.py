@@ -5,6 +5,7 @@ Batches of samples are made by loading.py; images that are decoded already come 
 
 import logging
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -67,7 +68,7 @@ def box_edges(width: int, height: int, box: Sequence[float]) -> tuple[int, int, 
     return left, top, right, bottom
 
 
-def load_resized(path: str | Path, box: Sequence[float] | None, image_size: int) -> np.ndarray:
+def load_resized(path: str | Path | BytesIO, box: Sequence[float] | None, image_size: int) -> np.ndarray:
     """Read an image, cut out its box and scale its shorter side to int(image_size * 76 / 64) pixels.
 
     Returns (h, w, 3) uint8, the whole rectangle: random crops are taken from it, and the cache stores it. Raises

@@ -7,6 +7,7 @@ The distance between two Gaussians, without the matrix square root; FID extrapol
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # run as a script: this folder hides other packages' names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -41,6 +42,9 @@ from miscc.command_line import CommandParser
 from miscc.errors import DataError, run_command
 from miscc.progress import ProgressBar
 from miscc.randomness import stream
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 EXTRAPOLATION_POINTS = 15  # as Chong and Forsyth
 
@@ -145,7 +149,7 @@ class FrechetDistance(Metric):
 
     @classmethod
     def from_run(cls, run: Run) -> "FrechetDistance":
-        return cls(run.network, run.reference.statistics if run.reference else None)
+        return cls(run.feature_network, run.reference.statistics if run.reference else None)
 
     def update(self, batch: ScoringBatch) -> None:
         if self.keep_features:
@@ -153,24 +157,26 @@ class FrechetDistance(Metric):
         else:
             self.streamed.update(batch.features)
 
-    def merge(self, other: "FrechetDistance") -> None:
+    def merge(self, other: "Self") -> None:
         self.streamed.merge(other.streamed)
         self.features += other.features
 
     def compute(self) -> list[Score]:
+        real = self.real
+        assert real is not None  # in the main process
         if not self.keep_features:
-            return [frechet_score(self.real, self.streamed.result(self.network.protocol()), self.network)]
+            return [frechet_score(real, self.streamed.result(self.network.protocol()), self.network)]
 
         # Single features are there: resamplings of them, and the limit for many.
         features = torch.cat(self.features)  # (N, D)
-        score = frechet_score(self.real, statistics_of_features(features, self.network.protocol()), self.network)
+        score = frechet_score(real, statistics_of_features(features, self.network.protocol()), self.network)
         scores = [score]
         if self.bootstrap:
-            interval, std = bootstrap_interval(self.real, features, score.value, self.bootstrap, self.seed)
+            interval, std = bootstrap_interval(real, features, score.value, self.bootstrap, self.seed)
             about = {"bootstrap_rounds": self.bootstrap, "seed": self.seed}
             scores = [replace(score, std=std, interval=interval).of(about)]
         if self.extrapolate:
-            limit, points = extrapolated_distance(self.real, features, self.seed)
+            limit, points = extrapolated_distance(real, features, self.seed)
             name = distance_name("FID∞", self.network)
             scores.append(Score(name, limit, {**scores[0].protocol, "seed": self.seed}, details={"points": points}))
         return scores
@@ -239,6 +245,7 @@ def fid(
         check_comparable(real, of_real, fake, of_fake)
         scores, skipped = [frechet_score(of_real, of_fake, network)], of_fake.skipped
     else:
+        assert network is not None  # for images
         metric = FrechetDistance(network, of_real, extrapolate=extrapolate, bootstrap=bootstrap, seed=seed)
         source, skipped = load_source(fake, skip_broken)
         scores = update_from(source, metric, network, **options).compute()

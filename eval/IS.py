@@ -8,6 +8,7 @@ eval/train_classifier.py.
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # run as a script: this folder hides other packages' names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -21,6 +22,9 @@ from eval.metric import Metric, Needs, Run, Score, ScoringBatch, score_name
 from eval.scripts import network_of, run_script
 from miscc.command_line import named_device
 from miscc.errors import ConfigError, DataError, run_command
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 USUAL_SPLIT = 3000  # images a split in the papers on CUB and COCO: 30,000 in 10
 
@@ -55,7 +59,7 @@ class InceptionScore(Metric):
 
         # Sums for each split: of p (splits, K), of Σ p log p (splits,).
         self.seen = 0
-        self.probabilities: torch.Tensor | None = None
+        self.probabilities = torch.zeros(splits, 0, dtype=torch.float64)  # K is known with the first batch
         self.negative_entropies = torch.zeros(splits, dtype=torch.float64)
 
     @classmethod
@@ -65,14 +69,14 @@ class InceptionScore(Metric):
     def update(self, batch: ScoringBatch) -> None:
         log_p = batch.logits.detach().cpu().double().log_softmax(dim=1)  # (N, K)
         p = log_p.exp()
-        if self.probabilities is None:
+        if not self.probabilities.shape[1]:
             self.probabilities = torch.zeros(self.splits, p.shape[1], dtype=torch.float64)
         splits = torch.from_numpy(self.split_of[np.asarray(batch.indices)])
         self.probabilities.index_add_(0, splits, p)
         self.negative_entropies.index_add_(0, splits, (p * log_p).sum(dim=1))
         self.seen += len(p)
 
-    def merge(self, other: "InceptionScore") -> None:
+    def merge(self, other: "Self") -> None:
         self.probabilities += other.probabilities
         self.negative_entropies += other.negative_entropies
         self.seen += other.seen
@@ -88,13 +92,15 @@ class InceptionScore(Metric):
         return divergence.exp().numpy()
 
     def compute(self) -> list[Score]:
-        name, values, warnings = score_name(self.network), self.values(), ()
+        network = self.network
+        assert network is not None  # `inception_score` alone does without a name
+        name, values, warnings = score_name(network), self.values(), ()
         if self.num_images // self.splits < USUAL_SPLIT // 3:
             warnings = (
                 f"{name}: {self.num_images} images in {self.splits} splits: too small; the papers have 30,000 in 10",
             )
-        about = {**self.network.protocol(), "num_images": self.num_images, "splits": self.splits, "seed": self.seed}
-        about |= {"num_classes": self.network.num_classes}
+        about = {**network.protocol(), "num_images": self.num_images, "splits": self.splits, "seed": self.seed}
+        about |= {"num_classes": network.num_classes}
         details = {"splits": values.tolist()}
         return [Score(name, float(values.mean()), about, float(values.std()), details=details, warnings=warnings)]
 

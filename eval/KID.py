@@ -80,16 +80,17 @@ class KernelDistance(Metric):
     @classmethod
     def from_run(cls, run: Run) -> "KernelDistance":
         protocol, real = run.protocol, run.reference.features if run.reference else None
-        return cls(run.network, real, protocol.kid_subsets, protocol.kid_subset_size, protocol.seed)
+        return cls(run.feature_network, real, protocol.kid_subsets, protocol.kid_subset_size, protocol.seed)
 
     def update(self, batch: ScoringBatch) -> None:
         self.features.append(batch.features.cpu())
 
     def compute(self) -> list[Score]:
-        fake, name = torch.cat(self.features), distance_name("KID", self.network)  # (N, D)
+        fake, real, name = torch.cat(self.features), self.real, distance_name("KID", self.network)  # (N, D), (M, D)
+        assert real is not None  # in the main process
 
         # Subsets of as many images as there are.
-        size = min(self.subset_size, len(fake), len(self.real))
+        size = min(self.subset_size, len(fake), len(real))
         if size < 2:
             single = "generated" if len(fake) < 2 else "real"
             raise DataError(f"{name}: a single image ({single}); KID needs two or more")
@@ -97,8 +98,8 @@ class KernelDistance(Metric):
         if size < self.subset_size:
             warnings = (f"{name}: subsets of {size} instead of {self.subset_size} images; the ± is too small",)
 
-        mean, std = kernel_distance(self.real, fake, self.subsets, size, seed=self.seed)
-        about = {**self.network.protocol(), "num_real": len(self.real), "num_fake": len(fake)}
+        mean, std = kernel_distance(real, fake, self.subsets, size, seed=self.seed)
+        about = {**self.network.protocol(), "num_real": len(real), "num_fake": len(fake)}
         about |= {"kernel": "(x·y / D + 1)^3", "subsets": self.subsets, "subset_size": size, "seed": self.seed}
         return [Score(name, mean, about, std=std, warnings=warnings)]
 

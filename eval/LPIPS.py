@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 from warnings import catch_warnings, simplefilter
 
 if __package__ in (None, ""):  # run as a script: this folder hides other packages' names
@@ -33,6 +34,9 @@ from miscc.errors import CheckpointError, DataError, run_command
 from miscc.images import from_uint8
 from miscc.randomness import stream
 from models.modes import no_tf32
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ALEXNET_FILES = ("alexnet-owt-7be5be79.pth", "alexnet-owt-4df8aa71.pth")
 ALEXNET_LAYERS = {1: 0, 2: 3, 3: 6, 4: 8, 5: 10}  # slice of the lpips package: convolution in torchvision's `features`
@@ -144,7 +148,7 @@ class Diversity(Metric):
                 )
                 self.num_images += len(images)
 
-    def merge(self, other: "Diversity") -> None:
+    def merge(self, other: "Self") -> None:
         self.means |= other.means
         self.num_images += other.num_images
 
@@ -291,10 +295,10 @@ def paired_distance(
 
     # Pairs, in the order of the generated images.
     partners = _partners(real_source, fake_source, skip_broken)
-    kept = [index for index, partner in enumerate(partners) if partner is not None]
-    matched = real_source.subset([partners[index] for index in kept])
+    kept = {index: partner for index, partner in enumerate(partners) if partner is not None}
+    matched = real_source.subset(list(kept.values()))
     metric = PairedDistance(network)
-    (score,) = update_from(fake_source.subset(kept), metric, real=matched, **options).compute()
+    (score,) = update_from(fake_source.subset(list(kept)), metric, real=matched, **options).compute()
 
     alone = len(partners) - len(kept)
     origin = {"real": str(real), "fake": str(fake), "without_partner": alone}
@@ -355,7 +359,8 @@ def main() -> None:
     if args.by_caption:
         score = caption_diversity(args.images[0], network, max_images=args.max_images, seed=args.seed, **choices)
     else:
-        score = paired_distance(*args.images, network, **choices)
+        real, fake = args.images
+        score = paired_distance(real, fake, network, **choices)
     report([score], args.json)
 
 

@@ -197,16 +197,17 @@ class RPrecision(Metric):
         generators_encoder: fingerprint of the generator's text encoder, None where it is not known;
         folder: of the samples, None where images come from elsewhere.
         """
-        self.encoders, self.vocabulary = encoders, encoders.vocabulary or vocabulary
-        if self.vocabulary is None:
+        vocabulary = encoders.vocabulary or vocabulary
+        if vocabulary is None:
             raise DataError("these encoders carry no vocabulary; give --data-dir, the folder of their captions.pickle")
         if encoders.image_encoder is None:
             raise CheckpointError(
                 "these encoders have no image encoder; put image_encoder*.pth beside text_encoder*.pth"
             )
+        self.encoders, self.image_encoder, self.vocabulary = encoders, encoders.image_encoder, vocabulary
         self.lists, self.folds, self.seed = lists, folds, seed
         self.generators_encoder, self.folder = generators_encoder, folder
-        self.device = next(encoders.image_encoder.parameters()).device
+        self.device = next(self.image_encoder.parameters()).device
         self.codes: list[torch.Tensor] = []
 
     @classmethod
@@ -229,7 +230,7 @@ class RPrecision(Metric):
             raise DataError("the sampled images differ in size; sample them again into one folder")
         pixels = torch.from_numpy(np.stack(batch.images)).to(self.device).permute(0, 3, 1, 2)
         with no_tf32():  # the encoder resizes the images itself
-            self.codes.append(self.encoders.image_encoder(from_uint8(pixels))[1].float().cpu())
+            self.codes.append(self.image_encoder(from_uint8(pixels))[1].float().cpu())
 
     def compute(self) -> list[Score]:
         lists, encoder = self.lists, encoder_hash(self.encoders)

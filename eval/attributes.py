@@ -51,12 +51,16 @@ UNNAMED, UNKNOWN = -1, -2  # in place of a value's index: the caption says nothi
 
 
 class Classifier(Protocol):
-    """Reads attributes off images. ceiling: its accuracy on held-out drawings, by attribute."""
+    """Reads attributes off images."""
 
-    ceiling: dict[str, float]
+    @property
+    def ceiling(self) -> dict[str, float]:
+        """Its accuracy on held-out drawings, by attribute."""
+        ...
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """(N, H, W, 3) uint8 -> (N, 9) int64, the index of the value for each of ATTRIBUTES."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,8 @@ def _train(network: nn.Module, drawings: Drawings, recipe: Recipe, device: torch
     """Train and measure: {"accuracy": share of held-out drawings read rightly, by attribute}."""
 
     def loss(logits: list[Tensor], examples: Examples) -> Tensor:
-        return sum(F.cross_entropy(head, examples.labels[:, i]) for i, head in enumerate(logits))
+        losses = [F.cross_entropy(head, examples.labels[:, i]) for i, head in enumerate(logits)]
+        return sum(losses[1:], losses[0])
 
     train(network, loss, drawings, recipe, device)
     right = torch.zeros(len(NAMES), dtype=torch.int64)
@@ -221,8 +226,8 @@ def read_attributes(
         attributes=scores,
         colour_accuracy=_mean([score.accuracy for score in colours]),
         mismatched_colour_accuracy=_mean([score.mismatched_accuracy for score in colours]),
-        colour_ceiling=_mean([score.ceiling for score in colours]),
-        colour_chance=_mean([score.chance for score in colours]),
+        colour_ceiling=sum(score.ceiling for score in colours) / len(colours),
+        colour_chance=sum(score.chance for score in colours) / len(colours),
         seed=seed,
     )
 

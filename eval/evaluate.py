@@ -56,6 +56,7 @@ def requests_of(protocol: Protocol, records: Records, num_images: int | None = N
 
     # Random captions.
     total = num_images or protocol.num_images
+    assert total is not None  # of random captions
     each = protocol.images_per_caption
     chosen = split_requests(records, num_images=-(-total // each), seed=protocol.seed)
     repeated = [(request, sample) for request in chosen for sample in range(each)][:total]
@@ -173,6 +174,7 @@ def self_check(
     records = []
     for what, images in (("real train", train.select(sorted(chosen))), ("the same real images", test)):
         found = run_protocol(_real_stream(what, images, protocol, image_size, tools), protocol, test, device, tools)
+        assert found is not None  # there is one process
         found["overrides"] = {} if num_images is None else {"num_images": num_images}
         found["captions"] = {"data_set": images.name, "split": images.split, "num_images_with_captions": len(images)}
         found["generator"] = None
@@ -274,11 +276,10 @@ def main(words: Sequence[str] | None = None) -> None:
         else:
             same = protocol.caption_split == protocol.real_split
             prompts = None if same else records_for(config, protocol.caption_split, args.data_dir, vocabulary)
-            results = [
-                evaluate(pipeline, protocol, real, prompts, num_images=args.num_images, tools=tools, world=world)
-            ]
+            found = evaluate(pipeline, protocol, real, prompts, num_images=args.num_images, tools=tools, world=world)
+            results = [] if found is None else [found]
 
-        if world.is_main:
+        if results:  # in the main process
             about = {"path": str(Path(args.checkpoint).resolve()), "sha256": hash_of_file(weight_file(args.checkpoint))}
             about |= {name: pipeline.origin[name] for name in ("step", "epoch")}
             for result in results:

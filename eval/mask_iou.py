@@ -83,19 +83,26 @@ class SegmenterNetwork(nn.Module):
 
 
 class Segmenter(Protocol):
-    """Outlines birds.
+    """Outlines birds."""
 
-    mean_shape: (S, S) bool, the mean outline of drawings thresholded at half;
-    ceiling, mean_shape_ceiling: mean IoU of the segmenter and of the mean shape with the true outlines of held-out
-    drawings.
-    """
+    @property
+    def mean_shape(self) -> np.ndarray:
+        """(S, S) bool, the mean outline of drawings thresholded at half."""
+        ...
 
-    mean_shape: np.ndarray
-    ceiling: float
-    mean_shape_ceiling: float
+    @property
+    def ceiling(self) -> float:
+        """Mean IoU with the true outlines of held-out drawings."""
+        ...
+
+    @property
+    def mean_shape_ceiling(self) -> float:
+        """The same of the mean shape."""
+        ...
 
     def outline(self, images: np.ndarray) -> np.ndarray:
         """(N, H, W, 3) uint8 -> (N, S, S) bool, True inside the bird; S the size of `mean_shape`."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ evaluation during training and the benchmark use the same classes.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ from miscc.vocabulary import Vocabulary
 from sampling.encoders import Encoders
 from sampling.requests import Request
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+NOTHING = torch.empty(0, 0)  # features and logits where no metric needs any
 COUNTS = {  # fields of a score's protocol that stand beside the value
     "num_real": "real",
     "num_fake": "generated",
@@ -115,7 +119,7 @@ class ScoringBatch:
     indices: N, of each image among all that are scored; in a single process the batches come in this order;
     requests: N, caption and key of each image;
     masks: the generator's, of each stage (N, h, w) float32 in [0, 1], coarse to fine;
-    features, logits: (N, D) and (N, K) of the feature network;
+    features, logits: (N, D) and (N, K) of the feature network, NOTHING without one;
     real_images: N of (H, W, 3) uint8, the real image of each request's key.
     """
 
@@ -123,8 +127,8 @@ class ScoringBatch:
     indices: Sequence[int] = ()
     requests: Sequence[Request] = ()
     masks: Sequence[np.ndarray] = ()
-    features: Tensor | None = None
-    logits: Tensor | None = None
+    features: Tensor = NOTHING
+    logits: Tensor = NOTHING
     real_images: Sequence[np.ndarray] = ()
 
 
@@ -197,6 +201,12 @@ class Run:
     folder: Path | None = None
     files: Sequence[str] = ()
 
+    @property
+    def feature_network(self) -> FeatureNetwork:
+        """The network of a metric that needs features."""
+        assert self.network is not None
+        return self.network
+
 
 class Metric:
     """Reads images batch by batch and computes scores of them all.
@@ -218,7 +228,7 @@ class Metric:
         """Read the next images of this process."""
         raise NotImplementedError
 
-    def merge(self, other: "Metric") -> None:
+    def merge(self, other: "Self") -> None:
         """Add what the same metric has accumulated in another process."""
         for name in self.accumulated:
             getattr(self, name).extend(getattr(other, name))

@@ -54,13 +54,14 @@ class PrecisionRecall(Metric):
 
     @classmethod
     def from_run(cls, run: Run) -> "PrecisionRecall":
-        return cls(run.network, run.reference.features if run.reference else None)
+        return cls(run.feature_network, run.reference.features if run.reference else None)
 
     def update(self, batch: ScoringBatch) -> None:
         self.features.append(batch.features.cpu())
 
     def compute(self) -> list[Score]:
         fake, real = torch.cat(self.features), self.real  # (N, D), (M, D)
+        assert real is not None  # in the main process
 
         # Both values depend on the numbers of images.
         fewest, warnings = min(len(fake), len(real)), ()
@@ -87,7 +88,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def build(run: Run, args: argparse.Namespace) -> PrecisionRecall:
-    return PrecisionRecall(run.network, run.reference.features, args.neighbourhood)
+    metric = PrecisionRecall.from_run(run)
+    metric.neighbourhood = args.neighbourhood
+    return metric
 
 
 def main() -> None:

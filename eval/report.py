@@ -148,6 +148,7 @@ def _samples(run: Run, data_dir: str | None, num_training: int, num_captions: in
 
 
 def _confused(run: Run, data_dir: str | None, number: int) -> str:
+    assert run.checkpoint is not None  # `is_encoders`
     encoders = load_encoders(run.checkpoint)
     said, shown = confusions(encoders, records_of(run.config, "test", data_dir, encoders.vocabulary), number)
     return f"<p>{_text(said)}.</p>{_shown(shown)}"

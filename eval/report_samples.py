@@ -29,7 +29,7 @@ class Shown(NamedTuple):
     text: str
 
 
-def records_of(config: Mapping[str, Any], split: str, data_dir: str | None, vocabulary: Vocabulary) -> Records:
+def records_of(config: Mapping[str, Any], split: str, data_dir: str | None, vocabulary: Vocabulary | None) -> Records:
     """A split of the data of a run. Raises DataError where it is not there."""
     place = data_dir or config.get("DATA_DIR")
     if not config.get("DATASET_NAME") or not place:

@@ -17,7 +17,7 @@ from eval.features.networks import NETWORKS, RESIZE, FeatureNetwork, WeightsErro
 from eval.features.reference import Reference
 from eval.features.sources import ImageSource, Sample, batches, read_samples
 from eval.features.statistics import collect_features, default_cache, load_source, statistics_of_features
-from eval.metric import Metric, Run, Score, ScoringBatch, Tools
+from eval.metric import NOTHING, Metric, Run, Score, ScoringBatch, Tools
 from eval.protocol.protocols import Protocol
 from miscc.command_line import CommandParser, add_device_option, named_device, positive, seed_number
 from miscc.errors import CheckpointError
@@ -259,7 +259,7 @@ def update_from(
         partners = batches(real, batch_size, workers) if real else itertools.repeat(())
         for images, real_images in zip(batches(source, batch_size, workers), partners, strict=False):
             rows = range(done, done + len(images))
-            features, logits = network.extract_features(images) if network else (None, None)
+            features, logits = network.extract_features(images) if network else (NOTHING, NOTHING)
             chosen = requests[rows.start : rows.stop]
             metric.update(ScoringBatch(images, rows, chosen, (), features, logits, real_images))
             done = rows.stop

@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 if __package__ in (None, ""):  # run as a script: this folder hides other packages' names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -16,15 +16,21 @@ if __package__ in (None, ""):  # run as a script: this folder hides other packag
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datasets import load_records
-from datasets.loading import ordered_loader, training_loader
+from datasets.loading import EpochBatches, ordered_loader, training_loader
 from datasets.records import Records
 from datasets.settings import DataSettings
 from datasets.text_image import TextImageDataset
-from eval.features.classifier import CLASSIFIERS, classifier_input
+from eval.features.classifier import (
+    CLASSIFIERS,
+    ImageClassifier,
+    InceptionClassifier,
+    SmallClassifier,
+    classifier_input,
+)
 from eval.features.networks import TORCHVISION_FILES, find_weights
 from miscc.checkpoint import load_file, save_checkpoint
 from miscc.command_line import CommandParser, add_device_option, named_device, positive, setting_pairs
@@ -76,11 +82,10 @@ def split_within_classes(records: Records, share: float, seed: int) -> tuple[Rec
     return records.select(sorted(learned)), records.select(sorted(held_out))
 
 
-def build(settings: Settings, num_classes: int, weights: str | Path | None = None) -> tuple[nn.Module, str]:
+def build(settings: Settings, num_classes: int, weights: str | Path | None = None) -> tuple[ImageClassifier, str]:
     """The network to train, and where its first weights are from. Raises CheckpointError without ImageNet's."""
     if settings.network == "small":
-        network = CLASSIFIERS["small"](num_classes, settings.image_size)
-        return network, "from scratch"
+        return SmallClassifier(num_classes, settings.image_size), "from scratch"
 
     # Inception from ImageNet's weights.
     source = "https://download.pytorch.org/models/"
@@ -89,7 +94,7 @@ def build(settings: Settings, num_classes: int, weights: str | Path | None = Non
     except CheckpointError as error:
         raise CheckpointError(f"{error}; or train a light one from scratch: --network small") from None
     state = load_file(path)
-    network = CLASSIFIERS["inception"](num_classes)
+    network = InceptionClassifier(num_classes)
     network.load_imagenet(state if isinstance(state, dict) else {}, path)
     return network, f"from ImageNet's weights ({path.name})"
 
@@ -116,15 +121,16 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         seed_everything(settings.seed)
         network, origin = build(settings, len(classes), weights)
-    network.to(device, memory_format=torch.channels_last)
+    network.to(device).to(memory_format=torch.channels_last)
 
     # Training, then the accuracy on held-out images.
     sizes = [settings.image_size]
     dataset = TextImageDataset(learned, sizes, seed=settings.seed, augment=True, skip_broken=skip_broken)
     batch_size = min(settings.batch_size, len(learned))
     loader = training_loader(dataset, batch_size, settings.seed, workers=workers)
+    num_steps = settings.epochs * cast(EpochBatches, loader.batch_sampler).batches_per_epoch
     rate = settings.learning_rate or LEARNING_RATES[settings.network]
-    _fit(network, loader, classes, rate, settings.epochs * loader.batch_sampler.batches_per_epoch, device)
+    _fit(network, loader, classes, rate, num_steps, device)
     unseen = TextImageDataset(held_out, sizes, augment=False, skip_broken=skip_broken)
     measured = {"accuracy": accuracy(network, unseen, classes, batch_size), "num_held_out": len(held_out)}
     measured |= {"num_images": len(learned), "chance": 1 / len(classes)}
@@ -146,7 +152,7 @@ def train_classifier(
 
 
 def _fit(
-    network: nn.Module, loader: DataLoader, classes: np.ndarray, rate: float, num_steps: int, device: torch.device
+    network: ImageClassifier, loader: DataLoader, classes: np.ndarray, rate: float, num_steps: int, device: torch.device
 ) -> None:
     """Train in place: AdamW, one cycle of the learning rate, smoothed labels. Raises TrainingError."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.02)
@@ -171,7 +177,7 @@ def _fit(
             bar.set_facts(loss=f"{loss.item():.3f}")
 
 
-def accuracy(network: nn.Module, dataset: TextImageDataset, classes: np.ndarray, batch_size: int) -> float:
+def accuracy(network: ImageClassifier, dataset: TextImageDataset, classes: np.ndarray, batch_size: int) -> float:
     """Share of the images whose class has the largest logit; classes: (K,) rising class ids, in the logits' order."""
     device = next(network.parameters()).device
     right = 0

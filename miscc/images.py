@@ -1,8 +1,8 @@
 """Images: reading files as RGB, [-1, 1] <-> uint8. Pictures for people are miscc/pictures.py's."""
 
-import io
 import os
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ _EXIF_ORIENTATION = 0x0112
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def open_rgb(path: str | Path, upright: bool = True) -> Image.Image:
+def open_rgb(path: str | Path | BytesIO, upright: bool = True) -> Image.Image:
     """Read any image file as RGB: grey, palette and CMYK are converted, transparent parts become white.
 
     upright: turn photos as their EXIF data say, as every viewer does; False for images whose boxes refer to stored pixels
@@ -40,7 +40,7 @@ def open_rgb(path: str | Path, upright: bool = True) -> Image.Image:
         raise DataError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
 
 
-def open_pixels(path: str | Path, upright: bool = True) -> torch.Tensor:
+def open_pixels(path: str | Path | BytesIO, upright: bool = True) -> torch.Tensor:
     """`open_rgb` as (H, W, 3) uint8.
 
     Plain JPEG files are decoded by torchvision where it can: the same pixels without PIL's copies.
@@ -49,7 +49,7 @@ def open_pixels(path: str | Path, upright: bool = True) -> torch.Tensor:
     return torch.from_numpy(np.array(open_rgb(path, upright))) if pixels is None else pixels
 
 
-def _decode_jpeg(path: str | Path, upright: bool) -> torch.Tensor | None:
+def _decode_jpeg(path: str | Path | BytesIO, upright: bool) -> torch.Tensor | None:
     """An upright RGB JPEG without errors as (H, W, 3) uint8; None for everything else, which is left to PIL."""
     if decode_jpeg is None or not isinstance(path, (str, Path)) or not os.path.isfile(path):
         return None
@@ -59,7 +59,7 @@ def _decode_jpeg(path: str | Path, upright: bool) -> torch.Tensor | None:
         data = np.fromfile(path, dtype=np.uint8)
         if data[:2].tobytes() != b"\xff\xd8":
             return None
-        with Image.open(io.BytesIO(data.data)) as image:
+        with Image.open(BytesIO(data.data)) as image:
             turned = upright and "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) != 1
             if image.format != "JPEG" or image.mode != "RGB" or turned:
                 return None

@@ -5,7 +5,7 @@ be downloaded; so a score says which classifier it is by, and compares with othe
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,23 @@ NORMALISATION = (127.5, 127.5)  # (x - mean) / scale: [-1, 1]
 MADE_BY = "python eval/train_classifier.py --cfg cfg/bird.yml"
 
 
-class InceptionClassifier(Network):
+class ImageClassifier(Network):
+    """What every classifier has: (N, 3, S, S) in [-1, 1] -> logits (N, num_classes).
+
+    trunk, head: features, and the classes by them.
+    resize: the filter that images are brought to `input_size` with, a name in RESIZE.
+    """
+
+    trunk: nn.Sequential
+    head: nn.Linear
+    resize: str
+    input_size: int
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.trunk(images.contiguous(memory_format=torch.channels_last)))
+
+
+class InceptionClassifier(ImageClassifier):
     """torchvision's Inception-v3 with a new last layer: (N, 3, 299, 299) in [-1, 1] -> logits (N, num_classes)."""
 
     resize = "bilinear"
@@ -47,11 +63,8 @@ class InceptionClassifier(Network):
             )
         self.trunk.load_state_dict({own: state[name] for own, name in named.items()})
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.trunk(images.contiguous(memory_format=torch.channels_last)))
 
-
-class SmallClassifier(Network):
+class SmallClassifier(ImageClassifier):
     """A light network from scratch, for small images and CPUs; ours: (N, 3, S, S) in [-1, 1] -> logits (N, num_classes).
 
     image_size: S, from 16 on; every layer halves it down to 4 pixels or fewer.
@@ -74,14 +87,11 @@ class SmallClassifier(Network):
         self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(channels, num_classes)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.trunk(images.contiguous(memory_format=torch.channels_last)))
+
+CLASSIFIERS: dict[str, type[Network]] = {"inception": InceptionClassifier, "small": SmallClassifier}
 
 
-CLASSIFIERS: dict[str, type[nn.Module]] = {"inception": InceptionClassifier, "small": SmallClassifier}
-
-
-def classifier_input(images: Tensor, network: nn.Module) -> Tensor:
+def classifier_input(images: Tensor, network: ImageClassifier) -> Tensor:
     """(N, 3, H, W) in [-1, 1] -> what the classifier takes, through the filter that scoring uses, so that
     training images look like scored ones."""
     mean, scale = NORMALISATION
@@ -91,11 +101,11 @@ def classifier_input(images: Tensor, network: nn.Module) -> Tensor:
 class ClassifierNetwork(FeatureNetwork):
     """A trained classifier as a feature network; its score is `IS[<data set>]`, whose protocol says whose it was."""
 
-    def __init__(self, network: nn.Module, content: dict[str, Any]) -> None:
+    def __init__(self, network: ImageClassifier, content: dict[str, Any]) -> None:
         data_set = content["dataset"]
         weights_hash = hash_tensors(network.state_dict())
-        shape = (network.resize, network.input_size, NORMALISATION)
-        super().__init__(f"classifier-{data_set}", network.trunk, network.head, weights_hash, *shape, published=False)
+        parts = (network.trunk, network.head, weights_hash, network.resize, network.input_size, NORMALISATION)
+        super().__init__(f"classifier-{data_set}", *parts, published=False)
         self.label = SCORED_AS.get(data_set, data_set)
         self.about = {
             "statement": content["statement"],
@@ -122,7 +132,7 @@ def load_classifier(path: str | Path, device: str | torch.device = "cpu") -> Cla
 
     # Of this version?
     try:
-        network = from_state(networks["classifier"], CLASSIFIERS).eval()
+        network = cast(ImageClassifier, from_state(networks["classifier"], CLASSIFIERS).eval())
         return ClassifierNetwork(network, content).to(device)
     except (KeyError, TypeError, ValueError, RuntimeError, CheckpointError) as error:
         reason = " ".join(str(error).split())[:160]

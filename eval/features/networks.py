@@ -6,8 +6,9 @@ its network. Nothing is downloaded: the error for a missing weight file says whi
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -192,9 +193,9 @@ def _efficientnet_lite2(weights: str | Path | None, resize: str | None, seed: in
 
 
 class _EfficientNetTrunk(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
-        self.network = network
+        self.network = network  # of a package without types
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.network.extract_features(inputs).mean(dim=(2, 3))
@@ -223,8 +224,8 @@ def build_tensorflow_inception() -> nn.Module:
             layers = ["2048", "logits_unbiased"]
             super().__init__("inception-v3-compat", layers, feature_extractor_weights_path=nothing)
 
-        def load_state_dict(self, state_dict, *args, **kwargs):
-            return super().load_state_dict(state_dict, *args, **kwargs) if state_dict else None
+        def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+            return super().load_state_dict(state_dict, strict, assign) if state_dict else None
 
     return Empty()
 
@@ -244,16 +245,18 @@ def random_inception_state(seed: int = 0) -> dict[str, torch.Tensor]:
 
 def _inception(name: str, network: nn.Module, state: dict, resize: str, published: bool) -> FeatureNetwork:
     trunk = nn.Sequential(*(getattr(network, TORCH_FIDELITY_NAMES.get(n, n)) for n in TRUNK), nn.Flatten())
-    classifier = nn.Linear(2048, network.fc.out_features, bias=False)  # the graph of the Inception score has no bias
-    classifier.weight = network.fc.weight
+    last = cast(nn.Linear, network.get_submodule("fc"))
+    classifier = nn.Linear(2048, last.out_features, bias=False)  # the graph of the Inception score has no bias
+    classifier.weight = last.weight
     return FeatureNetwork(name, trunk, classifier, hash_tensors(state), resize, 299, NORMALISATION[resize], published)
 
 
 def _fuse_batch_norm(trunk: nn.Module) -> None:
     """Fold each batch norm of an Inception into the convolution before it: the same maths, a sixth faster."""
     for module in trunk.modules():
-        if isinstance(getattr(module, "conv", None), nn.Conv2d) and isinstance(module.bn, nn.BatchNorm2d):
-            module.conv = torch.nn.utils.fusion.fuse_conv_bn_eval(module.conv, module.bn)
+        convolution, norm = getattr(module, "conv", None), getattr(module, "bn", None)
+        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            module.conv = torch.nn.utils.fusion.fuse_conv_bn_eval(convolution, norm)
             module.bn = nn.Identity()
 
 

@@ -81,9 +81,9 @@ class RealImages:
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated images are compared with. features: (N, D) float32 where a metric compares single images, else None."""
+    """What generated images are compared with: by statistics, or where a metric compares single images, features (N, D)."""
 
-    statistics: Statistics
+    statistics: Statistics | None
     features: torch.Tensor | None
     fingerprint: str
     from_cache: bool
@@ -132,14 +132,16 @@ def reference(
                 streamed.update(features)
             bar.update(len(batch))
     features = torch.cat(rows) if with_features else None
-    statistics = (
-        statistics_of_features(features, network.protocol()) if with_features else streamed.result(network.protocol())
-    )
+    if features is not None:
+        statistics = statistics_of_features(features, network.protocol())
+    else:
+        statistics = streamed.result(network.protocol())
 
     if kept is not None:
         try:
-            if with_features:
-                write_atomically(kept, lambda stream: np.save(stream, features.numpy()))
+            if features is not None:
+                array = features.numpy()
+                write_atomically(kept, lambda stream: np.save(stream, array))
             else:
                 save_statistics(kept, statistics)
         except (OSError, UserError) as error:  # on a full or read-only disk the run goes on

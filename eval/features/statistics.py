@@ -147,13 +147,13 @@ def image_statistics(
         return load_statistics(path, network)
 
     # Kept from an earlier run.
-    if cache is not None:
-        kept = _cache_file(cache, open_source(path), network, skip_broken)
-        if kept.is_file():
-            try:
-                return load_statistics(kept, network)
-            except DataError:
-                kept.unlink(missing_ok=True)  # cut off or foreign: make it again
+    assert network is not None  # for images
+    kept = None if cache is None else _cache_file(cache, open_source(path), network, skip_broken)
+    if kept is not None and kept.is_file():
+        try:
+            return load_statistics(kept, network)
+        except DataError:
+            kept.unlink(missing_ok=True)  # cut off or foreign: make it again
 
     # One pass over the images.
     source, skipped = load_source(path, skip_broken)
@@ -164,7 +164,7 @@ def image_statistics(
         streamed.update(features)
     statistics = streamed.result(network.protocol(), skipped)
 
-    if cache is not None:
+    if kept is not None:
         try:
             save_statistics(kept, statistics)
         except (OSError, UserError) as error:  # a full or read-only disk must not cost the score

@@ -8,14 +8,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from datasets.records import Records
 from eval import find_metric
 from eval.features.networks import FeatureNetwork, load_network
 from eval.features.reference import RealImages, reference
-from eval.metric import Metric, Needs, Run, Score, ScoringBatch, Tools
+from eval.metric import NOTHING, Metric, Needs, Run, Score, ScoringBatch, Tools
 from eval.protocol.protocols import Protocol
 from eval.protocol.report import environment
 from miscc.distributed import World, gather
@@ -141,7 +140,7 @@ def _prepare(
 
     # Features of the real images, where a metric compares with them.
     real = {needs[name].real for name in by_features} - {""}
-    if not world.is_main or not real:
+    if network is None or not world.is_main or not real:
         return replace(run, network=network), {}
     found = reference(real_images, network, "features" in real, tools.cache, tools.batch_size, tools.progress)
     about = {"fingerprint": found.fingerprint, "from_cache": found.from_cache}
@@ -234,8 +233,9 @@ def _update(
 
 
 def _batch(drawn: Generated, rows: range, requests: Sequence[Request], network: FeatureNetwork | None) -> ScoringBatch:
-    features, logits = network.extract_features(list(drawn.images)) if network else (None, None)
-    return ScoringBatch(drawn.images, np.array(rows), requests, drawn.masks, features, logits)
+    images = list(drawn.images)
+    features, logits = network.extract_features(images) if network else (NOTHING, NOTHING)
+    return ScoringBatch(images, rows, requests, drawn.masks, features, logits)
 
 
 def _compute(metrics: Mapping[str, Metric], missing: dict[str, str]) -> list[Score]:

@@ -184,7 +184,9 @@ def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> 
     return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-def crops(drawings: Drawings, indices: Sequence[int], image_size: int, rng: np.random.Generator) -> Examples:
+def crops(
+    drawings: Drawings, indices: Sequence[int] | np.ndarray, image_size: int, rng: np.random.Generator
+) -> Examples:
     """Random crops, half of them flipped, as in training a generator; a flipped bird faces the other way."""
     pixels = np.empty((len(indices), image_size, image_size, 3), dtype=np.uint8)
     masks = np.empty((len(indices), image_size, image_size), dtype=np.uint8)
@@ -288,7 +290,7 @@ def trained(
     drawings = draw_birds("train", recipe.num_drawings, recipe.image_size, recipe.seed)
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays
         seed_everything(recipe.seed)
-        network = build(recipe).to(device, memory_format=torch.channels_last)
+        network = build(recipe).to(device).to(memory_format=torch.channels_last)
     measured = train_and_measure(network, drawings, recipe, device) | {"seconds": round(time.monotonic() - started, 1)}
 
     if path is not None:

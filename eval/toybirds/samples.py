@@ -229,7 +229,7 @@ def run_bird_script(name: str, description: str, metric_class: type[BirdMetric])
     # Their scores.
     metric = metric_class(birds.device, args.cache, args.seed)
     requests = _requests(birds.captions, birds.keys)
-    metric.update(ScoringBatch(birds.images, range(len(birds.images)), requests, birds.masks))
+    metric.update(ScoringBatch(list(birds.images), range(len(birds.images)), requests, birds.masks))
     report = metric.report()
     record = {name: report.record(), "origin": birds.origin, **metric.about()}
     record |= {"versions": versions(), "warnings": list(birds.warnings)}
