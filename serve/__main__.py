@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from miscc.command_line import CommandParser, HelpWithDefaults, not_negative, positive, truncation
+from miscc.command_line import CommandParser, HelpWithDefaults, add_device_option, not_negative, positive, truncation
 from miscc.errors import UserError, run_command
 
 
@@ -22,7 +22,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", action="append", default=[], metavar="CKPT", help="a checkpoint, or a published model's folder")
     add("--onnx", action="append", default=[], metavar="FILE", help="a model that serve.export wrote")
-    add("--gpu", type=int, metavar="N", help="number of the GPU, -1: CPU (without it: a GPU if there is one)")
+    add_device_option(parser)
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: anybody who can reach this machine may draw")
     add("--port", type=not_negative, default=7860, metavar="N", help="0: any free one")
     add("--no-page", action="store_true", help="the API alone, which does not need Gradio")
@@ -49,7 +49,7 @@ def main(words: list[str] | None = None) -> None:
         raise UserError("--caption and --out draw one image: give both, or neither to start the server")
     from serve.models import load_models
 
-    models = load_models(options.checkpoint, options.onnx, options.gpu)
+    models = load_models(options.checkpoint, options.onnx, options.device)
     if options.caption:
         draw_one(models, options)
         return

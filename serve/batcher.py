@@ -170,7 +170,7 @@ def _results(batch: Sequence[_Waiting]) -> list[Any]:
     work = batch[0].work
     if isinstance(work, Call):
         return [work.function()]
-    jobs = [item.work for item in batch]
+    jobs = [item.work for item in batch if isinstance(item.work, Job)]
     tokens, noise = np.stack([job.tokens for job in jobs]), np.stack([job.noise for job in jobs])
     drawn: Drawn = work.model.draw(tokens, np.array([job.length for job in jobs], dtype=np.int64), noise)
     return [drawn.row(index) for index in range(len(jobs))]

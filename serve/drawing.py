@@ -130,11 +130,11 @@ class Studio:
     ) -> Future:
         """Queue a walk from one caption to another: a future of WALK_STEPS images (H, W, 3). Raises as `submit`."""
         chosen = self.model(model)
-        captions = [self.check_caption(caption) for caption in (first, second)]
-        encode_rows(captions, chosen.vocabulary, chosen.max_words)  # raises where no word is known
+        start, end = self.check_caption(first), self.check_caption(second)
+        encode_rows([start, end], chosen.vocabulary, chosen.max_words)  # raises where no word is known
         if not 0 <= seed <= MAX_SEED:
             raise UserError(f"seed: give a whole number from 0 to {MAX_SEED}")
-        call = Call(lambda: chosen.walk(*captions, WALK_STEPS, seed, truncation), images=WALK_STEPS)
+        call = Call(lambda: chosen.walk(start, end, WALK_STEPS, seed, truncation), images=WALK_STEPS)
         return self.batcher.submit([call])[0]
 
 

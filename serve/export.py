@@ -226,6 +226,7 @@ def _write_onnx(program: Any, names: Sequence[str], about: Mapping[str, Any], pa
         written = torch.onnx.export(
             program, input_names=list(INPUTS), output_names=list(names), dynamo=True, verbose=False
         )
+    assert written is not None  # as `dynamo` promises
     proto = written.model_proto
     metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in about.items()}
     onnx.helper.set_model_props(proto, metadata)

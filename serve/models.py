@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from miscc.command_line import named_device
 from miscc.errors import UserError
 from miscc.vocabulary import Vocabulary
 
@@ -65,16 +66,19 @@ class Model:
         }  # fmt: skip
 
 
-def load_models(checkpoints: Sequence[str], onnx: Sequence[str], gpu: int | None = None) -> dict[str, Model]:
+def load_models(checkpoints: Sequence[str], onnx: Sequence[str], device: str | None = None) -> dict[str, Model]:
     """The models that the command line names, by name; two of one name get a number. Raises UserError.
 
-    checkpoints: of ours or folders of published models; onnx: files that serve.export wrote, for which torch stays out.
+    checkpoints: of ours or folders of published models.
+    onnx: files that serve.export wrote, for which torch stays out.
+    device: as `--gpu` gives it, see `named_device`.
     """
     loaded: list[Model] = []
     if checkpoints:
         from serve.torch_model import load_torch_model
 
-        loaded += [load_torch_model(path, gpu) for path in checkpoints]
+        place = named_device(device)
+        loaded += [load_torch_model(path, place) for path in checkpoints]
     if onnx:
         from serve.onnx_model import load_onnx_model
 

@@ -273,9 +273,10 @@ def _walk_tab(studio: Studio) -> None:
 
 async def _drawn(studio: Studio, asked: dict[str, Any]) -> tuple[list[Picture], float]:
     """Pictures and the seconds they took. Gives them up where the page that asked is closed; errors become messages."""
-    begun, order = time.monotonic(), None
+    begun = time.monotonic()
+    order: Order | None = None
     try:
-        order: Order | None = studio.submit(**asked)
+        order = studio.submit(**asked)
         await asyncio.gather(*(asyncio.wrap_future(future) for future in order.futures))
         return order.pictures(), time.monotonic() - begun
     except SHOWN_ERRORS as error:

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from miscc.distributed import choose_device
 from miscc.images import to_uint8
 from models.registry import network_name
 from sampling.interpolate import interpolated
@@ -21,12 +20,11 @@ class TorchModel(Model):
 
     def __init__(self, name: str, pipeline: TextToImage):
         config = pipeline.origin.get("config") or {}
-        probe = pipeline.generator.noise_dim
         super().__init__(
             name=name,
             system=network_name(pipeline.generator),
             image_size=pipeline.image_size,
-            noise_dim=probe,
+            noise_dim=pipeline.generator.noise_dim,
             max_words=pipeline.text_encoder.max_words,
             vocabulary=pipeline.vocabulary,
             mask_sizes=[],
@@ -56,9 +54,8 @@ class TorchModel(Model):
         return list(interpolated(self.pipeline, first, second, steps, seed, truncation))
 
 
-def load_torch_model(path: str, gpu: int | None = None) -> TorchModel:
+def load_torch_model(path: str, device: torch.device) -> TorchModel:
     """From a checkpoint of ours, or the folder or the online name of a published model. Raises CheckpointError."""
-    device = choose_device(gpu)
     found = Path(path)
     looks_online = not found.exists() and found.suffix == "" and path.count("/") == 1
     pipeline = TextToImage.from_pretrained(path, device) if looks_online else TextToImage.load(path, device)
