@@ -19,10 +19,14 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         prog="python -m serve", description=__doc__.splitlines()[0], allow_abbrev=False,
         formatter_class=HelpWithDefaults,
     )  # fmt: skip
+
+    # What draws, and where.
     add = parser.add_argument
     add("--checkpoint", action="append", default=[], metavar="CKPT", help="a checkpoint, or a published model's folder")
     add("--onnx", action="append", default=[], metavar="FILE", help="a model that serve.export wrote")
     add_device_option(parser)
+
+    # The server: who reaches it, and how much it takes.
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: anybody who can reach this machine may draw")
     add("--port", type=not_negative, default=7860, metavar="N", help="0: any free one")
     add("--no-page", action="store_true", help="the API alone, which does not need Gradio")
@@ -35,6 +39,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         "limit on this machine, 120 from elsewhere)")  # fmt: skip
     add("--allow-host", action="append", default=[], metavar="NAME", help="another name that this server answers to")
     add("--cors", action="append", default=[], metavar="ORIGIN", help="let scripts of this origin call the API")
+
+    # Without a server.
     one = parser.add_argument_group("one image instead of a server")
     one.add_argument("--caption", metavar="TEXT", help="what to draw")
     one.add_argument("--out", metavar="FILE", help="the PNG file")
@@ -47,6 +53,8 @@ def main(words: list[str] | None = None) -> None:
     options = parse_arguments(words)
     if bool(options.caption) != bool(options.out):
         raise UserError("--caption and --out draw one image: give both, or neither to start the server")
+
+    # Models first: without them there is nothing to start.
     from serve.models import load_models
 
     models = load_models(options.checkpoint, options.onnx, options.device)
@@ -64,6 +72,7 @@ def main(words: list[str] | None = None) -> None:
         images_bytes=options.images_mb * 2**20, rate=options.rate, hosts=tuple(options.allow_host),
         cors=tuple(options.cors), token=os.environ.get(TOKEN_VARIABLE, ""),
     )  # fmt: skip
+
     if options.queue < options.batch_size:
         raise UserError(f"--queue {options.queue}: must hold at least one batch of {options.batch_size}")
     try:

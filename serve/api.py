@@ -62,6 +62,7 @@ class GoneError(Exception):
 
 def build_api(studio: Studio, store: ImageStore, metrics: Metrics, page: str | None = None) -> FastAPI:
     """The app without guards. page: where the page is, for browsers that ask for /; None without one."""
+    # Errors and counts first: they are around every route.
     app = FastAPI(title="Text to image", version=VERSION, docs_url=None, redoc_url=None)
     _handle_errors(app)
     app.add_middleware(CountRequests, metrics=metrics)
@@ -106,12 +107,15 @@ def _add_drawing(app: FastAPI, studio: Studio) -> None:
 
     @app.post("/api/v1.0/images", responses=ERRORS, summary="Draw captions")
     async def images(wanted: Images, request: Request) -> Response:
+        # What does not go together is refused before anything is queued.
         start = time.monotonic()
         num_images, model = len(wanted.captions) * wanted.n, studio.model(wanted.model)
         if wanted.masks and not model.mask_sizes:
             raise UserError(f"masks: {model.name} predicts none; leave masks out")
         if wanted.format == "png" and (num_images != 1 or wanted.masks):
             raise UserError("format: png holds one image without masks; take zip or json for more")
+
+        # Drawing; the files are packed in a thread, or other clients would wait for it.
         order = studio.submit(wanted.captions, wanted.n, wanted.seed, wanted.truncation, wanted.model)
         pictures = await finished(order, request)
         elapsed = time.monotonic() - start
@@ -122,9 +126,12 @@ def _add_attngan(app: FastAPI, studio: Studio, store: ImageStore) -> None:
     """POST /api/v1.0/bird and /birds, as the API of AttnGAN's authors answers; the seed is new each time."""
 
     async def draw(wanted: Caption, request: Request, number: int) -> list[dict[str, Any]]:
+        # A new seed each time, the model's own truncation.
         start = time.monotonic()
         order = studio.submit([wanted.caption], number, secrets.randbelow(MAX_SEED), studio.first.truncation)
         pictures = await finished(order, request)
+
+        # Files that the answer names by URL.
         keep = _keeper(store, str(request.base_url))
         birds = [await asyncio.to_thread(_bird, picture, keep) for picture in pictures]
         elapsed = time.monotonic() - start
@@ -142,6 +149,7 @@ def _add_attngan(app: FastAPI, studio: Studio, store: ImageStore) -> None:
 
 async def finished(order: Order, request: Request) -> list[Picture]:
     """The pictures, once all are drawn. Raises GoneError, and drops what has not begun, where the client goes away."""
+    # Whichever comes first: all images, or the client's leaving.
     drawing = asyncio.gather(*(asyncio.wrap_future(future) for future in order.futures))
     leaving = asyncio.ensure_future(_leaves(request))
     try:
@@ -167,6 +175,8 @@ def _response(pictures: list[Picture], wanted: Images, model: str, elapsed: floa
     """The images in the format that was asked for."""
     if wanted.format == "png":
         return Response(encode_png(pictures[0].image), media_type="image/png")
+
+    # What each image is, and its files.
     described = [
         {"caption": p.caption, "seed": p.seed, "index": p.index, "truncation": p.truncation, "unknown_words": p.unknown}
         for p in pictures
@@ -175,6 +185,8 @@ def _response(pictures: list[Picture], wanted: Images, model: str, elapsed: floa
     if wanted.masks:
         for entry, picture in zip(files, pictures, strict=True):
             entry |= {f"mask{stage}": encode_png(picture.mask(stage)) for stage in range(len(picture.drawn.masks))}
+
+    # As one file, or inside JSON.
     if wanted.format == "zip":
         return Response(_zip(described, files), media_type="application/zip")
     images = []
@@ -187,6 +199,7 @@ def _response(pictures: list[Picture], wanted: Images, model: str, elapsed: floa
 
 def _zip(described: list[dict[str, Any]], files: list[dict[str, bytes]]) -> bytes:
     """image000.png, image000_mask0.png ... and images.json, which says what they are."""
+    # Uncompressed: PNG files do not get smaller.
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
         for index, entry in enumerate(files):
@@ -203,9 +216,11 @@ def _keeper(store: ImageStore, base_url: str) -> Callable[[Any], str]:
 
 def _bird(picture: Picture, keep: Callable[[Any], str]) -> dict[str, Any]:
     """URLs of three sizes and two maps. A system with fewer sizes repeats its last, one without maps has null."""
+    # AttnGAN has three sizes and two maps.
     sizes, maps = picture.drawn.images, picture.maps()
     urls = [keep(size) for size in sizes[-3:]]
     small, medium, large = [*urls, *[urls[-1]] * (3 - len(urls))]
+
     map_urls = [keep(pixels) for pixels in maps]
     map1, map2 = [*map_urls, *[map_urls[-1] if map_urls else None] * (2 - len(map_urls))]
     return {"small": small, "medium": medium, "large": large, "map1": map1, "map2": map2}
@@ -220,6 +235,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
+        # Starlette's own texts do not say what to change.
         hints = {
             404: "there is no such address; /openapi.json lists what there is",
             405: "another method is expected here",
@@ -248,6 +264,8 @@ def _handle_errors(app: FastAPI) -> None:
 def _told(error: dict[str, Any]) -> str:
     """One of pydantic's errors in a few words, without the value that was sent."""
     place = ".".join(str(part) for part in error["loc"] if part != "body") or "body"
+
+    # The body as a whole, then a single field.
     if error["type"] == "json_invalid":
         return 'body: is no JSON; send {"caption": ...} or what /openapi.json describes'
     if error["type"] in ("model_attributes_type", "dict_type") or (error["type"] == "missing" and place == "body"):

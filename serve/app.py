@@ -69,6 +69,7 @@ def temporary_folder() -> Iterator[Path]:
 
 def build_app(models: dict[str, Model], settings: Settings, folder: Path) -> tuple[App, Studio]:
     """The guarded app, and what draws for it. folder: for temporary files."""
+    # What draws and what remembers; the API over both.
     batcher = Batcher(settings.batch_size, settings.queue_size)
     studio = Studio(models, batcher, Limits(caption_length=settings.caption_length))
     store = ImageStore(folder / "images", settings.images_bytes)
@@ -99,8 +100,11 @@ def serve(models: dict[str, Model], settings: Settings) -> None:
     """Run until SIGTERM or Ctrl-C; what is running then is finished first. Raises OSError where the port is taken."""
     # uvicorn raises the signal again once it has stopped: then the temporary folder must go, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
     with temporary_folder() as folder, _listen(settings.host, settings.port) as listener:
         app, studio = build_app(models, settings, folder)
+
+        # Nothing is told about who asked, or what runs here.
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -111,6 +115,8 @@ def serve(models: dict[str, Model], settings: Settings) -> None:
             timeout_graceful_shutdown=30,
             limit_concurrency=1000,
         )
+
+        # The address is printed once the port is ours.
         shown = f"[{settings.host}]" if ":" in settings.host else settings.host
         port = listener.getsockname()[1]
         print(f"http://{shown}:{port}{PAGE + '/' if settings.page else '/openapi.json'}", flush=True)

@@ -114,9 +114,12 @@ class Batcher:
 
     def _run(self) -> None:
         while (batch := self._next_batch()) is not None:
+            # Jobs that were given up meanwhile are left out.
             batch = [item for item in batch if item.future.set_running_or_notify_cancel()]
             if not batch:
                 continue
+
+            # Drawing; an error is this batch's alone, and the thread goes on for the others.
             start = time.monotonic()
             try:
                 results = _results(batch)
@@ -125,6 +128,7 @@ class Batcher:
                 for item in batch:
                     item.future.set_exception(error)
                 continue
+
             # Counted before anyone is told: who has an answer finds it in the counts.
             self.num_batches += 1
             self.num_images += sum(item.images for item in batch)
@@ -143,6 +147,8 @@ class Batcher:
                         return None
                     self._changed.wait()
                     continue
+
+                # Due: a call, a full batch, one whose first job has waited long enough, or the last ones.
                 batch = self._fitting()
                 left = self._queue[0].since + self.wait_seconds - time.monotonic()
                 if isinstance(batch[0].work, Call) or len(batch) == self.batch_size or left <= 0 or self._closed:

@@ -86,6 +86,8 @@ class Studio:
                 f"caption: has {len(caption)} characters; write at most {self.limits.caption_length}, of which the model "
                 f"reads the first words"
             )
+
+        # As people write: spaces do not count.
         caption = " ".join(caption.split())
         if not caption:
             raise UserError("caption: is empty; write one such as 'a small red bird with black wings'")
@@ -105,6 +107,7 @@ class Studio:
 
         Raises UserError for what the limits or the vocabulary forbid, QueueFullError.
         """
+        # Limits: each says which field to change.
         chosen, limits = self.model(model), self.limits
         if not 1 <= len(captions) <= limits.captions:
             raise UserError(f"captions: give 1 to {limits.captions}, not {len(captions)}")
@@ -118,9 +121,13 @@ class Studio:
             raise UserError(f"seed: give a whole number from 0 to {MAX_SEED}")
         if truncation is not None and not 0 < truncation <= limits.truncation:
             raise UserError(f"truncation: give a number above 0 and up to {limits.truncation:g}, or none")
+
+        # Words and noise of each image, as TextToImage.generate gives them.
         repeated = [self.check_caption(caption) for caption in captions for _ in range(per_caption)]
         tokens, lengths, unknown = encode_rows(repeated, chosen.vocabulary, chosen.max_words)
         noise = noise_array(seed, 0, range(len(repeated)), chosen.noise_dim, truncation)
+
+        # Jobs are queued together or not at all.
         jobs = [Job(chosen, tokens[i], int(lengths[i]), noise[i]) for i in range(len(repeated))]
         futures = self.batcher.submit(jobs)
         return Order(chosen, repeated, seed, truncation, jobs, unknown, futures)
@@ -134,6 +141,8 @@ class Studio:
         encode_rows([start, end], chosen.vocabulary, chosen.max_words)  # raises where no word is known
         if not 0 <= seed <= MAX_SEED:
             raise UserError(f"seed: give a whole number from 0 to {MAX_SEED}")
+
+        # One call: the steps of a walk share its two captions.
         call = Call(lambda: chosen.walk(start, end, WALK_STEPS, seed, truncation), images=WALK_STEPS)
         return self.batcher.submit([call])[0]
 

@@ -105,6 +105,7 @@ def export(pipeline: TextToImage, path: str | Path, kind: str = "onnx", overwrit
 
     Raises UserError where a package is missing, the model cannot be exported, or the file differs: then there is none.
     """
+    # What cannot be exported is refused before the minute that it takes.
     path = Path(path)
     if path.exists() and not overwrite:
         raise UserError(f"{path}: exists already; give --overwrite or another name")
@@ -114,6 +115,8 @@ def export(pipeline: TextToImage, path: str | Path, kind: str = "onnx", overwrit
         )
     if pipeline.device.type != "cpu":
         raise ConfigError("export: load the model on the CPU")
+
+    # The graph, and what drawing from it needs besides: words, names of outputs, description.
     names, model = output_names(pipeline), ExportedModel(pipeline).eval()
     about = {
         "model": describe(pipeline, example_captions(pipeline)),
@@ -121,6 +124,8 @@ def export(pipeline: TextToImage, path: str | Path, kind: str = "onnx", overwrit
         "vocabulary": pipeline.vocabulary.words,
     }
     program = _captured(model, pipeline)
+
+    # Written, read again, compared: whatever goes wrong, no wrong file stays.
     try:
         if kind == "onnx":
             _write_onnx(program, names, about, path)
@@ -133,6 +138,7 @@ def export(pipeline: TextToImage, path: str | Path, kind: str = "onnx", overwrit
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
     wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
     if wrong:
         path.unlink()
@@ -148,12 +154,15 @@ def compare(pipeline: TextToImage, names: Sequence[str], run: Callable[..., Sequ
 
     Pixels are left out, as rounding may move them by a level; their own values, `values`, are compared instead.
     """
+    # Several sizes of batches, then each length of captions.
     differences = {name: 0.0 for name in names if not name.startswith("stage")}
     longest = pipeline.text_encoder.max_words
     batches = [(size, None) for size in CHECKED_BATCHES] + [(2, length) for length in range(1, longest + 1)]
     for size, length in batches:
         inputs = _inputs(pipeline, size, length)
         own, found = _drawn(pipeline, *inputs), dict(zip(names, run(*inputs), strict=True))
+
+        # The pipeline's own output under the graph's names.
         masks = {f"mask{i}": mask[:, 0] for i, mask in enumerate(own.masks)}
         attention = {f"attention{i}": maps for i, maps in enumerate(own.attention)}
         for name, expected in ({"values": own.images[-1]} | masks | attention).items():
@@ -185,6 +194,8 @@ def _pixels(images: Tensor) -> Tensor:
 def _inputs(pipeline: TextToImage, size: int, length: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Random captions of this length, or of lengths from 1 to the longest, with their noise."""
     longest, words = pipeline.text_encoder.max_words, len(pipeline.vocabulary)
+
+    # Words follow one another, then padding; both depend on the size and the length alone.
     rng = stream(0, "export", size, length or 0)
     lengths = rng.integers(1, longest + 1, size) if length is None else np.full(size, length)
     tokens = rng.integers(1, words, (size, longest)) * (np.arange(longest) < lengths[:, None])
@@ -220,6 +231,8 @@ def _write_onnx(program: Any, names: Sequence[str], about: Mapping[str, Any], pa
         import onnxscript  # noqa: F401  torch's exporter writes with it
     except ImportError as error:
         raise UserError(f"{error.name} is missing; pip install -r requirements-export.txt") from None
+
+    # The exporter's own reports are for its developers.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -227,6 +240,8 @@ def _write_onnx(program: Any, names: Sequence[str], about: Mapping[str, Any], pa
             program, input_names=list(INPUTS), output_names=list(names), dynamo=True, verbose=False
         )
     assert written is not None  # as `dynamo` promises
+
+    # The vocabulary and the rest travel in the file.
     proto = written.model_proto
     metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in about.items()}
     onnx.helper.set_model_props(proto, metadata)
@@ -259,6 +274,7 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--no-average", action="store_true", help="export G itself, not its average")
     add("--overwrite", action="store_true", help="replace the file")
     options = parser.parse_args(words)
+
     pipeline = TextToImage.load(options.checkpoint, "cpu", averaged=not options.no_average)
     out = Path(options.out or Path(options.checkpoint).with_suffix(f".{options.format}"))
     start = time.monotonic()

@@ -53,6 +53,8 @@ class Guard:
             return await self.app(scope, receive, send)
         if scope["type"] != "http":  # nothing here speaks over web sockets
             return await send({"type": "websocket.close", "code": 1003})
+
+        # What the subclass has against the request.
         refusal = self.check(scope)
         if refusal is not None:
             return await answer(send, *refusal)
@@ -82,6 +84,7 @@ class KnownHosts(Guard):
         self.hosts = {host.lower() for host in hosts}
 
     def check(self, scope: Scope) -> tuple | None:
+        # The name without its port; an IPv6 address stands in brackets.
         host = header(scope, b"host").lower()
         name = host.rpartition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
         if name in self.hosts:
@@ -99,18 +102,25 @@ class BodyLimit(Guard):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await super().__call__(scope, receive, send)
+
+        # What the client declares is checked before anything is read.
         too_large = 413, f"body: is larger than {self.limit} bytes; send less", [(b"connection", b"close")]
         declared = header(scope, b"content-length")
         if declared and (not declared.isdecimal() or int(declared[:20]) > self.limit):
             return await answer(send, *too_large)
+
+        # The body itself, for a while only.
         try:
             body = await asyncio.wait_for(self._read(receive), BODY_SECONDS)
         except asyncio.TimeoutError:
             return await answer(send, 408, "body: did not arrive in time; send it again", [(b"connection", b"close")])
+
         if body is None:
             return None  # the client has gone
         if len(body) > self.limit:
             return await answer(send, *too_large)
+
+        # The app inside reads it again, from memory.
         sent = False
 
         async def receive_again() -> Message:
@@ -149,14 +159,21 @@ class RateLimit(Guard):
         draws = scope["method"] == "POST" and (scope["path"].startswith("/api/") or scope["path"].endswith("/join"))
         if not self.per_minute or not draws:
             return None
+
+        # What this client has left: it grows with time, up to a minute's worth.
         client, now = (scope.get("client") or ("unknown",))[0], self.clock()
         left, since = self._clients.pop(client, (float(self.per_minute), now))
         left = min(self.per_minute, left + (now - since) * self.per_minute / 60)
         self._clients[client] = (max(0.0, left - 1), now) if left >= 1 else (left, now)
+
+        # Memory is bounded, whoever asks.
         while len(self._clients) > self.MAX_CLIENTS:
             self._clients.popitem(last=False)
+
         if left >= 1:
             return None
+
+        # Refused: with when to come again.
         wait = max(1, round((1 - left) * 60 / self.per_minute))
         message = f"too many requests: {self.per_minute} a minute are allowed; wait {wait} s"
         return 429, message, [(b"retry-after", str(wait).encode())]
@@ -172,6 +189,8 @@ class BearerToken(Guard):
     def check(self, scope: Scope) -> tuple | None:
         if not scope["path"].startswith(("/api/", "/metrics", "/openapi.json")):
             return None
+
+        # A header is latin-1 on the wire; the token in it may be UTF-8.
         kind, _, given = header(scope, b"authorization").partition(" ")
         given = given.strip().encode("latin-1").decode("utf-8", "replace")
         if kind.lower() == "bearer" and same_token(given, self.token):

@@ -26,6 +26,8 @@ class ImageStore:
         """Keep a PNG file; returns its name."""
         name = f"{secrets.token_urlsafe(16)}.png"
         (self.folder / name).write_bytes(png)
+
+        # The oldest go as soon as all together are too large.
         with self._lock:
             self._sizes[name] = len(png)
             total = sum(self._sizes.values())

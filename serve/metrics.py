@@ -27,12 +27,16 @@ class Metrics:
         """All counts, a line each."""
         with self._lock:
             requests, seconds = sorted(self._requests.items()), self._seconds
+
+        # Requests, one line for each route and status.
         batcher, prefix = self.batcher, "text_to_image"
         lines = [f"# HELP {prefix}_requests_total Requests answered.", f"# TYPE {prefix}_requests_total counter"]
         lines += [
             f'{prefix}_requests_total{{route="{route}",status="{status}"}} {number}'
             for (route, status), number in requests
         ]
+
+        # All others have one value.
         for name, kind, meaning, value in (
             ("request_seconds_total", "counter", "Seconds from request to answer, summed.", f"{seconds:.6f}"),
             ("images_total", "counter", "Images drawn.", batcher.num_images),
@@ -64,6 +68,7 @@ class CountRequests(Guard):
                 status = message["status"]
             await send(message)
 
+        # Counted by the route's template; an address that is none is "other".
         try:
             await self.app(scope, receive, send_and_note)
         finally:

@@ -73,6 +73,7 @@ def load_models(checkpoints: Sequence[str], onnx: Sequence[str], device: str | N
     onnx: files that serve.export wrote, for which torch stays out.
     device: as `--gpu` gives it, see `named_device`.
     """
+    # Each kind imports its own library.
     loaded: list[Model] = []
     if checkpoints:
         from serve.torch_model import load_torch_model
@@ -85,6 +86,8 @@ def load_models(checkpoints: Sequence[str], onnx: Sequence[str], device: str | N
         loaded += [load_onnx_model(path) for path in onnx]
     if not loaded:
         raise UserError("nothing to serve; give --checkpoint CKPT, or --onnx FILE of an exported model")
+
+    # Names that are the same get a number.
     models: dict[str, Model] = {}
     for model in loaded:
         number = sum(name == model.name or name.startswith(f"{model.name} (") for name in models)

@@ -30,6 +30,7 @@ class OnnxModel(Model):
             examples=list(about.get("examples") or []),
             origin=told_of(settings, about.get("step"), about.get("epoch")),
         )
+
         self._session = session
         self._outputs = [name for name in outputs if name != "values"]
         # Drawing once tells the sizes of the masks, and whether the file is what it says.
@@ -38,6 +39,8 @@ class OnnxModel(Model):
 
     def draw(self, tokens: np.ndarray, lengths: np.ndarray, noise: np.ndarray) -> Drawn:
         inputs = {"tokens": tokens, "lengths": lengths, "noise": noise}
+
+        # By kind, in the order of the stages.
         found = dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
         parts = [
             [found[name] for name in self._outputs if name.startswith(kind)] for kind in ("stage", "mask", "attention")
@@ -51,8 +54,11 @@ def open_session(path: str | Path) -> Any:
         import onnxruntime
     except ImportError:
         raise UserError("onnxruntime is missing; pip install onnxruntime") from None
+
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file; write one with `python -m serve.export --checkpoint CKPT`")
+
+    # Errors are told here; its warnings are for its developers.
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:

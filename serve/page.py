@@ -42,6 +42,7 @@ def mount_page(app: FastAPI, studio: Studio, path: str, folder: Path, token: str
     """
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
+
     gr.mount_gradio_app(
         app,
         build_page(studio),
@@ -86,6 +87,7 @@ def build_page(studio: Studio) -> gr.Blocks:
 
 
 def _draw_tab(studio: Studio) -> None:
+    # What to draw.
     first = studio.first
     caption = _caption_box(studio, "Caption")
     words = gr.HighlightedText(
@@ -96,6 +98,8 @@ def _draw_tab(studio: Studio) -> None:
         model = _model_choice(studio, "Model")
         number = gr.Slider(1, MOST_IMAGES, value=4, step=1, label="Images", elem_id="number")
         seed, truncation = _noise_inputs(first)
+
+    # What was drawn, and how it is shown.
     button = gr.Button("Draw", variant="primary", elem_id="draw")
     status = gr.Markdown(elem_id="status")
     gallery = _image_gallery(studio)
@@ -103,12 +107,16 @@ def _draw_tab(studio: Studio) -> None:
         shown = gr.Radio(_overlays(first), value=NO_OVERLAY, label="Mask laid over", elem_id="overlay")
         strength = gr.Slider(0, 1, value=0.7, step=0.05, label="Strength of the mask", elem_id="strength")
     attention = _attention_gallery(first)
+
+    # Captions to start from.
     examples = first.examples or [DEFAULT_CAPTION]
     offered = gr.Dataset(
         components=[caption], samples=[[one] for one in examples], label="Examples", elem_id="examples"
     )
+
     drawn = gr.State(None)  # what was asked for, not what was drawn: images come again from their seed
 
+    # What happens; a mask laid over draws again, which keeps no images in the browser's session.
     async def draw(text, how_many, number_of_noise, cut, name, overlaid, how_strong):
         asked = {
             "captions": [text], "per_caption": int(how_many), "seed": _seed(number_of_noise), "truncation": cut or None,
@@ -125,25 +133,30 @@ def _draw_tab(studio: Studio) -> None:
         pictures, _ = await _drawn(studio, asked)
         return _shown(pictures, overlaid, how_strong)
 
-    def choose(name, text):
-        chosen = studio.model(name)
-        return (
-            gr.update(visible=bool(chosen.mask_sizes)),
-            gr.update(choices=_overlays(chosen), value=NO_OVERLAY),
-            gr.update(visible=chosen.attends),
-            read_words(studio, text, name),
-        )
-
+    # Events: of drawing, and those that only change what is shown, without a place in the queue.
     events = {"api_visibility": "private", "concurrency_limit": 16}
     silent = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
+
     inputs = [caption, number, seed, truncation, model, shown, strength]
     gr.on([button.click, caption.submit], draw, inputs, [gallery, status, attention, drawn], **events)
     gr.on([shown.input, strength.release], lay_over, [drawn, shown, strength], gallery, **events)
     caption.change(
         lambda text, name: read_words(studio, text, name), [caption, model], words, trigger_mode="always_last", **silent
     )
-    model.change(choose, [model, caption], [mask_row, shown, attention, words], **silent)
+    chosen = [mask_row, shown, attention, words]
+    model.change(lambda name, text: _of_model(studio, name, text), [model, caption], chosen, **silent)
     offered.click(lambda sample: sample[0], offered, caption, **silent)
+
+
+def _of_model(studio: Studio, name: str, text: str) -> tuple:
+    """What another model changes on the tab: masks, overlays, attention, and the words that are read."""
+    chosen = studio.model(name)
+    return (
+        gr.update(visible=bool(chosen.mask_sizes)),
+        gr.update(choices=_overlays(chosen), value=NO_OVERLAY),
+        gr.update(visible=chosen.attends),
+        read_words(studio, text, name),
+    )
 
 
 def _image_gallery(studio: Studio) -> gr.Gallery:
@@ -165,6 +178,8 @@ def _attention_gallery(model: Model) -> gr.Gallery:
 def read_words(studio: Studio, caption: str | None, name: str | None = None) -> list[tuple[str, str | None]]:
     """The words of a caption, each with why the model does not read it: "unknown", "left out" beyond its length, or None."""
     model, known, read = studio.model(name), 0, []
+
+    # Only known words count: those beyond the longest caption that the model takes are left out.
     for word in tokenize((caption or "")[: studio.limits.caption_length])[:100]:
         is_known = word in model.vocabulary and word != model.vocabulary.words[0]
         known += is_known
@@ -177,6 +192,8 @@ def _shown(pictures: Sequence[Picture], overlaid: str, strength: float) -> list[
     labels = [f"#{picture.index}, seed {picture.seed}" for picture in pictures]
     if overlaid == NO_OVERLAY or not pictures[0].drawn.masks:
         return [(picture.image, label) for picture, label in zip(pictures, labels, strict=True)]
+
+    # A mask is smaller than the image may be: both at a size that shows it.
     stage = _overlays(pictures[0]).index(overlaid) - 1
     return [
         (overlay(_enlarged(picture.image), picture.drawn.masks[stage], strength), f"{label}, {overlaid}")
@@ -208,6 +225,8 @@ def _compare_tab(studio: Studio) -> None:
             right_model = _model_choice(studio, "Right model", -1)
     with gr.Row():
         seed, truncation = _noise_inputs(studio.first)
+
+    # Both images under a slider.
     button = gr.Button("Compare", variant="primary", elem_id="compare")
     status = gr.Markdown()
     slider = gr.ImageSlider(
@@ -221,6 +240,8 @@ def _compare_tab(studio: Studio) -> None:
             _drawn(studio, {"captions": [text], "model": name} | noise)
             for text, name in ((left_text, left_name), (right_text, right_name))
         ]
+
+        # At one size, so that the slider fits.
         (one, seconds), (other, more) = await asyncio.gather(*sides)
         size = max(SHOWN_SIZE, *(picture.image.shape[0] for picture in (*one, *other)))
         pair = tuple(resize_pixels(picture.image, size) for picture in (*one, *other))
@@ -244,6 +265,7 @@ def _walk_tab(studio: Studio) -> None:
     with gr.Row():
         model = _model_choice(studio, "Model")
         seed, truncation = _noise_inputs(studio.first)
+
     button = gr.Button("Walk", variant="primary", elem_id="walk")
     status = gr.Markdown()
     gallery = gr.Gallery(
@@ -251,6 +273,7 @@ def _walk_tab(studio: Studio) -> None:
         buttons=["download", "fullscreen"], elem_id="steps", elem_classes=_picture_classes(studio),
     )  # fmt: skip
 
+    # One call draws all steps.
     async def walk(start, end, number_of_noise, cut, name):
         begun = time.monotonic()
         try:
@@ -259,6 +282,8 @@ def _walk_tab(studio: Studio) -> None:
             )
         except SHOWN_ERRORS as error:
             raise gr.Error(str(error), print_exception=False) from None
+
+        # Each under its way from one caption to the other.
         steps = [(image, f"{100 * step // (len(images) - 1)} %") for step, image in enumerate(images)]
         return steps, f"{len(images)} images in {time.monotonic() - begun:.2f} s"
 

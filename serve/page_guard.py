@@ -26,9 +26,13 @@ class PageGuard(Guard):
     def check(self, scope: Scope) -> tuple | None:
         if scope["path"] != self.path and not scope["path"].startswith(f"{self.path}/"):
             return None
+
+        # Files: only those that the page itself has written.
         below, method = scope["path"].removeprefix(self.path), scope["method"]
         if method in ("GET", "HEAD") and below.startswith(FILE):
             return None if self._is_ours(below.removeprefix(FILE)) else (403, "this file is not for reading")
+
+        # Addresses: those that the page is known to ask for.
         allowed = READ if method in ("GET", "HEAD") else self.written if method == "POST" else ()
         if any(below == one or (one.endswith("/") and len(one) > 1 and below.startswith(one)) for one in allowed):
             return None

@@ -33,6 +33,7 @@ class TorchModel(Model):
             examples=example_captions(pipeline),
             origin=told_of(config, pipeline.origin.get("step"), pipeline.origin.get("epoch")),
         )
+
         self.pipeline = pipeline
         # Drawing once tells the sizes of the masks, and makes the first request as fast as the others.
         some = np.ones((1, self.max_words), dtype=np.int64), np.ones(1, dtype=np.int64)
@@ -56,6 +57,7 @@ class TorchModel(Model):
 
 def load_torch_model(path: str, device: torch.device) -> TorchModel:
     """From a checkpoint of ours, or the folder or the online name of a published model. Raises CheckpointError."""
+    # A name such as owner/name is of a published model online.
     found = Path(path)
     looks_online = not found.exists() and found.suffix == "" and path.count("/") == 1
     pipeline = TextToImage.from_pretrained(path, device) if looks_online else TextToImage.load(path, device)
