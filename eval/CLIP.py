@@ -63,6 +63,7 @@ class Clip:
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        # Each image to CLIP's size as it was trained, then all at once.
         size = self.towers.visual.image_size
         pixels = torch.stack([resized_and_cropped(image, size) for image in images])  # (N, 3, size, size)
         with no_tf32():

@@ -67,6 +67,8 @@ def _root(covariance: np.ndarray) -> torch.Tensor:
 def _distance_from_root(root: torch.Tensor, mean1, trace1, mean2, covariance2) -> float:
     covariance2 = np.asarray(covariance2, dtype=np.float64)
     difference = np.asarray(mean1, dtype=np.float64) - np.asarray(mean2, dtype=np.float64)
+
+    # The trace of the root, from the eigenvalues of a symmetric product.
     inner = root.T @ torch.as_tensor(covariance2) @ root
     trace_of_root = float(torch.linalg.eigvalsh(inner).clamp(min=0).sqrt().sum())
     return float(difference @ difference + trace1 + np.trace(covariance2) - 2 * trace_of_root)
@@ -88,12 +90,16 @@ def extrapolated_distance(real: Statistics, features: torch.Tensor, seed: int = 
     sizes = np.unique(np.linspace(smallest, total, EXTRAPOLATION_POINTS).astype(int))
     if len(sizes) < 3:
         raise DataError(f"--extrapolate: {total} generated images are too few to draw a line through")
+
+    # The distance for each size, from the same decomposition of the real covariance.
     root, trace = _root(real.covariance), np.trace(real.covariance)
     points = []
     for number, size in enumerate(ProgressBar(sizes, "extrapolating", unit="sizes")):
         chosen = stream(seed, "fid extrapolation", number).choice(total, size, replace=False)
         part = statistics_of_features(features[torch.from_numpy(chosen)])
         points.append([int(size), _distance_from_root(root, real.mean, trace, part.mean, part.covariance)])
+
+    # A line over 1/N, read at 0.
     _, intercept = np.polyfit(1 / sizes, [value for _, value in points], 1)
     return float(intercept), points
 
@@ -112,6 +118,8 @@ def bootstrap_interval(
         chosen = stream(seed, "fid bootstrap", number).integers(len(features), size=len(features))
         part = statistics_of_features(features[torch.from_numpy(chosen)])
         values.append(_distance_from_root(root, real.mean, trace, part.mean, part.covariance))
+
+    # Around the value itself: resampling raises every distance.
     low, high = np.percentile(values, [2.5, 97.5]) - np.mean(values) + value
     return (float(low), float(high)), float(np.std(values, ddof=1))
 
@@ -237,6 +245,8 @@ def fid(
     """
     if (extrapolate or bootstrap) and holds_statistics(fake):
         raise DataError(f"{fake}: --extrapolate and --bootstrap need the generated images, not their statistics")
+
+    # Real images: from the cache, where they are the same.
     of_real = image_statistics(real, network, skip_broken, cache, **options)
 
     # Generated images, or what is known of them.
@@ -269,10 +279,12 @@ def main() -> None:
     network = None if only_statistics else network_of(args)
     choices = {"cache": args.cache, "skip_broken": args.skip_broken, **extraction_of(args)}
 
+    # Statistics for later, in place of the real images.
     if args.save_statistics:
         if not args.save_statistics.endswith(".npz"):
             raise DataError(f"--save-statistics {args.save_statistics}: give it a name that ends in .npz")
         save_statistics(args.save_statistics, image_statistics(args.real, network, **choices))
+
     requests = {"extrapolate": args.extrapolate, "bootstrap": args.bootstrap, "seed": args.seed}
     report(fid(args.real, args.fake, network, **choices, **requests), args.json)
 

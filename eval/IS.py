@@ -71,6 +71,8 @@ class InceptionScore(Metric):
         p = log_p.exp()
         if not self.probabilities.shape[1]:
             self.probabilities = torch.zeros(self.splits, p.shape[1], dtype=torch.float64)
+
+        # To the split of each image.
         splits = torch.from_numpy(self.split_of[np.asarray(batch.indices)])
         self.probabilities.index_add_(0, splits, p)
         self.negative_entropies.index_add_(0, splits, (p * log_p).sum(dim=1))
@@ -99,6 +101,8 @@ class InceptionScore(Metric):
             warnings = (
                 f"{name}: {self.num_images} images in {self.splits} splits: too small; the papers have 30,000 in 10",
             )
+
+        # What another must know to compute the score again.
         about = {**network.protocol(), "num_images": self.num_images, "splits": self.splits, "seed": self.seed}
         about |= {"num_classes": network.num_classes}
         details = {"splits": values.tolist()}
@@ -123,6 +127,8 @@ def load(args: argparse.Namespace) -> FeatureNetwork:
     """The network that the options name, or a classifier, which is a network with weights and filter of its own."""
     if not args.classifier:
         return network_of(args)
+
+    # The classifier brings its own.
     if args.weights or args.resize or args.network != "inception-tf":
         raise ConfigError("--classifier is a network with weights and filter; leave --network, --weights, --resize out")
     return load_classifier(args.classifier, named_device(args.device))

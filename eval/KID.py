@@ -49,6 +49,7 @@ def kernel_distance(
 
     The subsets are those that torch-fidelity draws with the generated images as its first input.
     """
+    # Order and sizes of the draws are torch-fidelity's.
     random = np.random.RandomState(seed)  # torch-fidelity's generator, for equal scores
     values = np.empty(subsets)
     for index in ProgressBar(range(subsets), "subsets", unit="subsets"):
@@ -98,6 +99,7 @@ class KernelDistance(Metric):
         if size < self.subset_size:
             warnings = (f"{name}: subsets of {size} instead of {self.subset_size} images; the ± is too small",)
 
+        # The score, with what it depends on.
         mean, std = kernel_distance(real, fake, self.subsets, size, seed=self.seed)
         about = {**self.network.protocol(), "num_real": len(real), "num_fake": len(fake)}
         about |= {"kernel": "(x·y / D + 1)^3", "subsets": self.subsets, "subset_size": size, "seed": self.seed}

@@ -69,6 +69,7 @@ class PerceptualDistance(nn.Module):
             convolution = getattr(getattr(self.network.net, f"slice{piece}"), str(layer))
             convolution.load_state_dict({kind: state[f"features.{layer}.{kind}"] for kind in ("weight", "bias")})
 
+        # The name says whether these are the published convolutions.
         self.weights_hash = hash_tensors({name: state[name] for name in names})
         self.name = "LPIPS[alex]" if self.weights_hash == ALEXNET_HASH else f"LPIPS[alex:{self.weights_hash[:8]}]"
         self.requires_grad_(False).eval()
@@ -102,6 +103,8 @@ def load_perceptual_distance(
     option: by which the user gives the file. Raises CheckpointError that says which file to get, when there is none.
     """
     path = find_weights(weights, ALEXNET_FILES, "LPIPS", "https://download.pytorch.org/models/", option)
+
+    # A file of another network has other names.
     state = load_file(path)
     if not isinstance(state, dict) or "features.0.weight" not in state:
         raise CheckpointError(f"{path}: is no AlexNet with torchvision's names (`features.0.weight` ...)")
@@ -156,6 +159,7 @@ class Diversity(Metric):
         values = list(self.means.values())
         if not values:
             raise DataError("no caption has two images; sample several with --per-caption")
+
         about = about_network(self.network) | {"num_captions": len(values), "num_images": self.num_images}
         about |= {"pairs": "all of the same caption"}
         return [Score(f"{self.network.name} diversity", float(np.mean(values)), about, std=float(np.std(values)))]
@@ -224,6 +228,8 @@ def about_network(network: PerceptualDistance) -> dict:
 
 def _mean_of_pairs(features: Features, network: PerceptualDistance) -> float:
     total, pairs = 0.0, list(itertools.combinations(range(len(features[0])), 2))
+
+    # Pairs in parts, which bounds the memory.
     for start in range(0, len(pairs), 64):
         first, second = (list(side) for side in zip(*pairs[start : start + 64], strict=True))
         part = network.compare([layer[first] for layer in features], [layer[second] for layer in features])
@@ -258,6 +264,7 @@ def caption_diversity(
     options: as `eval.scripts.update_from`.
     The ± is the spread over captions.
     """
+    # Captions that differ in capitals or spaces alone are the same.
     images = open_images(path, skip_broken, with_samples=True)
     samples = [replace(sample, caption=" ".join(sample.caption.lower().split())) for sample in images.samples]
     groups = defaultdict(list)
@@ -272,6 +279,7 @@ def caption_diversity(
             indices = [indices[position] for position in sorted(chosen)]
         order += indices if len(indices) > 1 else []
 
+    # Scored as any folder of samples, in the new order.
     chosen = replace(images, source=images.source.subset(order), samples=tuple(samples[index] for index in order))
     metric = Diversity(network, [sample.caption for sample in chosen.samples])
     (score,) = score_set(metric, chosen, **options)
@@ -300,6 +308,7 @@ def paired_distance(
     metric = PairedDistance(network)
     (score,) = update_from(fake_source.subset(list(kept)), metric, real=matched, **options).compute()
 
+    # What was left out.
     alone = len(partners) - len(kept)
     origin = {"real": str(real), "fake": str(fake), "without_partner": alone}
     origin |= {"skipped": len(skipped), "skipped_names": skipped}
@@ -328,6 +337,7 @@ def _partners(real: ImageSource, fake: ImageSource, allow_missing: bool) -> list
         if partner is None:
             missing.append(f"{name} (key {key})")
 
+    # Generated images without a partner.
     if missing and (not allow_missing or len(missing) == len(fake)):
         raise DataError(
             f"{real.path}: no real image, or several, for {len(missing)} of {len(fake)} generated ones, e.g. "
@@ -349,6 +359,8 @@ def main() -> None:
     parser.add_argument("--seed", type=seed_number, default=2020, help="of the choice of --max-images")
     add_arguments(parser, network=False)
     args = parser.parse_args()
+
+    # Which of the two scores, and what goes with it.
     if len(args.images) != (1 if args.by_caption else 2):
         parser.error("give one folder with --by-caption, or REAL FAKE")
     if args.max_images is not None and args.max_images < 2:

@@ -162,6 +162,8 @@ def encode_captions(
 ) -> torch.Tensor:
     """DAMSM's sentence codes (N, D) on the CPU. Raises DataError for a caption without a known word."""
     device = next(encoders.text_encoder.parameters()).device
+
+    # In parts: a pool has thousands of captions.
     codes = []
     for start in range(0, len(captions), batch_size):
         encoded = encode_batch(captions[start : start + batch_size], vocabulary, encoders.max_words)
@@ -220,6 +222,8 @@ class RPrecision(Metric):
                 f"{len(run.requests)} images cannot be dealt to {protocol.folds} folds; score more, or sample them "
                 f"with main.py and take fewer by eval/R_precision.py with {len(run.requests)} folds"
             )
+
+        # The same lists for the script, and for other systems' images.
         lists = lists_for(run)
         about_samples = (run.text_encoder_hash, run.folder)
         return cls(encoders, run.vocabulary, lists, protocol.folds, protocol.seed, *about_samples)
@@ -228,6 +232,7 @@ class RPrecision(Metric):
     def update(self, batch: ScoringBatch) -> None:
         if len({image.shape for image in batch.images}) > 1:
             raise DataError("the sampled images differ in size; sample them again into one folder")
+
         pixels = torch.from_numpy(np.stack(batch.images)).to(self.device).permute(0, 3, 1, 2)
         with no_tf32():  # the encoder resizes the images itself
             self.codes.append(self.image_encoder(from_uint8(pixels))[1].float().cpu())
@@ -277,6 +282,7 @@ def lists_for(run: Run) -> CandidateLists:
     if path.is_file():
         return replace(CandidateLists.load(path, run.files, captions), file=str(path))
 
+    # New ones, kept for other systems.
     lists = draw_candidates(captions, keys, protocol.candidates, protocol.seed)
     try:
         lists.save(path, run.files)
@@ -304,6 +310,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def tools_of(args: argparse.Namespace) -> Tools:
     """The encoders that the options name, with a vocabulary where --data-dir has one."""
     encoders = load_encoders(args.encoders, named_device(args.device))
+
+    # The authors' encoders come without their words.
     if args.data_dir and encoders.vocabulary is None:
         encoders = encoders._replace(vocabulary=released_vocabulary(args.data_dir))
     return Tools(encoders, lists=args.lists)

@@ -99,6 +99,8 @@ def load_classifier(
     cache = default_cache() if cache is None else cache
     network, measured = trained(recipe, lambda r: AttributeNetwork(r.image_size, r.width), _train, device, cache)
     ceiling = {name: float(measured["accuracy"][name]) for name in NAMES}
+
+    # A classifier that misreads drawings would misread generated birds, too.
     poor = [f"{name} {100 * share:.1f} %" for name, share in ceiling.items() if share < LOWEST_ACCURACY]
     if poor:
         raise UserError(
@@ -116,6 +118,7 @@ def _train(network: nn.Module, drawings: Drawings, recipe: Recipe, device: torch
         losses = [F.cross_entropy(head, examples.labels[:, i]) for i, head in enumerate(logits)]
         return sum(losses[1:], losses[0])
 
+    # Trained, then measured on drawings that it has not seen.
     train(network, loss, drawings, recipe, device)
     right = torch.zeros(len(NAMES), dtype=torch.int64)
     with torch.inference_mode():
@@ -213,6 +216,8 @@ def read_attributes(
     """
     if len(images) != len(captions):
         raise DataError(f"{len(images)} images, {len(captions)} captions; give one caption for each image")
+
+    # What captions name; only such attributes can be right or wrong.
     truth = named_values(captions)
     if not (truth >= 0).any():
         raise DataError("no caption names an attribute of a toy bird, e.g. 'a bird with a red crown'")
@@ -220,6 +225,8 @@ def read_attributes(
     read = classifier.predict(images)  # (N, 9)
     others = other_captions(truth, captions, keys or [""] * len(captions), seed)
     scores = {name: _count(i, read[:, i], truth, others, captions, classifier.ceiling) for i, name in enumerate(NAMES)}
+
+    # The three colours together are the headline.
     colours = [scores[name] for name in COLOURS]
     return AttributeReport(
         num_images=len(images),
@@ -291,6 +298,8 @@ def _count(
     others_said = np.where(others >= 0, said[others], UNNAMED)
     both = named & (others_said >= 0)
     chance = 1 / NUM_VALUES[attribute]
+
+    # What a caption leaves open should differ between its images.
     pairs, differing = _pairs(read[left_open], [c for c, is_open in zip(captions, left_open, strict=True) if is_open])
     return AttributeScore(
         named=int(named.sum()),
@@ -320,6 +329,7 @@ def _entropy(values: np.ndarray, num_values: int) -> float | None:
     """Entropy of the values' frequencies divided by log(num_values); 0 to 1, None without values."""
     if not len(values):
         return None
+
     shares = np.bincount(values, minlength=num_values) / len(values)
     return float(-sum(share * math.log(share) for share in shares if share) / math.log(num_values)) + 0.0
 

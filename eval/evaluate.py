@@ -70,6 +70,8 @@ def real_images_of(protocol: Protocol, records: Records, num_images: int | None 
     """
     if protocol.num_real is None:
         return records
+
+    # No more real images than the protocol compares with, nor than a quick run draws.
     num_real = min(protocol.num_real, len(records), max(2, num_images or protocol.num_real))
     if num_real == len(records):
         return records
@@ -101,6 +103,7 @@ def evaluate(
     def draw(part: Sequence[Request], with_masks: bool) -> Iterator[Generated]:
         return pipeline.generate_batches(part, protocol.seed, protocol.truncation, tools.batch_size, with_masks)
 
+    # What is scored: images of the requests, drawn when they are needed.
     images = ImageStream(
         what="generated",
         requests=requests,
@@ -129,6 +132,8 @@ def _repeats(protocol: Protocol, records: Records, first: int) -> list[Request]:
     """Several images each of other captions, for metrics that need these; with noise of requests from `first` on."""
     if not protocol.diversity_captions:
         return []
+
+    # Captions by another seed, so that most differ from those of the other scores.
     chosen = split_requests(records, num_images=protocol.diversity_captions, seed=protocol.seed + 1)
     repeated = [request for request in chosen for _ in range(protocol.diversity_images)]
     return [request._replace(index=first + i) for i, request in enumerate(repeated)]
@@ -255,6 +260,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if args.num_images == 1:
         raise ConfigError("--num-images 1: give 2 or more")
 
+    # The generator, and where the results go.
     world = _world(args)
     try:
         pipeline = TextToImage.load(args.checkpoint, world.device, averaged=protocol.averaged)

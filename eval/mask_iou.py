@@ -142,6 +142,8 @@ def load_segmenter(
     recipe = recipe or RECIPES[classifier_size(image_size)]
     cache = default_cache() if cache is None else cache
     network, measured = trained(recipe, lambda r: SegmenterNetwork(r.width), _train, device, cache)
+
+    # A segmenter that misses drawn birds would miss generated ones, too.
     if measured["iou"] < LOWEST_IOU:
         raise UserError(
             f"the segmenter for {recipe.image_size} px reaches a mean IoU of {measured['iou']:.3f} on "
@@ -245,6 +247,7 @@ class MaskReport:
             ("on real drawings: mean shape", self.mean_shape_ceiling),
         ):
             lines.append(f"{name:<34}{value:>7.3f}")
+
         if self.without_bird:
             lines.append(f"left out: {self.without_bird} of {self.num_images} images, in which no bird is to be found")
         return lines
@@ -270,6 +273,7 @@ def mask_iou(images: np.ndarray, masks: Sequence[np.ndarray], segmenter: Segment
     if not with_bird.any():
         raise DataError(f"in none of the {len(images)} images is a bird to be found; train the generator longer")
     birds = outlines[with_bird]
+
     return MaskReport(
         num_images=len(images),
         without_bird=int((~with_bird).sum()),
@@ -285,6 +289,8 @@ def _stage(masks: np.ndarray, birds: np.ndarray) -> StageIoU:
     """masks (N, h, w) in [0, 1]; birds (N, S, S) bool."""
     inside = resized(masks, birds.shape[1]) >= THRESHOLD
     upright, inverted = float(iou(inside, birds).mean()), float(iou(~inside, birds).mean())
+
+    # The better polarity: a mask may be low inside the bird.
     better = ~inside if inverted > upright else inside
     return StageIoU(
         size=masks.shape[1],

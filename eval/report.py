@@ -61,6 +61,8 @@ class Run:
             self.config = yaml.safe_load((self.path / "config.yml").read_text(encoding="utf-8")) or {}
         except (OSError, yaml.YAMLError) as error:
             raise DataError(f"{self.path / 'config.yml'}: cannot be read ({error})") from None
+
+        # Curves, scores, and the newest checkpoint: where they are depends on the kind of run.
         self.name = self.path.resolve().name
         self.curves = read_stats(self.path / "stats.jsonl")
         self.is_encoders = (self.path / "best.pth").is_file() and not (self.path / "checkpoints").is_dir()
@@ -82,6 +84,7 @@ def report(runs: Sequence[Run], data_dir: str | None = None, num_training: int =
     parts = [f"<h1>{_text(title)}</h1>"]
     if len(runs) > 1:
         parts += ["<h2>Runs</h2>", _overview(runs)]
+
     parts += ["<h2>Curves</h2>", *plots({run.name: run.curves for run in runs}).values()]
     for run in runs:
         parts += [f"<h2>{_text(run.name)}</h2>", *_run_parts(run, data_dir, num_training, num_captions)]
@@ -107,6 +110,8 @@ def _samples(run: Run, data_dir: str | None, num_training: int, num_captions: in
     if run.checkpoint is None:
         yield "<p>There is no checkpoint, so nothing was drawn.</p>"
         return
+
+    # Drawn anew from the newest checkpoint.
     pipeline = TextToImage.load(run.checkpoint, "cpu")
     config = pipeline.origin["config"]
 
@@ -119,6 +124,8 @@ def _samples(run: Run, data_dir: str | None, num_training: int, num_captions: in
         drawn = pipeline.generate(texts)
         if not drawn.masks:
             return "<p>This system predicts none.</p>"
+
+        # Every stage beside its image.
         rows = []
         for i, text in enumerate(texts):
             stages = [(unit_to_uint8(stage[i]), f"mask {stage.shape[1]} px") for stage in drawn.masks]
@@ -129,6 +136,8 @@ def _samples(run: Run, data_dir: str | None, num_training: int, num_captions: in
         texts = captions(6)
         samples = pipeline.generate(texts, with_masks=False).images
         training = records_of(config, "train", data_dir, pipeline.vocabulary)
+
+        # How to read the distances.
         said = (
             f"<p>Mean colour difference (0 to 255) to the nearest of {min(num_training, len(training))} of "
             f"{len(training)} training images, at 16 px; a copy would have nearly 0.</p>"
@@ -137,6 +146,8 @@ def _samples(run: Run, data_dir: str | None, num_training: int, num_captions: in
 
     def worst() -> str:
         encoders = load_encoders(run.checkpoint)
+
+        # A checkpoint of a GAN may lack the image encoder: then the one that it was trained with.
         if encoders.image_encoder is None:
             named = (config.get("TEXT") or {}).get("DAMSM_NAME") or ""
             encoders = load_encoders(named)
@@ -168,6 +179,8 @@ def _slides(run: Run) -> str:
     files = sorted([*(run.path / "pictures").glob("*.png"), *(run.path / "attention").glob("*.png")])
     if not files:
         return "<p>The run wrote none.</p>"
+
+    # The last picture is shown first.
     figures = "".join(_figure(file.read_bytes(), file.stem.replace("_", " ")) for file in files)
     last = len(files) - 1
     return f'<div class=slides><input type=range min=0 max={last} value={last} aria-label="picture">{figures}</div>'
@@ -177,6 +190,7 @@ def _evaluations(run: Run) -> str:
     """Every record of evaluation.json as its table, with its protocol, hash and warnings."""
     if not run.records:
         return "<p>None; see python -m eval.evaluate.</p>"
+
     texts = []
     for record in run.records:
         sha256 = (record.get("checkpoint") or {}).get("sha256") or "unknown"
@@ -188,6 +202,7 @@ def _evaluations(run: Run) -> str:
 def _overview(runs: Sequence[Run]) -> str:
     """A row a run: steps, and the last of what all have."""
     names = [name for name in runs[0].curves if all(name in run.curves for run in runs)]
+
     rows = [[run.name, max((c[-1][0] for c in run.curves.values()), default=0),
              *(f"{run.curves[name][-1][1]:.4g}" for name in names)] for run in runs]  # fmt: skip
     return _table(("run", "step", *names), rows)
@@ -206,12 +221,14 @@ def _shown(rows: Sequence[Shown]) -> str:
 
 
 def _figure(png: bytes, words: str) -> str:
+    # Inside the file: the report needs nothing beside it.
     data = base64.b64encode(png).decode("ascii")
     image = f'<img alt="{_text(words)}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{_text(words)}</figcaption></figure>"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    # Everything is escaped: names and captions are the user's.
     cells = [f"<tr>{''.join(f'<td>{_text(str(cell))}</td>' for cell in row)}</tr>" for row in rows]
     return f"<table><tr>{''.join(f'<th>{_text(cell)}</th>' for cell in header)}</tr>{''.join(cells)}</table>"
 
@@ -233,6 +250,8 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--training-images", type=positive, default=2000, metavar="N", help="that samples are compared with (2000)")
     add("--captions", type=positive, default=200, metavar="N", help="whose similarity is measured (200)")
     options = parser.parse_args(words)
+
+    # All runs are opened before anything is written.
     runs = [Run(path) for path in options.runs]
     out = Path(options.out or runs[0].path / "report.html")
     write_text(out, report(runs, options.data_dir, options.training_images, options.captions))

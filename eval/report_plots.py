@@ -27,6 +27,8 @@ def read_stats(path: Path) -> dict[str, list[tuple[int, float]]]:
             step = int(entry.pop("step"))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(f"{path}: line {number} is no line of stats; remove it") from None
+
+        # The epoch is a position, not a value.
         for name, value in entry.items():
             if name != "epoch" and isinstance(value, (int, float)):
                 curves.setdefault(name, []).append((step, float(value)))
@@ -51,16 +53,22 @@ def _plot(group: str, members: Sequence[tuple[str, str]], runs: Mapping) -> str:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("matplotlib is missing; pip install -r requirements-report.txt") from None
+
+    # One line a run and value.
     figure = Figure(figsize=(7.5, 3.4), layout="constrained")
     axes = figure.subplots()
     for run, name in members:
         steps, values = zip(*runs[run][name], strict=True)
         label = name.split("/")[-1] if len(runs) == 1 else f"{run}: {name.split('/')[-1]}"
         axes.plot(steps, values, label=label, linewidth=1.2)
+
+    # What the axes mean; the legend stands beside the curves.
     axes.set_xlabel("training step")
     axes.set_ylabel(AXES.get(group, group.replace("_", " ")))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+
+    # Without a date: the same run gives the same file.
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()

@@ -34,6 +34,7 @@ def records_of(config: Mapping[str, Any], split: str, data_dir: str | None, voca
     place = data_dir or config.get("DATA_DIR")
     if not config.get("DATASET_NAME") or not place:
         raise DataError("the run does not say where its data is; give --data-dir")
+
     return load_records(config["DATASET_NAME"], place, split, vocabulary)[0]
 
 
@@ -47,9 +48,12 @@ def nearest_images(
     samples: np.ndarray, captions: Sequence[str], training: Records, most: int, size: int
 ) -> list[Shown]:
     """For each sample (H, W, 3) uint8 the three nearest of at most `most` training images, by mean colour difference."""
+    # Layout and colours of training images, at a few pixels.
     chosen = evenly(len(training), most)
     images = [_crop(training, index, size) for index in chosen]
     features = np.stack([_small(image) for image in images])  # (M, SMALL * SMALL * 3)
+
+    # The three nearest of each sample.
     shown = []
     for sample, caption in zip(samples, captions, strict=True):
         distances = np.abs(features - _small(sample)).mean(axis=1)
@@ -69,6 +73,8 @@ def similarities(encoders: Encoders, images: np.ndarray, captions: Sequence[str]
         raise CheckpointError(
             "there is no image encoder beside the text encoder, so captions and images cannot be compared"
         )
+
+    # Codes of images and captions in one space.
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     codes = [encoders.image_encoder(from_uint8(pixels[i : i + BATCH]))[1] for i in range(0, len(pixels), BATCH)]
     encoded = encode_batch(captions, vocabulary, encoders.max_words)
@@ -81,6 +87,8 @@ def worst_captions(pipeline: TextToImage, encoders: Encoders, captions: Sequence
     """The captions whose images resemble them least, by the encoders that the run was trained with."""
     drawn = pipeline.generate(captions, with_masks=False).images
     cosines = similarities(encoders, drawn, captions, pipeline.vocabulary).diagonal()
+
+    # The lowest first.
     order = cosines.argsort()[:show].tolist()
     return [Shown([(drawn[i], f"similarity {cosines[i]:.2f}")], captions[i]) for i in order]
 
@@ -91,6 +99,8 @@ def confusions(encoders: Encoders, records: Records, most: int, show: int = 8) -
     images = np.stack([_crop(records, index, encoders.image_size) for index in chosen])
     captions = [records.text(index, 0) for index in chosen]
     cosines = similarities(encoders, images, captions, records.vocabulary)
+
+    # An image is confused where another's caption comes first.
     own, best = cosines.diagonal(), cosines.max(dim=1)
     wrong = (best.values - own).argsort(descending=True)[:show].tolist()
     right = (best.indices == torch.arange(len(chosen))).float().mean().item()
@@ -106,6 +116,8 @@ def _crop(records: Records, index: int, size: int) -> np.ndarray:
     """The middle of what training crops from: (size, size, 3) uint8."""
     box = None if records.boxes is None else records.boxes[index]
     pixels = np.asarray(load_resized(records.image_paths[index], box, size))
+
+    # The middle of it.
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size]
 

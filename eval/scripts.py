@@ -155,6 +155,7 @@ def score_images(
     Raises DataError, naming the file, for an image that cannot be read.
     """
     needs = metric.needs
+
     images = open_images(path, skip_broken, needs.captions)
 
     # What generated images are compared with.
@@ -206,6 +207,8 @@ def run_script(
     tools_of: see Tools.
     """
     needs, parser = metric.needs, CommandParser(description=(metric.__doc__ or "").partition("\n")[0])
+
+    # Sources and options follow from what the metric needs.
     if needs.captions:
         parser.add_argument(
             "--samples", dest="images", required=True, metavar="DIR", help="folder of main.py's samples"
@@ -303,6 +306,7 @@ def report(scores: Sequence[Score], json_path: str | None) -> None:
 
 def print_lines(lines: Sequence[str], record: dict, json_path: str | None) -> None:
     """Print lines; with `json_path` also write the record there as JSON, "-" prints JSON instead."""
+    # JSON alone on the screen where it goes there: the lines then are messages.
     print("\n".join(lines), file=sys.stderr if json_path == "-" else sys.stdout)
     if json_path == "-":
         print(json.dumps(record, indent=1, ensure_ascii=False))

@@ -63,6 +63,7 @@ def split_within_classes(records: Records, share: float, seed: int) -> tuple[Rec
 
     Classes with a single image are left out. Raises DataError where fewer than two classes have two images.
     """
+    # Class by class: each must be learnt and measured.
     learned, held_out, used = [], [], 0
     for class_id in np.unique(records.class_ids):
         members = np.flatnonzero(records.class_ids == class_id)
@@ -93,6 +94,7 @@ def build(settings: Settings, num_classes: int, weights: str | Path | None = Non
         path = find_weights(weights, TORCHVISION_FILES, "Inception-v3", source)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; or train a light one from scratch: --network small") from None
+
     state = load_file(path)
     network = InceptionClassifier(num_classes)
     network.load_imagenet(state if isinstance(state, dict) else {}, path)
@@ -155,6 +157,7 @@ def _fit(
     network: ImageClassifier, loader: DataLoader, classes: np.ndarray, rate: float, num_steps: int, device: torch.device
 ) -> None:
     """Train in place: AdamW, one cycle of the learning rate, smoothed labels. Raises TrainingError."""
+    # As the ToyBirds' networks: one cycle, no restarts.
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(2, num_steps), pct_start=0.2)
     network.train()
@@ -210,6 +213,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if not 0 < args.held_out < 1 or args.learning_rate < 0:
         raise ConfigError("--held-out must lie between 0 and 1, --learning-rate must be above 0")
 
+    # The data set, and where the classifier goes.
     parts = [RunSettings, OutputSettings, DataSettings]
     cfg = load_for_system(args.cfg, setting_pairs(args.set), parts, schema_with_systems(parts), skip_unknown=True)
     out = Path(args.out or Path(cfg.OUTPUT_DIR) / f"classifier-{cfg.DATASET_NAME}.pth")
@@ -219,6 +223,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if size < 16:
         raise ConfigError(f"TREE.BASE_SIZE: {size} px show no classes; take 16 or more")
 
+    # Trained, measured, saved.
     settings = Settings(args.network, size, args.epochs, args.batch_size, args.learning_rate, args.held_out, cfg.SEED)
     records, _ = load_records(cfg.DATASET_NAME, cfg.DATA_DIR, "train")
     choices = {"weights": args.weights, "workers": cfg.WORKERS, "skip_broken": cfg.SKIP_BROKEN}

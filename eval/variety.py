@@ -69,6 +69,8 @@ def variety(images: np.ndarray, captions: Sequence[str], segmenter: Segmenter, s
     generated, without_bird = outline_distances(segmenter.outline(images), pairs)
     if not len(generated):
         raise DataError("no caption has two images with a bird; draw several of each caption: --per-caption 2")
+
+    # The same of drawings: how much the captions leave open.
     drawn = segmenter.outline(drawings_of(captions, images.shape[1], seed))
     drawings, _ = outline_distances(drawn, pairs)
     return VarietyReport(float(generated.mean()), float(drawings.mean()), len(generated), without_bird)
@@ -95,6 +97,7 @@ def drawings_of(captions: Sequence[str], image_size: int, seed: int = 0) -> np.n
     flipped as training images are."""
     named = [named_attributes(caption) for caption in captions]
     drawings = draw_captioned(named, image_size, seed)
+
     examples = crops(drawings, range(len(captions)), image_size, stream(seed, "variety crops"))
     return to_uint8(examples.images)
 

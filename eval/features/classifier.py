@@ -84,6 +84,8 @@ class SmallClassifier(ImageClassifier):
             convolution = nn.Conv2d(channels, wider, 3, stride=2, padding=1, bias=False)
             layers += [convolution, nn.BatchNorm2d(wider), nn.ReLU()]
             channels, size = wider, (size + 1) // 2
+
+        # Pooled features, and the classes by them.
         self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(channels, num_classes)
 

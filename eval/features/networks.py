@@ -77,6 +77,8 @@ class FeatureNetwork(nn.Module):
         """(H, W, 3) uint8 images of any sizes -> (N, 3, input_size, input_size) float, normalised, on the device."""
         shapes = {image.shape for image in images}
         groups = [np.stack(images)] if len(shapes) == 1 else [image[None] for image in images]
+
+        # Each size in one call.
         resized = []
         for group in groups:
             pixels = torch.from_numpy(np.ascontiguousarray(group)).to(self.device)
@@ -94,6 +96,7 @@ class FeatureNetwork(nn.Module):
         """(H, W, 3) uint8 images -> features and logits on the device, in full float32 (no TF32) also on GPUs."""
         with no_tf32():
             features, logits = self(self.prepare(images))
+
         if not bool(torch.isfinite(features).all()):
             raise DataError(
                 f"{self.label}: a feature is not finite; the weight file is damaged or not for this network"
@@ -130,6 +133,7 @@ def load_network(
         raise ConfigError(f"--network {name}: unknown; choose from {', '.join(NETWORKS)}")
     if resize is not None and resize not in RESIZE:
         raise ConfigError(f"--resize {resize}: unknown; choose from {', '.join(RESIZE)}")
+
     with torch.random.fork_rng(devices=[]):  # a network draws initial weights; the caller's random state stays
         network = NETWORKS[name](weights, resize, seed)
     return network.to(device)
@@ -156,6 +160,7 @@ def _torchvision_inception(weights: str | Path | None, resize: str | None, seed:
     state = {name: tensor for name, tensor in _read_state(path).items() if not name.startswith("AuxLogits.")}
     network = torchvision.models.inception_v3(weights=None, aux_logits=False, init_weights=False)
     _load(network, state, path, "torchvision's inception_v3")
+
     trunk = nn.Sequential(*(getattr(network, name) for name in TRUNK), nn.Flatten())
     return FeatureNetwork(
         name="inception-torchvision",
@@ -233,6 +238,8 @@ def build_tensorflow_inception() -> nn.Module:
 def random_inception_state(seed: int = 0) -> dict[str, torch.Tensor]:
     """Seeded weights for `build_tensorflow_inception`, scaled so that activations keep their size (He et al. 2015)."""
     state = build_tensorflow_inception().state_dict()
+
+    # In the order of their names: the draws do not depend on the network's layout.
     for number, (name, tensor) in enumerate(sorted(state.items())):
         if tensor.ndim >= 2:
             fan_in = tensor[0].numel()
@@ -283,6 +290,7 @@ def find_weights(
     option: by which the user gives it.
     Raises WeightsError that says which file to get from where, and where to put it.
     """
+    # The user's file, then torch hub's cache.
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     if given:
         if Path(given).is_dir():
@@ -291,6 +299,8 @@ def find_weights(
     for name in file_names:
         if (folder / name).is_file():
             return folder / name
+
+    # Nothing is downloaded.
     raise WeightsError(
         f"{network}: its weights are not on this machine and nothing is downloaded; get {file_names[0]} from {origin} "
         f"and put it in {folder}",

@@ -53,6 +53,7 @@ class RealImages:
 
     def batches(self, batch_size: int, rows: range | None = None, workers: int = 4) -> Iterator[np.ndarray]:
         """The images in order, (N, S, S, 3) uint8 with N at most batch_size, read by threads one batch ahead."""
+        # One batch is read while the one before is used.
         rows = range(len(self)) if rows is None else rows
         waiting: deque = deque()
         with ThreadPoolExecutor(workers) as pool:
@@ -72,6 +73,8 @@ class RealImages:
             except OSError as error:
                 raise DataError(f"{path}: cannot be read ({error.strerror}); prepare the data set again") from None
             digest.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+
+        # Boxes, crop and size change the pixels, too.
         boxes = self.records.boxes
         digest.update(b"" if boxes is None else np.ascontiguousarray(boxes).tobytes())
         seed = self.seed if self.crop == "augmented" else None
@@ -154,6 +157,8 @@ def _load(kept: Path, network: FeatureNetwork, num_images: int, fingerprint: str
     try:
         if kept.suffix == ".npz":
             return Reference(load_statistics(kept, network), None, fingerprint, from_cache=True)
+
+        # Single features: as many rows as images, all finite.
         array = np.load(kept, allow_pickle=False)
         if array.shape != (num_images, network.num_features) or not np.isfinite(array).all():
             raise ValueError("has another shape")

@@ -60,6 +60,8 @@ class ImageSource:
     def subset(self, indices: Sequence[int]) -> "ImageSource":
         """The images at `indices`, in that order."""
         chosen = tuple(indices)
+
+        # The fingerprint changes with the choice, too.
         names = tuple(self.names[index] for index in chosen)
         digest = hashlib.sha256("\0".join(names).encode()).hexdigest()
         return ImageSource(self.path, names, lambda i: self.fetch(chosen[i]), lambda: f"{self.stamp()}\0{digest}")
@@ -100,6 +102,7 @@ def open_source(path: str | Path) -> ImageSource:
     A folder with a captions.jsonl gives the files that this names, and not the masks and grids beside them.
     Raises DataError when there is nothing, no image in it, or statistics in place of images.
     """
+    # By what it is: folder, archive, array, image, list.
     path = Path(path)
     if path.is_dir():
         source = _sample_folder(path) if (path / CAPTIONS_FILE).is_file() else _folder(path)
@@ -113,6 +116,7 @@ def open_source(path: str | Path) -> ImageSource:
         raise DataError(f"{path}: is a single image; give a folder of images, or a text file that lists them")
     else:
         source = _list(path)
+
     if not len(source):
         raise DataError(f"{path}: no image in it (looked for {' '.join(IMAGE_SUFFIXES)})")
     return source
@@ -161,6 +165,7 @@ def batches(source: ImageSource, batch_size: int, workers: int | None = None) ->
 
     At most one batch and two images a thread are kept waiting, however large the source is.
     """
+    # Items are fetched in order here and decoded ahead by threads.
     workers = workers or min(8, os.cpu_count() or 1)
     waiting: deque = deque()
     following = 0
@@ -190,6 +195,7 @@ def drop_broken(source: ImageSource, workers: int | None = None) -> tuple[ImageS
         except DataError:
             return False
 
+    # Every image once.
     if isinstance(source.fetch(0), Path):  # only files can be fetched by several threads at once
         with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
             results = pool.map(readable, range(len(source)))
@@ -217,6 +223,7 @@ def _files(path: Path, names: Sequence[str], files: Sequence[Path]) -> ImageSour
 
 
 def _folder(path: Path) -> ImageSource:
+    # To its depth, hidden files left out.
     root = path.resolve()
     found = []
     for folder, _, files in os.walk(root, followlinks=True):
@@ -237,12 +244,15 @@ def _list(path: Path) -> ImageSource:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (UnicodeDecodeError, OSError):
         raise DataError(f"{path}: neither a folder, a .zip, a .npz nor a text file of paths") from None
+
+    # Each path as seen from the list, or from here.
     names = [line for line in lines if line]
     files, missing = [], []
     for name in names:
         choices = [path.resolve().parent / name, Path(name).absolute()]  # beside the list, or where we are
         file = next((choice for choice in choices if os.path.isfile(choice)), None)
         (files if file else missing).append(file or name)
+
     if missing:
         raise DataError(f"{path}: {len(missing)} of its {len(names)} images are not there, e.g. {missing[0][:200]}")
     return _files(path, names, files)
@@ -253,6 +263,8 @@ def _zip(path: Path) -> ImageSource:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
         raise DataError(f"{path}: cannot be read as a zip ({error}); copy it again") from None
+
+    # Images alone, not what macOS puts beside them.
     members = [
         member
         for member in sorted(archive.infolist(), key=lambda member: member.filename)
@@ -305,6 +317,8 @@ def _open_array(path: Path):
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
         raise DataError(f"{path}: cannot be read as a .npz ({error}); copy it again") from None
+
+    # One array of images among the members, and no statistics.
     members = [name for name in archive.namelist() if name.endswith(".npy")]
     if {"mu.npy", "sigma.npy"} <= set(members):
         raise DataError(f"{path}: holds statistics (mu, sigma), not images; only eval/FID.py takes these")
@@ -330,10 +344,14 @@ def _image_shape(path: Path, member: str, stream) -> tuple[tuple[int, ...], bool
         shape, fortran_order, dtype = read_header(stream)
     except Exception as error:  # a damaged header can raise nearly anything
         raise DataError(f"{path}: {member} is not a numpy array ({' '.join(str(error).split())[:160]})") from None
+
+    # Bytes in C order.
     if dtype != np.uint8:
         raise DataError(f"{path}: {member} is {dtype}; store the images as uint8, 0 to 255")
     if fortran_order and len(shape) > 1:
         raise DataError(f"{path}: {member} is in Fortran order; save numpy.ascontiguousarray(images)")
+
+    # Images in colour or grey.
     channels_last = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
     channels_first = not channels_last and len(shape) == 4 and shape[1] in (1, 3)
     if not (channels_last or channels_first) or min(shape) < 0 or 0 in shape[1:]:

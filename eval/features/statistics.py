@@ -52,6 +52,7 @@ class StreamedStatistics:
 
     def update(self, features: torch.Tensor) -> None:
         """Add rows (N, D)."""
+        # Mean and scatter of the batch alone, then both together.
         rows = features.detach().to(self.device).double()
         mean = rows.mean(dim=0)
         centred = rows - mean
@@ -63,6 +64,7 @@ class StreamedStatistics:
             self._combine(other.count, other.mean.to(self.device), other.scatter.to(self.device))
 
     def _combine(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+        # The means' distance adds to the scatter.
         total = self.count + count
         shift = mean - self.mean
         self.scatter += scatter
@@ -113,6 +115,7 @@ def extract(
 def collect_features(source: ImageSource, network: FeatureNetwork, **options) -> torch.Tensor:
     """All features (N, D) float32 on the CPU, for scores that compare single images; options as `extract`."""
     features = torch.empty(len(source), network.num_features)
+
     done = 0
     for rows, _ in extract(source, network, **options):
         features[done : done + len(rows)] = rows.cpu()
@@ -197,6 +200,7 @@ def holds_statistics(path: str | Path) -> bool:
 
 def save_statistics(path: str | Path, statistics: Statistics) -> None:
     """Write a .npz that pytorch-fid reads too (`mu`, `sigma`), with the number of images and the protocol beside."""
+    # What pytorch-fid does not write stands beside what it reads.
     made_by = json.dumps({"protocol": statistics.protocol, "skipped": list(statistics.skipped)})
     arrays = {
         "mu": statistics.mean,
@@ -235,6 +239,7 @@ def load_statistics(path: str | Path, network: FeatureNetwork | None = None) -> 
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise DataError(f"{path}: mu or sigma is not finite; make the statistics again")
 
+    # Of this network?
     statistics = Statistics(mean, covariance, count if count >= 0 else None, protocol, skipped)
     if network is not None:
         _check_made_for(path, statistics, network)
@@ -259,6 +264,8 @@ def check_comparable(path: str | Path, one: Statistics, other_path: str | Path, 
     """Raises DataError for statistics of different networks, weights or resize filters, as far as both files say so."""
     if one.mean.shape != other.mean.shape:
         raise DataError(f"{path} has {len(one.mean)} features, {other_path} {len(other.mean)}: they do not compare")
+
+    # Only what both files say can differ.
     known = one.protocol.keys() & other.protocol.keys()
     different = [key for key in one.protocol if key in known and one.protocol[key] != other.protocol[key]]
     if different:

@@ -31,6 +31,7 @@ def environment(device: torch.device, num_processes: int = 1) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """This project's commit, with "-dirty" where tracked files were changed; None where it is not known."""
+    # Asked of git: there may be none, or no repository.
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

@@ -147,6 +147,7 @@ def draw_captioned(named: Sequence[Mapping[str, str]], image_size: int, seed: in
 
 def _encoded(pixels: np.ndarray, file_format: str, **options) -> io.BytesIO:
     """The drawing as the file that `prepare toybirds` would write, so that it is read the same way."""
+    # In memory, with the settings of `prepare`.
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, file_format, **options)
     file.seek(0)
@@ -163,6 +164,8 @@ def draw_birds(split: str, num_drawings: int, image_size: int, seed: int = 0, wo
     generator = torch.Generator()  # else seeds for workers, unused here, would be drawn from the global generator
     workers = _workers(num_drawings, workers)
     loader = DataLoader(drawer, batch_size=50, num_workers=workers, collate_fn=list, generator=generator)
+
+    # Drawn by several processes; each drawing is a function of its index.
     items = []
     with ProgressBar(what=f"drawing {split} birds", total=num_drawings, unit="birds") as bar:
         for chunk in loader:
@@ -173,6 +176,7 @@ def draw_birds(split: str, num_drawings: int, image_size: int, seed: int = 0, wo
 
 
 def _workers(num_drawings: int, workers: int | None) -> int:
+    # One a core, where starting them pays.
     if workers is None:
         workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
     return workers if workers > 1 and num_drawings >= 500 else 0  # starting processes takes longer than a few drawings
@@ -191,6 +195,8 @@ def crops(
     pixels = np.empty((len(indices), image_size, image_size, 3), dtype=np.uint8)
     masks = np.empty((len(indices), image_size, image_size), dtype=np.uint8)
     labels = drawings.labels[indices].copy()
+
+    # Each from a place of its own.
     for row, index in enumerate(indices):
         whole = drawings.pixels[index]
         top, left = (int(rng.integers(length - image_size + 1)) for length in whole.shape[:2])
@@ -199,6 +205,8 @@ def crops(
         if rng.random() < 0.5:
             step, labels[row, FACING] = -1, 1 - labels[row, FACING]
         pixels[row], masks[row] = whole[area][:, ::step], drawings.masks[index][area][:, ::step]
+
+    # As the networks take them.
     images = from_uint8(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     return Examples(images, torch.from_numpy(masks)[:, None].float() / 255, torch.from_numpy(labels))
 
@@ -212,6 +220,7 @@ def disturb(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tenso
     def uniform(*shape: int) -> Tensor:
         return torch.rand(len(images), *shape, generator=generator)
 
+    # Less sharp, then another contrast and tint, then noise.
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     images = images.lerp(blurred, uniform(1, 1, 1) * recipe.most_blur)
     contrast, tint = (2 * uniform(1, 1, 1) - 1) * recipe.most_tint, (2 * uniform(3, 1, 1) - 1) * recipe.most_tint
@@ -286,6 +295,7 @@ def trained(
         except CheckpointError as error:
             print(f"warning: {error}; a new {recipe.kind} is trained, about a minute, and put there", file=sys.stderr)
 
+    # Trained now: weights depend on the recipe alone.
     started = time.monotonic()
     drawings = draw_birds("train", recipe.num_drawings, recipe.image_size, recipe.seed)
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays
@@ -310,6 +320,7 @@ def kept_file(cache: str | Path, recipe: Recipe) -> Path:
 def _load(path: Path, network: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     """Raises CheckpointError for a file that is damaged or of another network."""
     content = load_checkpoint(path)
+
     try:
         (state,) = content["networks"].values()
         network.load_state_dict(state)

@@ -105,6 +105,8 @@ def captions_of_test_birds(number: int, seed: int = 0, per_caption: int = 1) -> 
     birds = ToyBirds("test")
     each = len(birds.captions(0))
     different = -(-number // per_caption)
+
+    # Every caption once, in random order, before any comes again.
     rounds = -(-different // (len(birds) * each))
     orders = [stream(seed, "toybirds test captions", n).permutation(len(birds) * each) for n in range(rounds)]
     chosen = np.repeat(np.concatenate(orders)[:different], per_caption)[:number].tolist()
@@ -129,6 +131,7 @@ def generate_birds(
     captions, keys = captions_of_test_birds(number, seed, per_caption)
     requests = _requests(captions, keys)
 
+    # Drawn in batches; all are kept, as the readers come at the end.
     images, masks = [], []
     with ProgressBar(what="generating", total=number, unit="images") as bar:
         for drawn in pipeline.generate_batches(requests, seed, truncation, batch_size, with_masks):
@@ -136,6 +139,7 @@ def generate_birds(
             masks.append(drawn.masks)
             bar.update(len(drawn.images))
 
+    # Where they come from, and whether the generator knows such birds.
     origin = {name: value for name, value in pipeline.origin.items() if name != "config"}
     origin |= {"seed": seed, "truncation": truncation, "per_caption": per_caption, "captions": "toybirds test"}
     stages = [np.concatenate(stage) for stage in zip(*masks, strict=True)]
@@ -177,6 +181,7 @@ def read_birds(
                 f"one size: sample them again"
             )
 
+    # Masks, where every image has them, and what the sampler wrote.
     masks = _read_masks(folder, [sample.file for sample in samples]) if with_masks else []
     captions, keys = [sample.caption for sample in samples], [sample.key for sample in samples]
     about = _about(folder)
@@ -186,6 +191,7 @@ def read_birds(
 
 def _about(folder: Path) -> dict[str, Any]:
     """What the sampler wrote about the folder."""
+    # A folder of older samples may not say.
     try:
         about = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -197,6 +203,8 @@ def _read_masks(folder: Path, files: Sequence[str]) -> list[np.ndarray]:
     """masks/NAME_16px.png ... beside NAME.png, by rising size; [] when not every image has the same sizes."""
     stems = [folder / "masks" / Path(file).with_suffix("") for file in files]
     first = stems[0]
+
+    # The sizes that the first image has; the others must have the same.
     found = [path.stem.rpartition("_")[2] for path in first.parent.glob(f"{first.name}_*px.png")]
     sizes = sorted(int(name[:-2]) for name in found if name[:-2].isdigit())
     paths = [[stem.with_name(f"{stem.name}_{size}px.png") for stem in stems] for size in sizes]
@@ -230,6 +238,7 @@ def run_bird_script(name: str, description: str, metric_class: type[BirdMetric])
     metric = metric_class(birds.device, args.cache, args.seed)
     requests = _requests(birds.captions, birds.keys)
     metric.update(ScoringBatch(list(birds.images), range(len(birds.images)), requests, birds.masks))
+
     report = metric.report()
     record = {name: report.record(), "origin": birds.origin, **metric.about()}
     record |= {"versions": versions(), "warnings": list(birds.warnings)}
@@ -259,6 +268,7 @@ def _birds_of(args: argparse.Namespace, with_masks: bool) -> GeneratedBirds:
         pipeline = TextToImage.load(args.checkpoint, device)
         choices = (args.num_images, args.seed, args.truncation, args.per_caption, args.batch_size, with_masks)
         birds = generate_birds(pipeline, *choices)
+
     for warning in birds.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return birds
