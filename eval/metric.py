@@ -106,7 +106,7 @@ class Score:
         about = self.protocol
         if about.get("family", about.get("network")) != entry["network"]:
             return False
-        file = about.get("file")
+        file = str(about.get("file") or "")
         same_file = bool(file and entry["file"]) and Path(file).resolve() == Path(entry["file"]).resolve()
         return same_file or entry["weights_hash"] in ("", about.get("weights_hash", about.get("encoder_hash")))
 
