@@ -63,7 +63,7 @@ def table(results: dict) -> str:
         "# The systems side by side",
         "",
         f"{common.machine_line(results['machine'])}. Batch {results['batch']}, image encoder {results['encoder']} for those "
-        f"that look with one, float32, medians of {results['rounds']} rounds in turns; operations: 2 a multiply-add.",
+        f"that have one, float32, medians of {results['rounds']} rounds in turns; operations: 2 a multiply-add.",
         "",
     ]
     header = ["settings", "px", "G, M", "D and others, M", "GFLOP an image: step", "drawing", "peak, MiB",

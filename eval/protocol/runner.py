@@ -88,11 +88,7 @@ def run_protocol(
             metric.merge(other)
     if not world.is_main:
         return None
-    repeated = [metric for metric in metrics.values() if metric.needs.repeats]
-    if repeated:
-        repeats = replace(stream, requests=stream.repeats)
-        rows = range(len(stream.repeats))
-        _update([(replace(run, network=None), repeated)], repeats, rows, real_images, progress=False)
+    _update_with_repeats(list(metrics.values()), stream, run, real_images)
     drawn = time.monotonic()
 
     # Scores in the protocol's order.
@@ -231,6 +227,15 @@ def _update(
                     metric.update(batch)
             done = part.stop
             bar.update(len(drawn.images))
+
+
+def _update_with_repeats(metrics: Sequence[Metric], stream: ImageStream, run: Run, real_images: RealImages) -> None:
+    """Draw the stream's repeats for the metrics that need them, if there are any."""
+    repeated = [metric for metric in metrics if metric.needs.repeats]
+    if repeated:
+        group = (replace(run, network=None), repeated)
+        rows = range(len(stream.repeats))
+        _update([group], replace(stream, requests=stream.repeats), rows, real_images, progress=False)
 
 
 def _batch(drawn: Generated, rows: range, requests: Sequence[Request], network: FeatureNetwork | None) -> ScoringBatch:
