@@ -113,7 +113,9 @@ def released_vocabulary(data_dir: str | Path) -> Vocabulary:
 
 def check_sentence_length(text_encoder: CaptionEncoder, generator: Generator, path: str | Path) -> None:
     """Raises CheckpointError where the encoders of this path give other features than the generator takes."""
-    actual, expected = text_encoder.arguments["text_dim"], generator.arguments["sentence_dim"]
+    # A generator without that argument takes any.
+    actual = text_encoder.arguments["text_dim"]
+    expected = generator.arguments.get("sentence_dim", actual)
     if actual != expected:
         raise CheckpointError(f"{path}: gives features of length {actual}, the generator expects {expected}")
 
