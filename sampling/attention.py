@@ -24,6 +24,8 @@ def check_attends(pipeline: TextToImage) -> None:
 def caption_words(pipeline: TextToImage, captions: Sequence[str]) -> list[list[str]]:
     """The words of each caption that the model reads: known ones, at most max_words."""
     encoded = pipeline.tokens(captions)
+
+    # Indices back to words, without the padding.
     words = pipeline.vocabulary.words
     return [
         [words[index] for index in row[:length].tolist()]
@@ -43,5 +45,6 @@ def write_strips(
     """
     for images, attention in zip(drawn.stages, drawn.attention, strict=True):
         for image, maps, caption, stem in zip(images, attention, words, stems, strict=True):
+            # One row: the image, then each word over its heat map.
             strip = attention_picture([image], [caption], [maps], CELL)
             write(strip, stem.with_name(f"{stem.name}_{maps.shape[1]}px.png"))

@@ -25,6 +25,8 @@ from sampling.published import read_published
 def describe(path: str | Path) -> list[str]:
     """What a weight file is, a line a network. Raises CheckpointError with the reason where it cannot be loaded."""
     content = read_published(path) if Path(path).is_dir() else load_file(path)
+
+    # Ours name their networks; the authors' are recognised by their tensors.
     if isinstance(content, Mapping) and "networks" in content:
         validate(content, path)
         return _describe_ours(path, content)

@@ -25,6 +25,8 @@ def open_pipeline(
     """
     path = Path(path)
     content = None if path.is_dir() else load_file(path)
+
+    # Without `networks`: a loose file of the authors.
     if content is not None and not (isinstance(content, dict) and "networks" in content):
         pipeline = TextToImage.from_released(path, device=device, **released)
         return pipeline, Path(output_dir) / "samples" / path.stem
@@ -33,6 +35,8 @@ def open_pipeline(
     step = f"step{pipeline.origin['step']}"
     if path.is_dir():
         return pipeline, path / "samples" / step
+
+    # Beside the checkpoints of a run, not among them.
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     return pipeline, run / "samples" / f"{path.stem}-{step}"
 
@@ -87,6 +91,7 @@ class Drawing:
             about={"dataset": self.dataset, "split": records.split if records is not None else None},
         )
 
+        # Where everything is: other programs read the last line.
         print(f"{len(requests)} image{'s' if len(requests) > 1 else ''} in {folder}")
         for kind, written in (("masks", self.masks), ("attention", self.attention), ("real", self.real)):
             if written:

@@ -78,6 +78,7 @@ def load_encoders(path: str | Path, device: str | torch.device = "cpu", max_word
         with naming(beside):
             image_encoder = load_image_encoder(load_file(beside)) if found else None
 
+    # Frozen: a loss or a score reads them, nothing trains them.
     for encoder in (text_encoder, image_encoder):
         if encoder is not None:
             encoder.to(device).eval().requires_grad_(False)
@@ -126,6 +127,8 @@ def rebuild_networks(checkpoint: dict, names: tuple[str, ...], path: str | Path)
     for name in names:
         if name not in checkpoint["networks"]:
             continue
+
+        # A tensor that does not fit is reported with file and network.
         with naming(f"{path}: its {name}"):
             network = from_state(checkpoint["networks"][name], networks_of(name))
         networks[name] = network.eval().requires_grad_(False)

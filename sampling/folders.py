@@ -40,6 +40,8 @@ def prepare_folder(folder: str | Path, overwrite: bool) -> Path:
     folder = Path(folder)
     if not (folder / CAPTIONS).exists() and not (folder / ABOUT).exists():
         return folder
+
+    # Earlier samples, also of a sampling that was stopped.
     names = sampled_files(folder)
     if not overwrite:
         raise DataError(f"{folder}: holds samples already; give --overwrite, or another folder with --out")
@@ -234,6 +236,8 @@ def _write_images(
     stems = [file_stem(request) for request in batch]
     for image, stem in zip(drawn.images, stems, strict=True):
         write(image, folder / f"{stem}.png")
+
+    # Masks of different stages differ in size, which the name says.
     for stage in drawn.masks if with_masks else []:
         for mask, stem in zip(unit_to_uint8(stage), stems, strict=True):
             write(mask, folder / "masks" / f"{stem}_{mask.shape[0]}px.png")
@@ -246,6 +250,8 @@ def _write_real(records: Records, requests: Sequence[Request], folder: Path, ima
     for key in ProgressBar(keys, "real images", unit="images"):
         index = index_of[key]
         box = None if records.boxes is None else records.boxes[index]
+
+        # Boxes as in training, then the middle crop instead of a random one.
         pixels = load_resized(records.image_paths[index], box, image_size)
         top, left = (pixels.shape[0] - image_size) // 2, (pixels.shape[1] - image_size) // 2
         _write_png(pixels[top : top + image_size, left : left + image_size], folder / f"{key_stem(key)}.png")

@@ -26,12 +26,16 @@ def model_card(
     settings = about.get("settings") or {}
     system, data = TITLES.get(about["system"], about["system"]), settings.get("DATASET_NAME") or "unknown data"
     kind = "the average of its training (EMA)" if about.get("averaged") else "as the optimizer left it"
+
+    # Front matter, which model hubs read, then what the model is.
     lines = [
         "---", "pipeline_tag: text-to-image", "tags:", "- text-to-image", "- gan", f"- {about['system']}", "---", "",
         f"# {name}", "",
         f"{system}: a sentence in, an image of {about['image_size']} x {about['image_size']} pixels out. Trained on {data} "
         f"for {_counted(about)}; the generator is {kind}.", "",
     ]  # fmt: skip
+
+    # What a reader looks for first: pictures, and how to use it.
     if pictured:
         lines += [f"![Captions and what the model drew for them]({PICTURE})", ""]
     lines += [
@@ -67,10 +71,14 @@ def _scores(evaluations: Sequence[Mapping[str, Any]], sha256: str | None) -> lis
     for record in evaluations:
         if not isinstance(record, Mapping) or not isinstance(record.get("scores"), Sequence):
             continue
+
+        # Which protocol, and what was changed of it.
         protocol, checkpoint = record.get("protocol") or {}, record.get("checkpoint") or {}
         changed = ", ".join(f"{key} {value}" for key, value in (record.get("overrides") or {}).items())
         title = f"{protocol.get('name', 'unnamed')}{f' (changed: {changed})' if changed else ''}"
         scored = str(checkpoint.get("sha256") or "")
+
+        # A row a score; those of another file are marked.
         for score in record["scores"]:
             spread = "" if score.get("std") is None else f" ± {score['std']:.3g}"
             other = "" if sha256 in (None, scored) else ", another file"
@@ -78,6 +86,8 @@ def _scores(evaluations: Sequence[Mapping[str, Any]], sha256: str | None) -> lis
             name = f"{score['name']}{' (flatters)' if score.get('flattering') else ''}"
             rows.append(f"| {name} | {score['value']:.6g}{spread} | {title} | {record.get('num_images', '')} | "
                         f"step {checkpoint.get('step')}, {hashed} |")  # fmt: skip
+
+        # Below the table: what limits these scores, and what is missing.
         remarks += [f"- {title}: {warning}" for warning in record.get("warnings") or []]
         remarks += [
             f"- {title}: not computed: {what}: {why}" for what, why in (record.get("not_computed") or {}).items()
@@ -90,6 +100,7 @@ def _scores(evaluations: Sequence[Mapping[str, Any]], sha256: str | None) -> lis
 
 def _settings(settings: Mapping[str, Any]) -> list[str]:
     """The settings of the training, one a line; nothing where the file has none."""
+    # Nested settings with dotted keys, as `--set` takes them.
     pairs = list(_flat(settings))
     if not pairs:
         return []
@@ -114,6 +125,7 @@ def without_local_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings but for absolute paths, which mean nothing on another machine and tell of this one."""
     kept: dict[str, Any] = {}
     for key, value in settings.items():
+        # Relative paths stay: they mean the project's own folders.
         if isinstance(value, Mapping):
             kept[key] = without_local_paths(value)
         elif not (isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~"))):

@@ -79,6 +79,8 @@ class TextToImage:
                 f"the text encoder knows {known} words, the vocabulary has {len(vocabulary)}: they do not belong "
                 f"together; use the captions.pickle or vocabulary.json that the encoder was trained with"
             )
+
+        # The parts, and what was warned of already.
         self.generator = generator
         self.text_encoder = text_encoder
         self.vocabulary = vocabulary
@@ -105,6 +107,7 @@ class TextToImage:
                 f"{path}: holds no generator but {', '.join(checkpoint['networks'])}; train one first"
             )
 
+        # Where the weights come from, for reports.
         origin = {
             "checkpoint": str(path),
             "averaged": wanted == "generator_ema",
@@ -161,6 +164,7 @@ class TextToImage:
         loaded = ENCODERS[encoders](text_encoder_path, device, max_words)
         vocabulary = loaded.vocabulary or released_vocabulary(data_dir)
 
+        # The generator: it must take sentences of this encoder's length.
         with naming(generator_path):
             generator = load_generator(load_file(generator_path)).to(device)
         text_encoder = loaded.text_encoder

@@ -42,6 +42,8 @@ def publish(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise UserError(f"{folder}: exists already; give --overwrite or another folder")
+
+    # Draw before anything is written: an example without a known word ends here.
     drawn = pipeline.generate(list(examples)) if examples else None
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)  # until all is written, this is no model
@@ -54,6 +56,8 @@ def publish(
         save_image(caption_grid(examples, cells, headings=("image", "mask")[: len(cells[0])]), folder / PICTURE)
     card = model_card(folder.resolve().name, about, evaluations, sha256, pictured=drawn is not None)
     write_text(folder / CARD, card)
+
+    # Weights, vocabulary, config.json.
     networks = {"generator": pipeline.generator, "text_encoder": pipeline.text_encoder}
     states = {part: to_state(network_name(network), network) for part, network in networks.items()}
     write_published(folder, states, pipeline.vocabulary, about)
@@ -103,6 +107,8 @@ def read_evaluations(path: Path) -> list[dict[str, Any]]:
         records = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as a list of results ({error}); move it away") from None
+
+    # A hand-written file may be any JSON.
     if not isinstance(records, list):
         raise DataError(f"{path}: is no list of results; move it away")
     return records
@@ -119,11 +125,14 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--overwrite", action="store_true", help="replace what is in the folder")
     options = parser.parse_args(words)
 
+    # On the CPU: only a few examples are drawn.
     pipeline = TextToImage.load(options.checkpoint, "cpu", averaged=not options.no_average)
     captions = [*options.caption, *(read_captions(options.captions) if options.captions else [])]
     captions = captions or example_captions(pipeline)
     if not captions:
         logger.warning("no caption is at hand, so there are no sample pictures; give some with --caption or --captions")
+
+    # Its scores lie beside the weights.
     weights = weight_file(options.checkpoint)
     folder = publish(
         pipeline,

@@ -36,6 +36,7 @@ def weight_file(path: str | Path) -> Path:
 
 def load_model(path: str | Path) -> dict[str, Any]:
     """The checkpoint in a file of ours, or in the folder of a published model. Raises CheckpointError."""
+    # A folder must be a published model's.
     if Path(path).is_dir() and not is_published(path):
         raise CheckpointError(
             f"{path}: a folder without {CONFIG} and {WEIGHTS}; name the .pth in it, or a folder that "
@@ -51,8 +52,11 @@ def find_published(name: str | Path) -> Path:
 
     Raises CheckpointError where there is neither.
     """
+    # On this disk.
     if Path(name).is_dir():
         return Path(name)
+
+    # Online: a name of two parts, and the package that fetches it.
     parts = str(name).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
         raise CheckpointError(
@@ -66,6 +70,7 @@ def find_published(name: str | Path) -> Path:
             f"{name}: no such folder; to fetch a model of that name, pip install huggingface_hub"
         ) from None
     try:
+        # Only the files that are read; no code.
         return Path(snapshot_download(str(name), allow_patterns=[WEIGHTS, CONFIG, VOCABULARY, CARD]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -85,6 +90,8 @@ def write_published(folder: Path, networks: Mapping[str, Mapping[str, Any]], wor
     # In memory first: the library would write the file in place.
     encoded = safetensors.torch.save(tensors, metadata={"format": "pt"})
     write_atomically(folder / WEIGHTS, lambda stream: stream.write(encoded))
+
+    # config.json with the checksum of the weights comes last.
     words.save(folder / VOCABULARY)
     described = {part: {name: networks[part][name] for name in ("name", "arguments")} for part in PARTS}
     checksum = {"sha256": hash_of_file(folder / WEIGHTS)}
@@ -115,6 +122,8 @@ def read_published(folder: str | Path) -> dict[str, Any]:
     for part in PARTS:
         state = {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
         networks[part] = {**config[part], "state": state}
+
+    # An averaged generator goes by its name in a training's checkpoint.
     if config.get("averaged"):
         networks["generator_ema"] = networks.pop("generator")
     known = {"trained_with": config["trained_with"]} if isinstance(config.get("trained_with"), list) else {}
@@ -141,6 +150,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: has format {config['format']}, this version reads up to {FORMAT}; update the project"
         )
+
+    # Both networks, as `from_state` reads them.
     for part in PARTS:
         entry = config.get(part)
         entry = entry if isinstance(entry, dict) else {}

@@ -87,6 +87,7 @@ def example_requests(data_dir: str | Path) -> list[Request]:
     if not names:
         raise DataError(f"{root / EXAMPLES}: names no file of captions; write one a line, such as example_captions")
 
+    # Each file's captions, in the order of the list.
     requests: list[Request] = []
     for name in names:
         key = name.removesuffix(".txt")
@@ -119,6 +120,8 @@ def each_split_requests(
             continue
 
         records = read(split)
+
+        # Fewer captions than requested: all of them, with a warning.
         total = sum(map(len, records.captions))
         if total < number:
             logger.warning("the split %r has only %d captions: all of them are drawn, not %d", split, total, number)

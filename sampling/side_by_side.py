@@ -59,9 +59,13 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="the picture, a PNG")
     add_device_option(parser)
     options = parser.parse_args()
+
+    # What to draw: captions of both options together.
     captions = [*options.caption, *(read_captions(options.captions) if options.captions else [])]
     if not captions:
         raise UserError("give --caption TEXT or --captions FILE")
+
+    # The models, each under its own name.
     device, pipelines = named_device(options.device), {}
     for model in options.models:
         name, sign, path = model.partition("=")
@@ -72,6 +76,8 @@ def main() -> None:
         if name in pipelines:
             raise UserError(f"{model}: there are two models of the name {name}; name them NAME=CKPT")
         pipelines[name] = TextToImage.load(path, device)
+
+    # The same captions and noise for all of them.
     chosen = (options.per_caption, options.seed, options.truncation, options.masks)
     save_image(side_by_side(pipelines, captions, *chosen), options.out)
     print(options.out)
