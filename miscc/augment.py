@@ -25,6 +25,7 @@ def translate(images: Tensor, draws: Tensor) -> Tensor:
     most = round(size * LARGEST_SHIFT)
     shifts = (draws * (2 * most + 1)).long() - most  # (N, 2), every whole number of pixels equally often
     for axis in (2, 3):
+        # Pixel i of the result is pixel i - shift of the image, 0 where there is none.
         sources = torch.arange(size, device=images.device) - shifts[:, axis - 2, None]  # (N, S)
         inside = (sources >= 0) & (sources < size)
         shape = (len(images), 1, size, 1) if axis == 2 else (len(images), 1, 1, size)
@@ -39,6 +40,8 @@ def cut_out(images: Tensor, draws: Tensor) -> Tensor:
     length = round(size * CUTOUT)
     start = (draws * (size + 1)).long() - length // 2  # (N, 2)
     pixels = torch.arange(size, device=images.device)
+
+    # The square, cut where it leaves the image.
     rows, columns = (
         (pixels >= start[:, axis, None]) & (pixels < start[:, axis, None] + length) for axis in (0, 1)
     )  # (N, S)
@@ -52,6 +55,8 @@ def recolour(images: Tensor, draws: Tensor) -> Tensor:
     b in [-0.5, 0.5), s in [0, 2), c in [0.5, 1.5). It changes colours that captions name.
     """
     brightness, saturation, contrast = (draws[:, column, None, None, None] for column in range(3))
+
+    # Brightness, saturation, contrast, in the paper's order.
     images = images + (brightness - 0.5)
     grey = images.mean(dim=1, keepdim=True)
     images = (images - grey) * (2 * saturation) + grey
@@ -71,9 +76,12 @@ def augmentation(kinds: Iterable[str], seed: int, step: int, indices: Sequence[i
     """The augmentation of one training step: one draw for each image, by its index, to be called on real and fake alike."""
     rows = [stream(seed, "augment", step, index).random(NUM_DRAWS) for index in indices]
     draws = torch.from_numpy(np.array(rows, dtype=np.float32))
+
+    # Colour before shift and cutout, whatever the order of the setting.
     wanted = [KINDS[name] for name in KINDS if name in set(kinds)]
 
     def apply(images: Tensor) -> Tensor:
+        # Real and fake images see the same draws.
         on_device = draws.to(images.device)
         for function, columns in wanted:
             images = function(images, on_device[:, columns].to(images.dtype))

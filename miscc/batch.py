@@ -54,5 +54,6 @@ class Batch(NamedTuple):
         scales = [move(scale) for scale in scales]
         scales = [from_uint8(scale) if scale.dtype == torch.uint8 else scale for scale in scales]
 
+        # One size is a tensor, several are a list, as before.
         images = scales[0] if isinstance(self.images, torch.Tensor) else scales
         return self._replace(images=images, captions=move(self.captions), class_ids=move(self.class_ids))

@@ -40,6 +40,8 @@ def byte_values() -> dict[str, int]:
     """`byte_characters` -> the bytes that they stand for."""
     characters = byte_characters()
     printable = [ord(character) for character in characters if ord(character) < NUM_BYTES]
+
+    # What Latin-1 cannot print, in the order of the bytes.
     others = [byte for byte in range(NUM_BYTES) if byte not in set(printable)]
     return dict(zip(characters, [*printable, *others], strict=True))
 
@@ -55,11 +57,15 @@ class BytePairs(Vocabulary):
 
     def __init__(self, words: Iterable[str]):
         self.words = list(words)
+
+        # Refuse another list before anything is indexed by it.
         if not is_byte_pairs(self.words):
             raise DataError(f"vocabulary: the last entries must be {START} and {STOP}, not {self.words[-2:]}")
         merges = [tuple(entry.split(" ")) for entry in self.words[2 * NUM_BYTES : -2]]
         if any(len(pair) != 2 for pair in merges):
             raise DataError("vocabulary: a merge of byte pairs must be two pieces with a space between")
+
+        # Rank of each merge, index of each piece; words that occur often are merged once.
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
         pieces = [*self.words[: 2 * NUM_BYTES], *("".join(pair) for pair in merges), START, STOP]
         self._pieces = pieces
@@ -109,6 +115,8 @@ class BytePairs(Vocabulary):
             piece = self._pieces[int(index)]
             if piece == STOP:
                 break
+
+            # A word's end becomes a space.
             if piece != START:
                 text += bytes(values[c] for c in piece.removesuffix(WORD_END)) + b" " * piece.endswith(WORD_END)
         return text.decode("utf-8", errors="replace").strip()
@@ -121,8 +129,12 @@ class BytePairs(Vocabulary):
         """One word -> its tokens: of all neighbours that may be joined, the earliest merge goes first."""
         if word in (START, STOP):
             return (self._indices[word],)
+
+        # Byte by byte, the last one marked as the word's end.
         pieces = [self._characters[byte] for byte in word.encode("utf-8")]
         pieces[-1] += WORD_END
+
+        # Join until no neighbours have a merge.
         while len(pieces) > 1:
             pair = min(zip(pieces, pieces[1:], strict=False), key=lambda pair: self._ranks.get(pair, np.inf))
             if pair not in self._ranks:
@@ -153,6 +165,8 @@ def read_merges(path: Path) -> list[str]:
         if path.suffix == ".json":
             merges = json.loads(path.read_text(encoding="utf-8"))["model"]["merges"]
             return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+
+        # Text, packed or not: a line of comment, then a merge a line, more than CLIP uses.
         text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         lines = text.decode("utf-8").split("\n")
         return [line for line in lines[1 : OPENAI_MERGES + 1] if line]

@@ -77,6 +77,8 @@ def seed_number(text: str) -> int:
 def truncation(text: str) -> float:
     """An argument's type: the factor of truncated noise, above 0."""
     value = float(text)
+
+    # The upper bound also refuses infinity.
     if not 0 < value < 100:
         raise argparse.ArgumentTypeError(f"must be a number above 0, such as 0.8, not {text}")
     return value
@@ -117,6 +119,8 @@ def named_device(name: str | None) -> "torch.device":
 
     if name is None:
         return choose_device()
+
+    # Only using it shows whether it is there.
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -132,6 +136,8 @@ def gpu_number(name: str | None) -> int | None:
         return None
     if name == "cpu":
         return -1
+
+    # Others, such as mps, are no setting of a training.
     if match := re.fullmatch(r"cuda(?::(\d+))?", name):
         return int(match[1] or 0)
     raise ConfigError(f"--device {name}: must be the number of a GPU, cuda:N, or cpu")
@@ -146,6 +152,8 @@ def parser_with_settings(description: str, default_cfg: str) -> argparse.Argumen
     add = parser.add_argument
     add("--cfg", default=default_cfg, metavar="FILE", help="settings of the experiment")
     add("--set", nargs="+", action="append", default=[], metavar="KEY VALUE", help="change settings, may be repeated")
+
+    # Going on with an earlier run.
     add("--resume", action="store_true", help="go on where the newest training of these settings stopped")
     add(
         "--continue",
@@ -153,6 +161,8 @@ def parser_with_settings(description: str, default_cfg: str) -> argparse.Argumen
         action="store_true",
         help="the same if there is one to go on with, else start",
     )
+
+    # Short forms of single settings, see settings_from.
     add_device_option(parser)
     add_data_dir_option(parser, "the same as --set DATA_DIR DIR", "--data_dir")
     add("--manualSeed", type=int, metavar="N", help="the same as --set SEED N")
@@ -163,6 +173,8 @@ def parser_with_settings(description: str, default_cfg: str) -> argparse.Argumen
 def settings_from(options: argparse.Namespace) -> list[tuple[str, str]]:
     """`--set` and the short forms as (key, value) pairs; the short forms win. Raises ConfigError."""
     shorter = {"GPU_ID": gpu_number(options.device), "SEED": options.manualSeed, "DATA_DIR": options.data_dir}
+
+    # The last value of a key holds, so the short forms come after `--set`.
     pairs = setting_pairs(options.set)
     pairs += [(key, str(value)) for key, value in shorter.items() if value is not None]
     return pairs + [("DATA_CACHE", "True")] * options.cache + [("RESTORE", "True")] * options.resume
@@ -172,6 +184,7 @@ def setting_pairs(given: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
     """The words behind each `--set` as (key, value) pairs. Raises ConfigError for a key without a value."""
     pairs = []
     for words in given:
+        # Several pairs may follow one `--set`.
         if len(words) % 2:
             raise ConfigError(
                 f"--set {' '.join(words)}: give pairs of a key and a value, e.g. --set TRAIN.BATCH_SIZE 8"

@@ -60,6 +60,7 @@ def read_given(
     skip_unknown: leave out keys that the schema lacks, for a command that reads a file of another.
     Raises ConfigError for a missing or broken file, an unknown key (with the nearest name), or a value of another type.
     """
+    # `--set` over the file. Text settings are taken as typed: "1e3" stays a name.
     given = read_yaml(path, schema)
     for key, text in overrides:
         is_text = key in schema and schema[key].type is str
@@ -73,6 +74,8 @@ def read_yaml(path: str | Path, schema: Schema) -> dict[str, Any]:
     if not path.is_file():
         known = ", ".join(sorted(str(p) for p in Path("cfg").glob("*.yml"))) or "none in cfg/"
         raise ConfigError(f"{path}: no such settings file (there are: {known})")
+
+    # An empty file changes nothing; anything but a mapping is no settings file.
     try:
         document = read_yaml_text(path.read_text(encoding="utf-8"))
     except (ConfigError, UnicodeDecodeError) as error:
@@ -94,9 +97,13 @@ def resolve(given: Mapping[str, Any], schema: Schema, defaults: Mapping[str, Any
     Returns a nested Config with every key of the schema. Raises ConfigError for a value out of bounds.
     """
     values = {key: one.default for key, one in schema.items()} | dict(defaults) | dict(given)
+
+    # Bounds of single values first: parts may rely on them.
     for key, one in schema.items():
         _check_bounds(one, values[key])
     config = nest(values)
+
+    # Then each part checks values against each other, and may fill some in.
     for part in parts:
         filled = part(**arguments_from(part, config))
         for name, one in settings_of(part).items():
@@ -217,6 +224,7 @@ def _as_type(value: Any, kind: type) -> Any:
     if kind is bool:
         return value if isinstance(value, bool) else None
     if kind is int:
+        # Also "8" in quotes, and 8.0.
         if isinstance(value, str) and re.fullmatch(r"\s*[-+]?[0-9]{1,18}\s*", value):
             return int(value)
         whole = isinstance(value, float) and value.is_integer()

@@ -43,6 +43,8 @@ def choose_device(gpu: int | None = None, cuda: bool = True) -> torch.device:
         return torch.device("cpu")
     if gpu is None:
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+    # A number must be that of a GPU here.
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not 0 <= gpu < count:
         there = f"GPUs here: 0 to {count - 1}" if count else "no CUDA GPU is usable here"
@@ -131,6 +133,8 @@ def average(values: dict[str, Tensor], world: World) -> dict[str, Tensor]:
     """The mean of each number over the processes, for the log."""
     if world.size == 1 or not values:
         return values
+
+    # In one message, in an order that all processes share.
     names = sorted(values)
     stacked = torch.stack([torch.as_tensor(values[name], device=world.device).float() for name in names])
     dist.all_reduce(stacked)
@@ -174,6 +178,7 @@ def synchronise(module: Module, world: World) -> Module:
             if isinstance(part, nn.modules.batchnorm._BatchNorm):
                 part.__class__ = JointBatchNorm
 
+    # Initial weights and running statistics of rank 0.
     for tensor in [*module.parameters(), *module.buffers()]:
         dist.broadcast(tensor.data, src=0)
     return module
@@ -259,6 +264,8 @@ def all_gather_with_grad(*tensors: Tensor) -> tuple[Tensor, ...]:
     world = _MATCHING.get()
     if world is None or world.size == 1:
         return tensors
+
+    # Class ids and lengths may be on the CPU still, where NCCL gathers nothing.
     return tuple(
         _GatherRows.apply(tensor.to(world.device, non_blocking=True), world.rank, world.size) for tensor in tensors
     )

@@ -48,6 +48,7 @@ def run_command(main: Callable[[], object]) -> None:
 
     So does what the system says of a named file: no permission, a name that is too long, a loop of links.
     """
+    # Exit codes: 2 for what a user can mend, 130 and 141 as shells have them.
     try:
         code = main()
     except UserError as error:

@@ -34,6 +34,7 @@ def write_atomically(
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        # Several processes may write the same file, each to a temporary one of its own.
         stream = _create(temporary)
     except OSError as error:
         raise WriteError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
@@ -44,6 +45,8 @@ def write_atomically(
             if flush:
                 stream.flush()
                 os.fsync(stream.fileno())
+
+        # What was there keeps a name of its own; then the new file takes its place.
         if previous is not None and path.exists():
             _keep_as(path, Path(previous))
         os.replace(temporary, path)
@@ -62,6 +65,8 @@ def write_atomically(
 def _keep_as(path: Path, previous: Path) -> None:
     """Give the file at `path` a second name, without a moment at which either name has half a file or none."""
     temporary = previous.with_name(f".{previous.name}.{secrets.token_hex(4)}.tmp")
+
+    # A link under another name first: a rename replaces at once.
     try:
         os.link(path, temporary)
     except OSError:  # a file system without hard links: for a moment the file has its second name alone
@@ -74,6 +79,8 @@ def _failed_write(error: BaseException | None) -> str:
     """The reason of the OSError that an error is, or that torch's zip writer hides under a RuntimeError; "": none."""
     if not isinstance(error, (OSError, RuntimeError)):
         return ""
+
+    # Through the errors that it came from.
     while error is not None:
         if isinstance(error, OSError) and error.errno in WRITING_FAILED:
             return error.strerror or type(error).__name__
@@ -125,6 +132,8 @@ def write_json(path: str | Path, value: Any) -> None:
 def stays_inside(name: str) -> bool:
     """Whether a relative path, as it is written, names something inside its folder. Links in the folder are its owner's."""
     path = PurePath(name.replace("\\", "/"))
+
+    # Windows' separators and drives, too: a folder may travel.
     is_name = bool(path.name) and "\0" not in name and len(name) < 1000
     return is_name and not path.is_absolute() and not path.drive and ".." not in path.parts
 

@@ -37,6 +37,7 @@ class FolderLock:
         except OSError as error:
             raise WriteError(f"{self.path}: cannot be written ({error.strerror}); choose another place") from None
 
+        # Where another process holds it, the file says which.
         if fcntl is not None:
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

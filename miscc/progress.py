@@ -77,11 +77,14 @@ class ProgressBar(Generic[T]):
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
+        # What is counted, and where it is shown.
         self.items, self.what, self.unit, self.clock = items, what, unit, clock
         self.total = len(items) if total is None and isinstance(items, Sized) else total
         self.done, self.facts = initial, ""
         self.stream = stream or sys.stderr
         self.bar: Any = None  # tqdm's
+
+        # A bar on a terminal alone, which needs tqdm.
         self.shown = shown and not _quiet
         if self.shown and has_bars(self.stream):
             from tqdm import tqdm
@@ -111,6 +114,8 @@ class ProgressBar(Generic[T]):
     def update(self, count: int = 1) -> None:
         """`count` more are done."""
         self.done += count
+
+        # A terminal redraws its bar; elsewhere a line is due once a minute.
         if self.bar is not None:
             self.bar.update(count)
         elif self.shown and self.clock() >= (ProgressBar.line_due or 0):
@@ -134,6 +139,8 @@ class ProgressBar(Generic[T]):
         (since, before), now = self._measured_from, self.clock()
         self._measured_from = (now, self.done)
         rate = (self.done - before) / max(now - since, 1e-9)
+
+        # How far, how fast, how long still.
         parts = [f"{self.done}{'' if self.total is None else f' of {self.total}'} {self.unit}"]
         parts.append(f"{rate:.3g} {self.unit}/s")
         if self.total is not None and rate > 0:

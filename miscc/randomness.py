@@ -33,8 +33,11 @@ def noise_array(
     truncation None: standard normal. Otherwise a normal truncated to [-2, 2], times `truncation` (the
     truncated sampling of DF-GAN, 0.88, and SEMA, 0.8).
     """
+    # A stream for each row, which then does not depend on its batch.
     rows = [stream(seed, "noise", epoch, index).random(z_dim) for index in indices]
     uniform = np.stack(rows) if rows else np.zeros((0, z_dim))
+
+    # Normal numbers by the inverse of their distribution function; 0 and 1 would be infinite.
     if truncation is None:
         values = special.ndtri(np.clip(uniform, 1e-12, 1 - 1e-12))
     else:

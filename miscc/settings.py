@@ -79,6 +79,7 @@ def schema_of(parts: Iterable[type]) -> dict[str, Setting]:
     schema: dict[str, Setting] = {}
     for part in parts:
         for one in settings_of(part).values():
+            # Several parts may share a setting, not redefine it.
             known = schema.setdefault(one.key, one)
             if known._replace(default=one.default) != one:
                 raise ValueError(f"{one.key}: {part.__qualname__} declares it otherwise than another part")

@@ -22,6 +22,8 @@ def tokenize(caption: str) -> list[str]:
     words = _WORD.findall(caption.replace("\ufffd\ufffd", " ").lower())
     if caption.isascii():
         return words
+
+    # Outside ASCII: removed, as the originals do.
     plain = (word.encode("ascii", "ignore").decode("ascii") for word in words)
     return [word for word in plain if word]
 
@@ -116,6 +118,8 @@ def read_words(path: str | Path) -> list[str]:
         raise DataError(f"{path}: no such vocabulary; write it with `python -m datasets.prepare`") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); write it again with datasets.prepare") from None
+
+    # The words, not yet a vocabulary: byte pairs are kept in such a file, too.
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise DataError(f"{path}: must be a list of words")
     return words
@@ -146,6 +150,7 @@ def encode_rows(
     lengths = np.zeros(len(captions), dtype=np.int64)
     unknown = []
     for row, caption in enumerate(captions):
+        # Lone surrogates: bytes that a terminal or form handed over undecoded.
         if re.search("[\ud800-\udfff]", caption):
             raise DataError(f"caption {shown(caption)} holds bytes that are not UTF-8; save it as UTF-8")
         indices, missing = vocabulary.encode(caption)
