@@ -33,11 +33,15 @@ def main(arguments: list[str] | None = None) -> int:
     from training.settings import keys_without_effect, load_config
 
     refuse_several_processes("pretraining the encoders")
+
+    # The settings, and which of them have no effect here.
     changes = settings_from(options)
     cfg = load_config(options.cfg, changes, command="damsm")
     for key in keys_without_effect(options.cfg, changes, command="damsm"):
         logger.warning("%s: %s has no effect for the encoders", options.cfg, key)
     device = start(cfg.GPU_ID, cfg.CUDA).device
+
+    # Where the encoders go, and whether a training there goes on.
     folder = Path(options.out or Path("DAMSMencoders") / cfg.DATASET_NAME)
     resume = cfg.RESTORE or (options.resume_if_exists and EncoderDir(folder).has_state())
     return pretrain(cfg, device, folder, resume=resume, overwrite=options.overwrite)

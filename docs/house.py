@@ -45,6 +45,8 @@ def read_rooms(root: Path = ROOT) -> dict[str, Room]:
     rooms = {}
     for name in present:
         rooms[name] = _read_room(name, root / name, sorted((root / name).rglob("*.py")), present)
+
+    # The entry scripts together, as one more room.
     scripts = [root / script for script in ENTRY_SCRIPTS if (root / script).is_file()]
     rooms[ENTRANCE] = _read_room(ENTRANCE, root, scripts, present)
     return rooms
@@ -53,6 +55,7 @@ def read_rooms(root: Path = ROOT) -> dict[str, Room]:
 def _read_room(name: str, folder: Path, paths: Iterable[Path], known: Iterable[str]) -> Room:
     files, imports = {}, set()
     for path in paths:
+        # Lines of each file, and the modules that it imports.
         source = path.read_text(encoding="utf-8")
         files[path.relative_to(folder).as_posix()] = len(source.splitlines())
         imports |= {module.split(".")[0] for module in _imported_modules(source)}
@@ -78,6 +81,7 @@ def floors(rooms: Mapping[str, Room]) -> list[list[str]]:
             heights[name] = 1 + max((height(other) for other in rooms[name].imports), default=-1)
         return heights[name]
 
+    # Every room has its height; group by it.
     for name in rooms:
         height(name)
     return [[name for name in rooms if heights[name] == level] for level in range(1 + max(heights.values()))]
@@ -92,6 +96,7 @@ def direct_imports(rooms: Mapping[str, Room]) -> list[tuple[str, str]]:
             reachable(other, seen)
         return seen
 
+    # An arrow for each import that no detour implies.
     pairs = []
     for name, room in rooms.items():
         for other in sorted(room.imports):
@@ -116,6 +121,7 @@ def place(rooms: Mapping[str, Room]) -> dict[str, Box]:
     boxes, y = {}, float(MARGIN)
     num_lines = column_length(rooms)
     for names in reversed(floors(rooms)):
+        # Equal gaps between the rooms of a floor.
         sizes = {name: _box_size(rooms[name], num_lines) for name in names}
         free = WIDTH - 2 * MARGIN - sum(width for width, _ in sizes.values())
         space = free / (len(names) + 1)
@@ -131,6 +137,7 @@ def column_length(rooms: Mapping[str, Room]) -> int:
     """The smallest number of lines a column with which every floor fits the picture's width."""
     num_lines = MIN_LINES
     while True:
+        # Longer columns are fewer, so a floor becomes narrower.
         widths = [sum(_box_size(rooms[name], num_lines)[0] + MARGIN for name in names) for names in floors(rooms)]
         if max(widths) + MARGIN <= WIDTH or num_lines > max(len(room.files) for room in rooms.values()):
             return num_lines
@@ -175,11 +182,15 @@ def _draw_room(room: Room, box: Box, num_lines: int) -> Iterator[str]:
         f'<rect x="{box.x:.0f}" y="{box.y:.0f}" width="{box.width:.0f}" height="{box.height:.0f}" rx="6" '
         f'fill="#f4f7fb" stroke="#345"/>'
     )
+
+    # The room's name and size.
     title = room.name if room.name == ENTRANCE else f"{room.name}/"
     yield (
         f'<text x="{box.x + 12:.0f}" y="{box.y + 21:.0f}" font-size="15" font-weight="bold" fill="#123">{title}'
         f'<tspan font-size="11" font-weight="normal" fill="#678" dx="8">{room.num_lines:,} lines</tspan></text>'
     )
+
+    # Its files, each with its number of lines.
     for index, names in enumerate(_columns(room, num_lines)):
         x = box.x + 12 + index * COLUMN
         for row, name in enumerate(names):
@@ -193,6 +204,7 @@ def _draw_room(room: Room, box: Box, num_lines: int) -> Iterator[str]:
 
 def _arrow(importing: Box, imported: Box) -> str:
     """From the lower edge of the importing room to the upper edge of the imported one."""
+    # Straight down where the rooms overlap enough, else from middle to middle.
     overlap = max(importing.x, imported.x), min(importing.x + importing.width, imported.x + imported.width)
     if overlap[0] + 40 < overlap[1]:
         start = end = sum(overlap) / 2

@@ -57,6 +57,7 @@ class Score:
 
     def line(self) -> str:
         """`IS[imagenet] 4.361 ± 0.032  [30000 images, 10 splits, resize tf1]`"""
+        # Value, then spread or interval where there is one.
         text = f"{self.name} {self.value:.6g}"
         if self.std is not None:
             text += f" ± {self.std:.3g}"
@@ -95,6 +96,8 @@ class Score:
         """
         if trained_with is None:
             return self
+
+        # The first network of the training that is the score's own.
         role = next((entry["role"] for entry in trained_with if self._is_by(entry)), "")
         said = {"trained_with": [f"{entry['network']} ({entry['role']})" for entry in trained_with]}
         warnings = (f"{self.name} flatters this generator: that network took part in its training ({role})",)
@@ -106,6 +109,8 @@ class Score:
         about = self.protocol
         if about.get("family", about.get("network")) != entry["network"]:
             return False
+
+        # The same name: compare files, then hashes. Unknown weights count as the same.
         file = str(about.get("file") or "")
         same_file = bool(file and entry["file"]) and Path(file).resolve() == Path(entry["file"]).resolve()
         return same_file or entry["weights_hash"] in ("", about.get("weights_hash", about.get("encoder_hash")))
@@ -238,6 +243,7 @@ class Metric:
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
+        # What other processes need: nothing but what `update` fills.
         return {name: getattr(self, name) for name in self.accumulated}
 
 

@@ -4,7 +4,7 @@ The towers are ours, with the names that OpenAI's files give their tensors, and 
 the blocks of the ViT inside its generator, and its discriminator reads the features after single blocks and needs no
 others. Neither transformers' CLIPModel nor open_clip offers that without reaching into their layers, whose signatures
 change between versions; and transformers cannot read OpenAI's files, nor open_clip Hugging Face's. models/clip_files.py
-reads all three; the tokenizer is datasets/byte_pairs.py.
+reads all three; the tokenizer is miscc/byte_pairs.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -121,6 +121,8 @@ class ClipImageEncoder(ImageEncoder):
         image_size, patch_size, width = self.settings.image_size, self.settings.patch_size, self.settings.width
         self.image_size, self.layers = image_size, tuple(self.settings.layers)
         self.grid_size = image_size // patch_size
+
+        # In the order of the forward pass: patches, class token, positions, blocks, projection.
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.zeros(width))
         self.positional_embedding = nn.Parameter(torch.zeros(self.grid_size**2 + 1, width))
@@ -135,9 +137,11 @@ class ClipImageEncoder(ImageEncoder):
         Another size is brought to image_size by nearest neighbours, as GALIP does with real images. scaled_twice: GALIP's
         released code maps [-1, 1] to [0, 1] twice, so that CLIP sees [1/2, 1]; its weights were trained with that.
         """
+        # To CLIP's size and range.
         if images.shape[-1] != self.image_size:
             images = F.interpolate(images, size=self.image_size, mode="nearest")
         scaled = images / 4 + 0.75 if self.settings.scaled_twice else images / 2 + 0.5
+
         # Channel by channel: buffers would have to be in the state dict, constants copied to a GPU each time.
         channels = zip(scaled.unbind(dim=1), MEAN, DEVIATION, strict=True)
         return torch.stack([(channel - mean) / deviation for channel, mean, deviation in channels], dim=1)
@@ -157,6 +161,7 @@ class ClipImageEncoder(ImageEncoder):
         return maps, self.ln_post(x[:, 0]) @ self.proj
 
     def _through(self, images: Tensor, num_blocks: int) -> tuple[list[Tensor], Tensor]:
+        # Token 0 is the class token, which has no place in a map.
         x, maps = self.tokens(images), []
         for number, block in enumerate(self.transformer.resblocks[:num_blocks]):
             x = block(x)
@@ -192,6 +197,8 @@ class ClipTextEncoder(CaptionEncoder):
         super().__init__(*arguments, **named)
         vocabulary_size, width = self.settings.vocabulary_size, self.settings.width
         max_words = self.settings.max_words
+
+        # In the order of the forward pass.
         self.token_embedding = nn.Embedding(vocabulary_size, width)
         self.positional_embedding = nn.Parameter(torch.zeros(max_words, width))
         self.transformer = _transformer(self.settings)
@@ -214,12 +221,14 @@ class ClipTextEncoder(CaptionEncoder):
 
     def encode(self, captions: Tensor) -> TextFeatures:
         """The same for all positions (N, T) that are given."""
+        # Each token sees itself and those before it.
         ends = captions.argmax(dim=1)
         x = self.token_embedding(captions) + self.positional_embedding[: captions.shape[1]]  # (N, T, width)
         for block in self.transformer.resblocks:
             x = block(x, causal=True)
         states = self.ln_final(x)
 
+        # The end token's state has seen the whole caption.
         last = states.gather(1, ends[:, None, None].expand(-1, 1, states.shape[2]))[:, 0]  # (N, width)
         padding = torch.arange(captions.shape[1], device=states.device) > ends[:, None]
         return TextFeatures(last @ self.text_projection, states.transpose(1, 2), padding)
@@ -249,6 +258,7 @@ def load_clip(
     layers, activation, scaled_twice: see ClipImageEncoder; image_heads, text_heads: of attention, 0: width/64.
     Raises CheckpointError where tensors are missing.
     """
+    # Sizes come from the shapes; these options do not show in them.
     image = {"layers": tuple(layers), "activation": activation, "scaled_twice": scaled_twice, "num_heads": image_heads}
     text = {"activation": activation, "num_heads": text_heads}
     try:
@@ -260,6 +270,8 @@ def load_clip(
         raise CheckpointError(
             f"these are not the tensors of a CLIP with a ViT: {error.args[0]} is missing; OpenAI's ViT-B-32.pt has it"
         ) from None
+
+    # Both towers lie in one file, told apart by their prefix.
     _fill(clip.visual, {name.removeprefix("visual."): value for name, value in state_dict.items() if "visual." in name})
     _fill(clip.text_encoder, {name: value for name, value in state_dict.items() if "visual." not in name})
     return clip.eval().requires_grad_(False)
@@ -268,6 +280,8 @@ def load_clip(
 def image_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The image tower's sizes, from tensors with OpenAI's names. Raises KeyError."""
     width, _, _, patch_size = state["visual.conv1.weight"].shape
+
+    # One position a patch, and one for the class token.
     grid_size = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
     return {
         "image_size": grid_size * patch_size,
@@ -303,6 +317,8 @@ def untrained_clip(
     """A CLIP with random weights, always the same: shows that a training runs, and means nothing. options: of load_clip."""
     image = ClipImageEncoder(image_size, patch_size, width, num_blocks, text_dim)
     text = ClipTextEncoder(vocabulary_size, 77, width, 2, text_dim)
+
+    # Random weights by name: norms start as the identity, products keep their inputs' size.
     state = {f"visual.{name}": value for name, value in image.state_dict().items()} | text.state_dict()
     generator = torch.Generator().manual_seed(0)
     for name, value in sorted(state.items()):
@@ -330,6 +346,8 @@ def to_map(tokens: Tensor, grid_size: int) -> Tensor:
 
 def _fill(tower: nn.Module, state: Mapping[str, Tensor]) -> None:
     expected = tower.state_dict()
+
+    # Before loading: one line for the user, where torch would list every tensor.
     for name, value in expected.items():
         if name not in state:
             raise CheckpointError(f"these are not the tensors of a CLIP with a ViT: {name} is missing")

@@ -72,13 +72,19 @@ class ClipFiles(NamedTuple):
 def find_clip(name: str | Path) -> ClipFiles:
     """The files of a CLIP: `name` is a weight file, a folder, or owner/name in Hugging Face's cache. Raises CheckpointError."""
     path = Path(name).expanduser()
+
+    # A file itself; what describes it lies beside it.
     if path.is_file():
         return ClipFiles(path, find_merges(path.parent), **read_description(path.parent))
+
+    # A folder, or the caches under this name.
     folders = [path, *cached_folders(str(name))]
     for folder in folders:
         for file in WEIGHT_FILES:
             if (folder / file).is_file():
                 return ClipFiles(folder / file, find_merges(folder), **read_description(folder))
+
+    # Nothing found: name all places that were searched.
     what = "a folder without a CLIP's weights" if path.is_dir() else "no such file or folder"
     places = ", ".join(str(folder) for folder in folders[1:])
     raise CheckpointError(f"{name}: {what}{f', and not in {places}' if places else ''}; nothing is downloaded: {WHERE}")
@@ -90,6 +96,8 @@ def load_clip_weights(
     """Both towers of a CLIP on this disk, frozen; see `find_clip` and models.clip_features.load_clip."""
     files = find_clip(name)
     state = openai_names(read_tensors(files.weights))
+
+    # Shapes that do not fit are reported with the file.
     try:
         return load_clip(state, layers, files.activation, scaled_twice, files.image_heads, files.text_heads), files
     except CheckpointError as error:
@@ -110,9 +118,13 @@ def cached_folders(name: str) -> list[Path]:
     """Where the caches of Hugging Face and of OpenAI's package would have a CLIP of this name; [] if it is no such name."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return []
+
+    # Hugging Face's folders, by its own environment variables.
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or home / "huggingface") / "hub"
     model = Path(hub) / f"models--{name.replace('/', '--')}"
+
+    # The snapshot that `main` points to, else whichever is there.
     reference = model / "refs" / "main"
     if reference.is_file():
         folders = [model / "snapshots" / reference.read_text().strip()]
@@ -123,6 +135,7 @@ def cached_folders(name: str) -> list[Path]:
 
 def find_merges(folder: Path) -> Path | None:
     """The tokenizer's merges in a folder, else those that an installed open_clip or clip brings along; None without any."""
+    # Packages are searched, not imported: that takes seconds.
     packages = [importlib.util.find_spec(package) for package in ("open_clip", "clip")]
     installed = [Path(place) for spec in packages if spec for place in spec.submodule_search_locations or ()]
     return next((place / file for place in (folder, *installed) for file in FILES if (place / file).is_file()), None)
@@ -131,6 +144,7 @@ def find_merges(folder: Path) -> Path | None:
 def read_description(folder: Path) -> dict[str, Any]:
     """{"activation", "image_heads", "text_heads"} as a folder's own description has them, {} without one."""
     for file, read in (("config.json", _hugging_face), ("open_clip_config.json", _open_clip)):
+        # Descriptions are optional, so a damaged one is passed over.
         try:
             return read(json.loads((folder / file).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, AttributeError):
@@ -147,6 +161,8 @@ def _hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
 def _open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
     config = config.get("model_cfg", config)
     image, text = config.get("vision_cfg") or {}, config.get("text_cfg") or {}
+
+    # open_clip gives the width of a head, not their number.
     image_heads = image.get("width", 0) // image.get("head_width", 64)
     activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
     return {"activation": activation, "image_heads": image_heads, "text_heads": text.get("heads", 0)}
@@ -157,6 +173,8 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_safetensors(path)
+
+        # OpenAI's own files: code is loaded with them, but not called.
         if _is_torchscript(path):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch.jit's future: OpenAI's files are what they are
@@ -164,6 +182,8 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [""])[0][:160]
         raise CheckpointError(f"{path}: cannot be read as CLIP's weights ({reason}); copy it again") from None
+
+    # Everything else as a weight file, which runs no code.
     content = load_file(path)
     content = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
@@ -175,6 +195,8 @@ def openai_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Tensors with Hugging Face's names, with OpenAI's; open_clip's have OpenAI's already."""
     if not any(name.startswith("vision_model.") for name in state):
         return state
+
+    # Join query, key and value; transpose the projections, which are linear layers there.
     joined: dict[str, Any] = {}
     for name, value in state.items():
         found = re.fullmatch(r"(.*\.self_attn\.)([qkv])_proj\.(weight|bias)", name)
@@ -184,6 +206,8 @@ def openai_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             names = [f"{found[1]}{part}_proj.{found[3]}" for part in "qkv"]
             if all(part in state for part in names):
                 joined[f"{found[1]}in_proj.{found[3]}"] = torch.cat([state[part] for part in names])
+
+    # Then rename, pattern by pattern.
     renamed = {}
     for name, value in joined.items():
         for pattern, replacement in HUGGING_FACE:

@@ -64,6 +64,7 @@ class Progress:
 
     def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
         """TensorBoard's thread has ended: a warning where the disk is to blame."""
+        # Raised again inside `optional`, which warns of errors of the disk.
         with self.optional("TensorBoard's files"):
             if isinstance(error.exc_value, OSError):
                 raise error.exc_value
@@ -75,6 +76,8 @@ class Progress:
             return
         with suppress(OSError):  # a terminal that is gone
             note(text)
+
+        # Straight into the log: INFO records are off with --quiet.
         if self.handler is not None:
             self.handler.emit(logging.LogRecord("training", logging.INFO, "", 0, text, None, None))
 
@@ -130,6 +133,8 @@ class Progress:
         with self.optional("TensorBoard's files"):
             if self.board is not None:
                 self.board.close()
+
+        # The hook for threads as it was; the log ends last.
         threading.excepthook = self._excepthook
         if self.handler is not None:
             logging.getLogger().removeHandler(self.handler)
@@ -158,6 +163,8 @@ def introduction(trainer: "Trainer", run: RunDir | None) -> list[str]:
         f"{trainer.chosen.name} on {trainer.device}, {trainer.world.size} process(es): {len(trainer.records)} images, "
         f"{trainer.steps_per_epoch} steps an epoch, step {trainer.step} of {max(trainer.step, trainer.last_step)}",
     ]
+
+    # What bounds the training, and what has changed.
     if trainer.settings.max_minutes:
         used = trainer.budget.seconds / 60
         lines.append(f"time: {used:.1f} of {trainer.settings.max_minutes:g} minutes used, whatever the steps")
@@ -176,6 +183,7 @@ class StopSignal:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
+        # The former handlers come back in __exit__.
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:
@@ -189,6 +197,8 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received:
             raise KeyboardInterrupt
+
+        # The first time: the loop looks at `received` after each step.
         self.received = number
         with suppress(OSError):  # a terminal that is gone
             write("stopping after this step; once more to stop at once", sys.stderr)
