@@ -82,6 +82,8 @@ def take_turns(
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Median, fastest, and the spread: the interquartile range as a share of the median."""
     median = statistics.median(values)
+
+    # With one or two runs the whole range stands for the quarters.
     quarters = statistics.quantiles(values, n=4) if len(values) > 2 else [min(values), median, max(values)]
     return {"median": median, "fastest": min(values), "spread": (quarters[2] - quarters[0]) / median}
 
@@ -97,6 +99,7 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
 
 def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32, rounds: int = 10) -> float:
     """Operations a second of a large square matrix product, 2 for a multiply-add: the device's measured peak."""
+    # Large enough that the product alone counts, not its launch.
     size = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = take_turns({"product": lambda: a @ b}, rounds, warm_up=3, device=device)["product"]
@@ -190,6 +193,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument(
         "--rounds", type=positive, default=7, metavar="N", help="measured rounds, after those to warm up"
     )
+
+    # Where the figures go, beside the screen.
     options.add_argument("--json", metavar="FILE", help="write all figures there, and the table beside it as .md")
     options.add_argument("--name", help="the same under bench/results, e.g. train-step-cpu")
     return options

@@ -24,6 +24,7 @@ Ways = dict[str, Callable[[], list[Tensor]]]  # "ours" and "plain": value and gr
 
 def word_ways(batch: int, plain: Callable, device: torch.device) -> Ways:
     """Forward and backward of the word loss on Inception's 17×17 regions and captions of 9 to 18 words."""
+    # Sizes of a training on CUB; only the regions take a gradient, as in G's step.
     regions = torch.randn(batch, 256, 17, 17, device=device, requires_grad=True)
     words = torch.randn(batch, 256, 18, device=device)
     lengths, class_ids = torch.randint(9, 19, (batch,)), torch.arange(batch, device=device) % 200
@@ -35,15 +36,20 @@ def word_ways(batch: int, plain: Callable, device: torch.device) -> Ways:
 
         return run
 
+    # Both from the same tensors.
     return {"ours": way(word_loss), "plain": way(plain)}
 
 
 def penalty_ways(batch: int, image_size: int, nf: int, device: torch.device) -> Ways:
     """MA-GP with its double backward."""
     ours = OneWayDiscriminator(nf, image_size)
+
+    # Open gates: at their initial zero the blocks would add nothing.
     for block in ours.blocks:
         torch.nn.init.constant_(block.gate, 0.1)
     networks = {"ours": ours.to(device), "plain": plain_copy(copy.deepcopy(ours)).to(device)}
+
+    # The same pairs for both; biases have no gradient in a penalty.
     images = torch.rand(batch, 3, image_size, image_size, device=device) * 2 - 1
     sentence = torch.randn(batch, 256, device=device)
 
@@ -80,9 +86,12 @@ def hinge_ways(batch: int, device: torch.device) -> Ways:
 
 def compare(ways: Ways, rounds: int, device: torch.device) -> dict:
     """Times of both ways, their ratio, and how far value and gradients are apart, relative to the largest of each."""
+    # First that both compute the same.
     differences = []
     for a, b in zip(ways["ours"](), ways["plain"](), strict=True):
         differences.append(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)))
+
+    # Then their times.
     runs = common.take_turns(ways, rounds, 2, device)
     return {
         "seconds": {name: common.summary(values) for name, values in runs.items()},
@@ -99,6 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=24, help="of the penalty and the hinge")
     options = parser.parse_args(arguments)
     device = common.start(options)
+
+    # Every loss with its plain form.
     torch.manual_seed(0)
     penalty = f"MA-GP, {options.image_size} px, nf {options.nf}, batch {options.batch}"
     cases = {
@@ -110,9 +121,13 @@ def main(arguments: list[str] | None = None) -> None:
         penalty: penalty_ways(options.batch, options.image_size, options.nf, device),
         f"hinge, batch {options.batch}": hinge_ways(options.batch, device),
     }
+
+    # Differences and times of each.
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "name")}
     found = {name: compare(ways, options.rounds, device) for name, ways in cases.items()}
     results = {"machine": common.machine(device), "settings": settings, "losses": found}
+
+    # As a table.
     rows = []
     for name, row in found.items():
         seconds, apart = row["seconds"], row["difference"]

@@ -53,6 +53,8 @@ def pytorch_fid_loop(folder: str | None, state: dict, batch_size: int) -> Callab
             "pytorch-fid is not here: `pip install --no-deps --target /tmp/pytorch-fid pytorch-fid` and "
             "`python -m bench.metrics --pytorch-fid /tmp/pytorch-fid`"
         ) from None
+
+    # Our random weights and no progress bar, else its own code.
     inception.load_state_dict_from_url = lambda *_, **__: state  # it would download them
     fid_score.tqdm = lambda batches: batches
     model = inception.InceptionV3([3])
@@ -65,6 +67,7 @@ def torch_fidelity_loop(weights: Path, batch_size: int) -> Callable[[list[str]],
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     from torch_fidelity.utils import get_featuresdict_from_dataset
 
+    # Only features of the last layer, as FID reads them.
     network = FeatureExtractorInceptionV3("bench", ["2048"], feature_extractor_weights_path=str(weights))
 
     def loop(files: list[str]) -> np.ndarray:
@@ -87,17 +90,22 @@ def ours(network: FeatureNetwork, batch_size: int) -> Callable[[list[str]], np.n
 def measure_features(args: argparse.Namespace) -> dict:
     """Images a second of each loop at its fastest, taking turns, and how far the features and FIDs are apart."""
     with tempfile.TemporaryDirectory() as folder:
+        # Two sets of pictures, one set of weights.
         root = Path(folder)
         sets = [write_images(root / name, args.images, args.size, seed) for seed, name in enumerate(("real", "fake"))]
         state = random_inception_state(SEED)
         torch.save(state, root / "weights.pth")
         network = load_network("random", resize="tf1", seed=SEED)
+
+        # Every loop with its own filter, and ours with both.
         loops = {
             "pytorch-fid": pytorch_fid_loop(args.pytorch_fid, state, args.batch_size),
             "torch-fidelity": torch_fidelity_loop(root / "weights.pth", args.batch_size),
             "ours, bilinear": ours(load_network("random", resize="bilinear", seed=SEED), args.batch_size),
             "ours, tf1": ours(network, args.batch_size),
         }
+
+        # In turn; the first round warms up.
         rates = {name: [] for name in loops}
         features = {}
         for _ in range(args.rounds + 1):
@@ -105,9 +113,12 @@ def measure_features(args: argparse.Namespace) -> dict:
                 start = time.perf_counter()
                 features[name] = loop(sets[0])
                 rates[name].append(args.images / (time.perf_counter() - start))
+
+        # The other set, for a distance.
         second = {name: loop(sets[1]) for name, loop in loops.items()}
     result = {name: {"images_per_second": max(values[1:]), "runs": values[1:]} for name, values in rates.items()}
     for name, reference in (("ours, bilinear", "pytorch-fid"), ("ours, tf1", "torch-fidelity")):
+        # Ours against the tool with the same filter: speed, features, distance.
         own, theirs = features[name], features[reference]
         result[name] |= {
             "reference": reference,
@@ -129,6 +140,7 @@ def fid_of(real: np.ndarray, fake: np.ndarray, network: FeatureNetwork) -> float
 
 def measure_trace(size: int, rounds: int) -> dict:
     """Seconds for the Fréchet distance of two full covariances, by sqrtm and by eigenvalues, at their fastest."""
+    # Two full covariances, unlike each other.
     random = stream(SEED, "bench covariance")
     rows = [random.normal(size=(2 * size, size)) @ np.diag(np.linspace(0.05, 1 + k, size)) for k in range(2)]
     (mean1, covariance1), (mean2, covariance2) = [(x.mean(axis=0), np.cov(x, rowvar=False)) for x in rows]
@@ -137,6 +149,7 @@ def measure_trace(size: int, rounds: int) -> dict:
         root = scipy.linalg.sqrtm(covariance1 @ covariance2)
         return float(((mean1 - mean2) ** 2).sum() + np.trace(covariance1 + covariance2 - 2 * root.real))
 
+    # The root of the product, and what the score computes.
     ways = {"sqrtm": by_root, "eigenvalues": lambda: frechet_distance(mean1, covariance1, mean2, covariance2)}
     seconds, values = {name: [] for name in ways}, {}
     for _ in range(rounds):
@@ -212,6 +225,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--name", default="metrics-cpu", help="of the files under bench/results")
     args = parser.parse_args()
+
+    # Settings for the report: everything but where it goes.
     settings = {key: value for key, value in vars(args).items() if key not in ("pytorch_fid", "name")}
     results = {"machine": machine(), "settings": settings, "features": measure_features(args)}
     results["frechet_trace"] = measure_trace(2048, min(args.rounds, 4))

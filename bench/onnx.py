@@ -38,6 +38,7 @@ def measure(options) -> dict[str, dict[str, float]]:
     def exported() -> np.ndarray:
         return session.run([last], inputs)[0]
 
+    # First that both draw the same.
     difference = int(np.abs(eager().astype(int) - exported()).max())
     seconds = common.take_turns({"PyTorch": eager, "onnxruntime": exported}, options.rounds, warm_up=3)
     rates = {name: options.batch / float(np.median(values)) for name, values in seconds.items()}
@@ -53,6 +54,8 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words)
     device = common.start(options)
     results = {"machine": common.machine(device), "batch": options.batch} | measure(options)
+
+    # Both rates, and what they mean together.
     rows = [[name, f"{rate:.1f}"] for name, rate in results["images_per_second"].items()]
     ratio = results["ratio"]
     text = (

@@ -110,6 +110,7 @@ def plain_word_loss(
     """DAMSM at word level (Xu et al. 2018, eq. 7-12): a loop over the captions, all images at a time."""
     columns = []
     for number, length in enumerate(lengths.tolist()):
+        # One caption against all images.
         repeated = words[number, :, :length].expand(len(regions), -1, -1)  # (N, D, T)
         flat = regions.flatten(2)  # (N, D, R)
         scores = torch.bmm(repeated.transpose(1, 2), flat).softmax(dim=1)
@@ -129,6 +130,8 @@ def released_word_loss(
     flat = regions.flatten(2)
     for number, length in enumerate(lengths.tolist()):
         repeated = words[number : number + 1, :, :length].repeat(number_of_images, 1, 1)  # (N, D, T)
+
+        # Softmax over words, then over regions, each on a copy of its own.
         scores = torch.bmm(flat.transpose(1, 2).contiguous(), repeated)  # (N, R, T)
         over_words = scores.view(-1, length).softmax(dim=1).view_as(scores)
         over_regions = (gamma1 * over_words.transpose(1, 2).contiguous().flatten(0, 1)).softmax(dim=1)
@@ -150,6 +153,8 @@ def plain_matching_loss(similarity: Tensor, class_ids: Tensor) -> tuple[Tensor, 
     """Cross entropies along both sides; other samples of one class are masked out."""
     same = (class_ids[:, None] == class_ids[None, :]).fill_diagonal_(False)
     similarity = similarity.masked_fill(same, -torch.inf)
+
+    # The own caption of each image, and the own image of each caption.
     own = torch.arange(len(similarity), device=similarity.device)
     return F.cross_entropy(similarity, own), F.cross_entropy(similarity.T, own)
 
@@ -164,6 +169,7 @@ class PlainSSAGAN(SSAGAN):
         sentence = text.sentence
         fake = generator(noise, text).images[-1]
 
+        # D: real pairs up; fake images and wrong captions down.
         features = discriminator.features(images)
         real_logits = discriminator.logits(features, sentence)
         mismatched_logits = discriminator.logits(features[:-1], sentence[1:])
@@ -172,8 +178,10 @@ class PlainSSAGAN(SSAGAN):
         hinge = hinge + (F.relu(1 + fake_logits).mean() + F.relu(1 + mismatched_logits).mean()) / 2
         yield Update("discriminator", {"hinge": hinge})
 
+        # D: the gradient penalty, an update of its own.
         yield Update("discriminator", {"penalty": self._plain_penalty(images, sentence)}, is_penalty=True)
 
+        # G: fake images up, and DAMSM.
         losses = {"adversarial": -discriminator.logits(discriminator.features(fake), sentence).mean()}
         if (weight := self.settings.whole_damsm_weight) > 0:
             losses |= {name: weight * loss for name, loss in self.damsm_losses(fake, text, batch).items()}
@@ -186,12 +194,16 @@ class PlainSSAGAN(SSAGAN):
         gradients = torch.autograd.grad(
             logits, (images, sentence), torch.ones_like(logits), create_graph=True, retain_graph=True
         )
+
+        # The sixth power of the norm, by way of its root.
         flat = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
         norm = flat.square().sum(dim=1).sqrt()
         return self.settings.penalty_weight * norm.pow(self.settings.penalty_power).mean()
 
     def damsm_losses(self, images: Tensor, text: TextFeatures, batch: Batch) -> dict[str, Tensor]:
         regions, code = self.networks["image_encoder"](images)
+
+        # Both levels, each in both directions.
         words = plain_word_loss(regions, text.words, batch.lengths, batch.class_ids, **self.settings.gammas)
         sentence = plain_sentence_loss(code, text.sentence, batch.class_ids, self.settings.gamma3)
         return {"words": sum(words), "sentence": sum(sentence)}

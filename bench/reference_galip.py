@@ -89,6 +89,7 @@ class PlainGALIP(GALIP):
         text = self.networks["text_encoder"](batch.captions, batch.lengths).detach()
         sentence = text.sentence.requires_grad_()
 
+        # D on real pairs, wrong captions and fake images.
         real_maps, _ = image_encoder(batch.images.detach().requires_grad_())
         features = discriminator.features(real_maps)
         real_logits = discriminator.logits(features, sentence)
@@ -97,6 +98,7 @@ class PlainGALIP(GALIP):
         fake_maps, fake_codes = image_encoder(fake)
         fake_logits = discriminator([m.detach() for m in fake_maps], sentence)
 
+        # Hinge and penalty in one update.
         gradients = torch.autograd.grad(
             real_logits, (*real_maps, sentence), torch.ones_like(real_logits), create_graph=True, retain_graph=True
         )
@@ -105,6 +107,7 @@ class PlainGALIP(GALIP):
         hinge = hinge + (F.relu(1 + fake_logits).mean() + F.relu(1 + mismatched_logits).mean()) / 2
         yield Update("discriminator", {"hinge": hinge, "penalty": 2.0 * norm.pow(6.0).mean()})
 
+        # G: fake images up, and close to their captions in CLIP.
         similarity = F.cosine_similarity(fake_codes, text.sentence).mean()
         adversarial = -discriminator(fake_maps, text.sentence).mean()
         yield Update("generator", {"adversarial": adversarial, "similarity": -4.0 * similarity})

@@ -58,6 +58,7 @@ def measure(pipeline: TextToImage, options, device: torch.device) -> dict:
             drawn.append(pipeline.generate(captions, 0, None, options.batch, indices, with_masks=False))
         return drawn
 
+    # As users sample, and plainly: draw all, then write one after the other.
     def write(folder: str) -> None:
         sample(pipeline, requests, folder, batch_size=options.batch)
 
@@ -93,6 +94,7 @@ def writing_costs(images: np.ndarray, options) -> dict[str, float]:
     """Seconds for encoding one of the images (N, H, W, 3), and for writing it to the folder: medians of the rounds."""
     encoded = [encode_png(pixels) for pixels in images]
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        # New files each time: replacing one costs more.
         numbers = itertools.count()
 
         def write() -> None:
@@ -108,6 +110,8 @@ def writing_costs(images: np.ndarray, options) -> dict[str, float]:
 def ceiling(ways: dict, costs: dict[str, float], device: torch.device) -> str:
     """A sentence on what writing costs, and on a CPU the largest share of the generator's rate that it leaves."""
     writing, threads = costs["encoding"] + costs["writing"], torch.get_num_threads()
+
+    # Both costs for a single image.
     text = (
         f"\nEncoding an image takes {costs['encoding'] * 1e3:.2f} ms of one core, writing its file there "
         f"{costs['writing'] * 1e3:.2f} ms."
@@ -124,6 +128,7 @@ def ceiling(ways: dict, costs: dict[str, float], device: torch.device) -> str:
 def check(options) -> None:
     """Raises ConfigError for a size that no generator draws, and for a folder that cannot be written to."""
     try:
+        # Before any network is built.
         num_upsamples(options.image_size)
     except ValueError as error:
         raise ConfigError(f"--image-size: {error}") from None

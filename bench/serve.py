@@ -49,12 +49,15 @@ def measure(options) -> dict[str, Any]:
         command = [sys.executable, "-m", "serve", "--checkpoint", options.checkpoint, "--no-page", "--port", "0"]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
+            # Its first line names the port, once it answers.
             line = server.stdout.readline()
             if not line.startswith("http"):
                 errors.seek(0)
                 raise UserError(f"the server did not start: {errors.read().decode()[-500:].strip()}")
             port = int(line.split(":")[2].split("/")[0])
             ask_many(port, 100, options.clients)  # warm: buffers, threads, the allocator
+
+            # One after the other, many at once, malformed ones; memory in between.
             alone = ask_many(port, options.alone, 1)
             start = resident_bytes(server.pid)
             together = ask_many(port, options.requests, options.clients)
@@ -85,6 +88,8 @@ def ask_many(port: int, requests: int, clients: int) -> dict[str, Any]:
             if seed is None:
                 connection.close()
                 return
+
+            # A caption and seed of its own, so that no answer comes from a cache.
             rng = random.Random(seed)
             body = json.dumps({"captions": [" ".join(rng.choices(WORDS, k=8))], "seed": seed, "format": "png"})
             start = time.perf_counter()
@@ -97,6 +102,7 @@ def ask_many(port: int, requests: int, clients: int) -> dict[str, Any]:
                 if response.status != 200 or not content.startswith(b"\x89PNG"):
                     lost.append((response.status, content[:200].decode("latin-1")))
 
+    # All clients at once; the rate counts from the first request to the last answer.
     start = time.perf_counter()
     threads = [threading.Thread(target=work) for _ in range(clients)]
     for thread in threads:
@@ -122,6 +128,8 @@ def refuse_many(port: int, number: int) -> dict[str, Any]:
         content = response.read()
         connection.close()
         counts[response.status] = counts.get(response.status, 0) + 1
+
+        # Refused means 4xx and a reason, never a traceback.
         if not 400 <= response.status < 500 or b"Traceback" in content or not _reason(content):
             wrong.append((response.status, method, path, str(body)[:200], content[:200].decode("latin-1")))
     return {"counts": dict(sorted(counts.items())), "wrong": wrong[:5], "num_wrong": len(wrong)}
@@ -148,6 +156,8 @@ def _bad_address(rng: random.Random, path: str):
         "/api/v2/bird",
         path + "/x",
     ]
+
+    # A method that is not allowed, or a path that is not there.
     if rng.random() < 0.5:
         return rng.choice(["GET", "PUT", "DELETE", "PATCH", "TRACE", "BREW"]), path, None, {}
     return rng.choice(["GET", "POST"]), rng.choice(nowhere), None, {}
@@ -155,6 +165,8 @@ def _bad_address(rng: random.Random, path: str):
 
 def _bad_bytes(rng: random.Random, path: str):
     whole = json.dumps({"captions": ["a red bird"], "caption": "a red bird"}).encode()
+
+    # Cut off, nested deeply, in another encoding, too large, or no JSON.
     body = rng.choice([
         b"", rng.randbytes(rng.randrange(1, 300)), whole[: rng.randrange(1, len(whole))], b"[" * rng.randrange(1, 20_000),
         b'{"a":' * 5000, whole + b"}", b"\xff\xfe" + whole, b"null", b"[]", b'"a red bird"', b"1e999", b"x" * 70_000,
@@ -182,6 +194,8 @@ def _bad_values(rng: random.Random, path: str):
     ]
     if path != IMAGES:
         return "POST", path, json.dumps({"caption": rng.choice(strange)}).encode(), JSON
+
+    # One value of an otherwise good request.
     content: dict[str, Any] = {"captions": ["a red bird"], "n": 1, "seed": 0}
     wrong: dict[str, list[Any]] = {
         "captions": [*strange, ["a bird"] * 65, [["a bird"]]], "n": [0, 17, -5, "1", None, 2.5, []],
@@ -198,6 +212,8 @@ def _bad_headers(rng: random.Random, path: str):
     kind = rng.choice(
         ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "image/png", "x"]
     )
+
+    # Another type of content, another host, a length that nothing follows.
     return rng.choice([
         ("POST", path, body, {"Content-Type": kind}),
         ("POST", path, body, JSON | {"Host": f"{rng.randbytes(4).hex()}.example"}),
@@ -215,6 +231,8 @@ def resident_bytes(pid: int) -> int:
 
 def _text(results: dict[str, Any], options) -> str:
     alone, together, refused = results["alone"], results["together"], results["refused"]
+
+    # Served requests as a table, the rest in sentences.
     rows = [
         [name, row["clients"], row["requests"], row["num_lost"], f"{row['p50_ms']:.0f}", f"{row['p95_ms']:.0f}",
          f"{row['images_per_second']:.1f}"]

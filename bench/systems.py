@@ -32,10 +32,13 @@ class Drawing:
 
 def measure(configs: Mapping[str, Mapping], encoder: str, batch_size: int, rounds: int, device: torch.device) -> dict:
     """{name: figures} of every configuration: seconds, operations and bytes of a step, seconds of drawing a batch."""
+    # Each step, and drawing by its networks.
     steps = {name: step_of(cfg, encoder, batch_size, device) for name, cfg in configs.items()}
     drawings = {name: Drawing(step) for name, step in steps.items()}
     trained = common.take_turns(steps, rounds, 2, device)
     drawn = common.take_turns(drawings, rounds, 1, device)
+
+    # What each takes, and how large it is.
     results = {}
     for name, step in steps.items():
         networks = step.system.networks
@@ -70,6 +73,7 @@ def table(results: dict) -> str:
               "images/s: training", "drawing"]  # fmt: skip
     rows = []
     for name, found in results["systems"].items():
+        # Encoders are counted apart: they are not the system's own.
         parameters, flops, speed = (found[key] for key in ("parameters", "flops_per_image", "images_per_second"))
         encoders = ("generator", "text_encoder", "image_encoder")
         others = sum(count for part, count in parameters.items() if part not in encoders)
@@ -88,9 +92,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--encoder", default="small", choices=sorted(DAMSM_ENCODERS))
     options = parser.parse_args(arguments)
+
+    # Which settings are compared.
     paths = options.cfg or sorted(Path("cfg").glob("toybirds_*.yml"))
     if not paths:
         raise ConfigError("there is no cfg/toybirds_*.yml here; start this in the project's folder, or give --cfg")
+
+    # All of them in one process, so that they can take turns.
     device = common.start(options)
     configs = {Path(path).stem: load_config(path) for path in paths}
     results = {

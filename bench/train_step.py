@@ -57,12 +57,16 @@ class Step:
         stock_adam: bool = False,
     ):
         self.system, self.device, self.batch, self.noise = system, device, batch, noise
+
+        # The trainer's Adam, or torch's own as the originals have it.
         optimizers = make_optimizers(system.optimizers())
         if stock_adam:
             optimizers = {
                 name: torch.optim.Adam(parameters, lr=lr, betas=betas)
                 for name, (parameters, lr, betas) in system.optimizers().items()
             }
+
+        # What the trainer does in a step.
         self.stepper = Stepper(system.updates, optimizers, World(0, 1, device), precision)
         self.average = EMA(system.networks["generator"], 0.999)
         self.compiled = False
@@ -120,11 +124,13 @@ def watched(system: System, clock: Clock) -> Iterator[None]:
     def begins(module: nn.Module, inputs: tuple) -> None:
         clock("D for G forward" if drawn else "other")
 
+    # Forward passes by hooks.
     for name, network in system.networks.items():
         if name in names:
             handles.append(network.register_forward_pre_hook(begins))
             handles.append(network.register_forward_hook(ends(name)))
 
+    # DAMSM's losses, which are no module.
     def timed(*arguments: Any) -> dict[str, Tensor]:
         clock("D for G forward" if drawn else "other")
         losses = type(system).damsm_losses(system, *arguments)
@@ -148,6 +154,8 @@ def build(options: argparse.Namespace, device: torch.device, changed: list[tuple
     # A system of stages starts at a quarter of the size: three stages.
     stages = [("TREE.BRANCH_NUM", "3")] if "TREE.BRANCH_NUM" in keys else []
     first_size = options.image_size // 4 if stages else options.image_size
+
+    # By settings, as a training would be.
     changes = [("GAN.NAME", options.system), ("TREE.BASE_SIZE", str(first_size)), *stages]
     changes += [(key, str(options.nf)) for key in widths]
     with tempfile.TemporaryDirectory() as folder:
@@ -162,6 +170,7 @@ def step_of(cfg: Mapping, encoder: str, batch_size: int, device: torch.device) -
 
     encoder: name of the image encoder; the small one looks at images of the last stage's size.
     """
+    # Fresh networks, the same for the same settings.
     torch.manual_seed(0)
     chosen = chosen_system(cfg)
     networks = build_networks(chosen)
@@ -170,9 +179,13 @@ def step_of(cfg: Mapping, encoder: str, batch_size: int, device: torch.device) -
     for network in networks.values():
         for gate in network.gates():  # zero at the start, where denormal gradients would make a CPU slow
             nn.init.constant_(gate, 0.1)
+
+    # The objective on a random batch.
     system = build_system(chosen, {name: network.to(device) for name, network in networks.items()})
     system.train()
     batch = random_batch(batch_size, system.image_sizes, min(cfg.TEXT.WORDS_NUM, LONGEST), device)
+
+    # Layout, checkpointing and compilation, as the trainer sets them up.
     if cfg.TRAIN.ACCUMULATE > 1:
         raise ConfigError("TRAIN.ACCUMULATE: a single pass is timed here; leave it at 1")
     if cfg.TRAIN.CHANNELS_LAST:
@@ -202,6 +215,8 @@ def fresh_clip(cfg: Mapping, encoder: str, image_size: int) -> dict[str, nn.Modu
     text_dim = cfg.TEXT.EMBEDDING_DIM
     clip = untrained_clip(image_size, image_size // 7, cfg.CLIP.WIDTH, cfg.CLIP.BLOCKS, text_dim, NUM_WORDS)
     text_encoder = ClipTextEncoder(NUM_WORDS, text_dim=text_dim)
+
+    # Small random weights, as a training of CLIP starts with.
     for parameter in text_encoder.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.02)
@@ -219,6 +234,8 @@ def random_batch(number: int, image_sizes: list[int], num_words: int, device: to
     for row, length in enumerate(lengths.tolist()):  # CLIP's end token has the largest index; padding is 0
         captions[row, length - 1] = NUM_WORDS - 1
         captions[row, length:] = 0
+
+    # One size is a tensor, several are a list.
     indices = torch.arange(number)
     one = images if len(images) > 1 else images[0]
     batch = Batch(one, captions, lengths, indices % NUM_CLASSES, [str(n) for n in range(number)], indices, indices)
@@ -237,11 +254,15 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict:
         plain = REFERENCES[options.system](build(options, device, kept).system)
         precision = "fp32" if ours.stepper.precision == "fp32" else "tf32"
         steps["reference"] = Step(plain, device, ours.batch, ours.noise, precision, stock_adam=True)
+
+    # Whole steps, then their phases, which cost time to observe.
     wholes = common.take_turns(steps, options.rounds, options.warm_up, device)
     phases: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     for _ in range(options.rounds):
         for name, step in steps.items():
             phases[name].append(step.phases())
+
+    # Operations and memory, of a single step each.
     results = {}
     for name, step in steps.items():
         names = list(phases[name][0])
@@ -272,6 +293,8 @@ def table(results: dict) -> str:
         f"± half the distance between the quarters.{'' if ours['phases'] else compiled}",
         "",
     ]
+
+    # Phases in the order of the step.
     rows = []
     sides = [ours, reference] if reference else [ours]
     for phase in dict.fromkeys(name for side in sides for name in side["phases"]):
@@ -314,9 +337,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="rounds before those that count")
     parser.add_argument("--reference", action="store_true", help="also the plain form, taking turns")
     options = parser.parse_args(arguments)
+
+    # The step itself, or both forms in turns.
     device = common.start(options)
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "name")}
     results = {"machine": common.machine(device), "settings": settings, "steps": measure(options, device)}
+
+    # The device's peak, to set the rate in relation to.
     dtypes = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if device.type == "cuda" else {})
     results["peak_flops"] = {name: common.peak_flops(device, dtype) for name, dtype in dtypes.items()}
     if options.reference:
