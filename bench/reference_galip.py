@@ -1,6 +1,6 @@
 """The GALIP step in its plain form, to compare with: as the released code goes about it, stock operations.
 
-Real images carry a gradient through the whole ViT, which nobody reads; captions are computed to the last padding; features are
+Real images carry a gradient through the whole ViT, which is not used; captions are computed to the last padding; features are
 upsampled before a block's fusion; D's weights take gradients in G's step. Written by us for bench/ alone.
 """
 

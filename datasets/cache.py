@@ -79,7 +79,7 @@ class ImageCache:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 with _locked(path):
-                    if not _is_current(path, fingerprint):  # nobody built it while we waited
+                    if not _is_current(path, fingerprint):  # no other process built it while we waited
                         _build(path, records, image_size, fingerprint, skip_broken, progress)
             except OSError as error:
                 raise DataError(f"{path}: the image cache cannot be written ({error}); train without --cache") from None

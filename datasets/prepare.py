@@ -219,7 +219,7 @@ def _summary(
             f"{f'{classes:,} classes' if classes < len(entries) else 'each its own class'}"
         )
 
-    # The vocabulary, and what else matters to whoever trains on this.
+    # The vocabulary, and what else matters for a training on this.
     lines.append(
         f"  vocabulary: {len(vocabulary):,} entries, the words of {' and '.join(splits)} captions and <end>; "
         f"longest caption: {longest} words"

@@ -1,4 +1,4 @@
-"""Settings of the data: which data set, where it lies, how it is read. Whoever reads images or captions is given these."""
+"""Settings of the data: which data set, where it lies, how it is read. Passed to what reads images or captions."""
 
 from dataclasses import dataclass
 

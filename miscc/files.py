@@ -139,7 +139,7 @@ def stays_inside(name: str) -> bool:
 
 
 def parse_json(text: str) -> Any:
-    """json.loads, for text that somebody else wrote. Raises ValueError for everything that is no JSON."""
+    """json.loads, for text from outside. Raises ValueError for everything that is no JSON."""
     try:
         return json.loads(text)
     except RecursionError:

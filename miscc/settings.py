@@ -16,7 +16,7 @@ class Setting(NamedTuple):
     """One setting.
 
     key: its name in YAML files and `--set`, dotted.
-    default: its value where nobody gives another.
+    default: its value where none is given.
     type: bool, int, float, str, or list: of numbers.
     meaning: for people.
     choices: all values that it may have; (): any.

@@ -141,7 +141,7 @@ def shorten(indices: Sequence[int], max_words: int, rng: np.random.Generator | N
 def encode_rows(
     captions: Sequence[str], vocabulary: Vocabulary, max_words: int
 ) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
-    """Captions that somebody typed -> tokens (N, max_words) int64 padded with 0, lengths (N,) int64, unknown words (N lists).
+    """Captions of a user -> tokens (N, max_words) int64 padded with 0, lengths (N,) int64, unknown words (N lists).
 
     Unknown words are left out and returned, so that the caller can name them; longer captions keep their first
     `max_words` known words. Raises DataError for a caption that is empty or of which no word is known.

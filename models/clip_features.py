@@ -89,7 +89,7 @@ class Transformer(nn.Module):
 
 
 class ClipImageEncoder(ImageEncoder):
-    """CLIP's ViT. Frozen by whoever trains with it: it has no mode of its own and no dropout.
+    """CLIP's ViT. The caller must freeze it in a training: it has no mode of its own and no dropout.
 
     image_size: pixels that it reads.
     patch_size: pixels of a token.

@@ -66,9 +66,9 @@ class StageSettings(SentenceSettings, NumStagesSettings):
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """Length of the noise."""
+    """Of a generator that draws from noise."""
 
-    z_dim: int = setting("GAN.Z_DIM", 100, "length of the noise", above=0, maximum=65536)
+    z_dim: int = setting("GAN.Z_DIM", 100, "length of the noise vector", above=0, maximum=65536)
 
 
 @dataclass(frozen=True)

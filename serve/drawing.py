@@ -175,6 +175,6 @@ class Order:
         ]
 
     def cancel(self) -> None:
-        """Drop what has not begun: nobody waits for it any more."""
+        """Drop what has not begun: its client no longer waits."""
         for future in self.futures:
             future.cancel()

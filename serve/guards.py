@@ -166,7 +166,7 @@ class RateLimit(Guard):
         left = min(self.per_minute, left + (now - since) * self.per_minute / 60)
         self._clients[client] = (max(0.0, left - 1), now) if left >= 1 else (left, now)
 
-        # Memory is bounded, whoever asks.
+        # Forget the clients that were longest away: memory stays bounded, however many there are.
         while len(self._clients) > self.MAX_CLIENTS:
             self._clients.popitem(last=False)
 

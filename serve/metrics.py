@@ -1,4 +1,4 @@
-"""Counts of the server in Prometheus's text form. Nothing is sent anywhere: /metrics is read by whoever runs the server."""
+"""Counts of the server in Prometheus's text form. Nothing is sent anywhere: the server's operator reads /metrics."""
 
 import threading
 import time

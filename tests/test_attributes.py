@@ -114,7 +114,7 @@ def test_the_other_caption_is_another_birds_and_names_the_same_where_there_is_on
     assert other_captions(named_values(names_three), names_three, ["a", "b", "c"])[0] == 2  # two in common, not one
     same_bird = other_captions(truth[:2], captions[:2], ["a", "a"])
     assert same_bird.tolist() == [-1, -1]
-    assert other_captions(truth[:2], captions[:2], ["", ""]).tolist() == [1, 0]  # captions of nobody's bird
+    assert other_captions(truth[:2], captions[:2], ["", ""]).tolist() == [1, 0]  # captions without a key
     again = other_captions(truth, captions, ["a", "b", "c", "d", "e", "f"], 7)
     assert np.array_equal(again, other_captions(truth, captions, ["a", "b", "c", "d", "e", "f"], 7))
 

@@ -1,4 +1,4 @@
-"""Tokens, vocabulary, shortening, and captions that somebody typed."""
+"""Tokens, vocabulary, shortening, and captions that users type."""
 
 import json
 import tarfile

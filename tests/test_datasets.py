@@ -333,7 +333,7 @@ def test_metadata_of_coco(tmp_path):
         load_records("coco", tmp_path, "test")
 
 
-def test_metadata_of_somebodys_own_images(tmp_path):
+def test_metadata_of_images_of_ones_own(tmp_path):
     write_metadata(tmp_path, {"a/cat": [[1]], "a/dog": [[2]]}, {"b/cow": [[3]]}, class_info=False)
     for name in ("a/cat.png", "a/dog.jpg", "b/cow.webp"):
         write_image(tmp_path / "images" / name)

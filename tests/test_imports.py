@@ -1,4 +1,4 @@
-"""The house keeps its order: imports point one way, and entry scripts are imported by nobody."""
+"""The house keeps its order: imports point one way, and nothing imports entry scripts."""
 
 import ast
 import re

@@ -64,7 +64,7 @@ LINE = ("eval.brightness:Brightness", "how bright the images are")
 
 @pytest.fixture
 def brightness(monkeypatch, tmp_path):
-    """A metric that somebody adds: eval/brightness.py and a line in eval/__init__.py."""
+    """A metric that is added: eval/brightness.py and a line in eval/__init__.py."""
     folder = tmp_path / "added"
     folder.mkdir()
     (folder / "brightness.py").write_text(BRIGHTNESS)
@@ -225,7 +225,7 @@ def test_needs_are_checked_before_a_metric_is_built(records, monkeypatch):
     monkeypatch.setattr("eval.attributes.AttributeAccuracy.from_run", classmethod(build))
     foreign = flat_stream(records)
     missing = scored(foreign, records, monkeypatch, "FID", "attributes")["not_computed"]["attributes"]
-    assert missing == "built"  # where nobody knows the data set, it is tried
+    assert missing == "built"  # the data set is not known, so it is tried
     birds = ImageStream(**{**vars(foreign), "data_set": "birds"})
     missing = scored(birds, records, monkeypatch, "FID", "attributes")["not_computed"]["attributes"]
     assert "reads images of toybirds alone, these are of birds" in missing

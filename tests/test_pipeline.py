@@ -124,7 +124,7 @@ def test_a_checkpoint_is_all_that_drawing_needs(trained, encoders, drawn_folder)
         TextToImage.load(encoders, device="cpu")
 
 
-def test_masks_are_left_out_where_nobody_looks(trained):
+def test_masks_are_left_out_on_request(trained):
     pipeline = TextToImage.load(trained, device="cpu")
     drawn, without = (pipeline.generate(CAPTIONS, with_masks=wanted) for wanted in (True, False))
     assert without.masks == [] and [len(stage) for stage in drawn.masks] == [3] * 3

@@ -350,7 +350,7 @@ def test_headers_keep_a_browser_at_home(server):
     assert "server" not in server.get("/").headers or "uvicorn" in server.get("/").headers["server"]
 
 
-def test_images_are_kept_up_to_a_size_and_under_names_nobody_can_guess(tmp_path, server):
+def test_images_are_kept_up_to_a_size_and_under_names_that_cannot_be_guessed(tmp_path, server):
     store = ImageStore(tmp_path / "images", limit_bytes=2500)
     names = [store.add(bytes([number]) * 1000) for number in range(4)]
     assert [store.read(name) is not None for name in names] == [False, False, True, True]

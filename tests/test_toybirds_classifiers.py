@@ -50,7 +50,7 @@ def test_birds_to_learn_from_show_every_pair_of_colours_also_those_kept_for_test
     expected = torch.rand(1)
     torch.manual_seed(5)
     drawn = judges.draw_birds("train", 2, 32)
-    assert torch.equal(torch.rand(1), expected)  # nobody's random numbers are used up
+    assert torch.equal(torch.rand(1), expected)  # the caller's random state is as before
     told = [list(ATTRIBUTES.values())[i][drawn.labels[1, i]] for i in range(len(ATTRIBUTES))]
     assert told == list(judges.any_attributes(0, 1).values())
 
@@ -193,7 +193,7 @@ def test_a_damaged_file_is_made_again(school, tmp_path, capsys, damage):
     assert len(school.lessons) == 2
 
 
-def test_training_a_judge_moves_nobodys_random_numbers_and_needs_no_disk(school, tmp_path, capsys):
+def test_training_a_classifier_leaves_the_random_state_and_needs_no_disk(school, tmp_path, capsys):
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)

@@ -72,7 +72,7 @@ def test_a_published_model_carries_it(checkpoint, tmp_path):  # noqa: F811
     ("about", "trained_with", "flatters"),
     [
         ({"network": "a", "weights_hash": "1"}, entry("a", weights_hash="1"), True),
-        ({"network": "a", "weights_hash": "1"}, entry("a"), True),  # whose weights nobody knows
+        ({"network": "a", "weights_hash": "1"}, entry("a"), True),  # its weights are not known
         ({"network": "a", "weights_hash": "1"}, entry("a", weights_hash="2"), False),
         ({"network": "a", "weights_hash": "1"}, entry("b", weights_hash="1"), False),
         ({"network": "openai/clip", "family": "clip", "weights_hash": "1"}, entry("clip"), True),

@@ -112,7 +112,7 @@ class RunDir:
         return self.last.is_file() or self.previous.is_file()
 
     def save(self, checkpoint: dict[str, Any]) -> None:
-        """Write last.pth; what it was until now stays as previous.pth. Raises WriteError."""
+        """Write last.pth; the checkpoint that it replaces is kept as previous.pth. Raises WriteError."""
         save_checkpoint(self.last, checkpoint, self.previous if self._last_is_whole else None)
         self._last_is_whole = True
 
