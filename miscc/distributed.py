@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from miscc.errors import ConfigError, TrainingError
 
@@ -201,7 +202,8 @@ class _SumOverProcesses(torch.autograd.Function):
 class JointBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the images of all processes for CPUs, where torch has none: (N, C, ...) of any rank, with gradient.
 
-    Same parameters, buffers and values as torch's on the joint batch; every process must have as many images.
+    Same parameters, buffers and values as torch's on the joint batch, and like there statistics in float32 for images of
+    16 bits; every process must have as many images.
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -210,6 +212,9 @@ class JointBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training or self.running_mean is None):
             return super().forward(x)
+
+        # At least float32, as torch does: under autocast x has 16 bits, the running statistics have 32.
+        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
 
         # Mean and variance over everything but the channels, of all processes.
         others = [d for d in range(x.dim()) if d != 1]
@@ -224,8 +229,8 @@ class JointBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.training and self.track_running_stats:
             self._update_running(mean.detach(), variance.detach() * number / max(1, number - 1))
         if self.weight is None:
-            return normalised
-        return normalised * self.weight.view(shape) + self.bias.view(shape)
+            return normalised.to(dtype)
+        return (normalised * self.weight.view(shape) + self.bias.view(shape)).to(dtype)
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, variance: Tensor) -> None:
@@ -282,6 +287,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
+    @once_differentiable  # autograd does not see the message
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore[bad-override]  # as above
         total = grad.clone(memory_format=torch.contiguous_format)  # autograd may hand the same gradient to others
         dist.all_reduce(total)

@@ -78,6 +78,28 @@ def test_a_piecewise_linear_kernel_by_finite_differences(name, layout):
     assert torch.autograd.gradgradcheck(pair(name)[0], (x,))
 
 
+@pytest.mark.parametrize("name", PIECEWISE_LINEAR)
+def test_a_piecewise_linear_kernel_differentiated_three_times(name):
+    """The gradient of the second gradient: backward functions have backward functions, and those too."""
+    torch.manual_seed(1)
+    x, weight = float64(1, 2, 4, 4), float64(1, 2, 4, 4)
+    found = []
+    for function in pair(name):
+        (first,) = torch.autograd.grad(function(x * weight).pow(3).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(3).sum(), weight, create_graph=True)
+        found.append([first, second, *torch.autograd.grad(second.square().sum(), [x, weight])])
+    assert_all_close(*found)
+
+
+def test_a_leaky_relu_of_another_slope_by_finite_differences():
+    torch.manual_seed(1)
+    x = float64(3, 4)
+    assert leaky_relu(torch.tensor([-2.0, 0.0, 3.0]), 0.25).tolist() == [-0.5, 0.0, 3.0]
+    assert torch.autograd.gradcheck(lambda x: leaky_relu(x, 0.25), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: leaky_relu(x, 0.25), (x,))
+    assert kernels.LeakyReLU(0.25)(torch.tensor([-2.0])).item() == -0.5
+
+
 def test_the_second_gradient_of_a_leaky_relu_is_none_rather_than_zeros():
     x = torch.randn(3, requires_grad=True)
     scale = torch.ones(3, requires_grad=True)
@@ -230,7 +252,24 @@ def test_a_convolution_after_upsampling_equals_its_plain_form(size, bias, layout
 def test_a_convolution_after_upsampling_by_finite_differences():
     torch.manual_seed(4)
     convolution = nn.Conv2d(1, 2, 3, padding=1).double()
-    assert torch.autograd.gradcheck(lambda x: conv_after_upsample_2x(convolution, x), (float64(1, 1, 8, 8),))
+
+    def function(x, weight, bias):
+        return torch.func.functional_call(_Fused(convolution), {"layer.weight": weight, "layer.bias": bias}, (x,))
+
+    inputs = (float64(1, 1, 8, 8), float64(2, 1, 3, 3), float64(2))
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+class _Fused(nn.Module):
+    """conv_after_upsample_2x as a module, whose parameters can be replaced."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return conv_after_upsample_2x(self.layer, x)
 
 
 # -- the masked affine layer ---------------------------------------------------------------------------------------------
@@ -272,6 +311,15 @@ def test_batch_norm_before_upsampling_equals_its_plain_form(training):
     assert_all_close(*found)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_before_upsampling_by_finite_differences(training):
+    torch.manual_seed(5)
+    norm = nn.BatchNorm2d(2, affine=False).double().train(training)
+    assert torch.autograd.gradcheck(
+        lambda x: upsample_2x(kernels.batch_norm_before_upsample_2x(norm, x)), (float64(2, 2, 2, 2),)
+    )
+
+
 # -- together ------------------------------------------------------------------------------------------------------------
 
 
@@ -294,3 +342,20 @@ def test_a_penalty_through_kernels_equals_one_through_plain_forms(layout):
 
     ours = penalty(lambda x, layer: layer(x), leaky_relu, avg_pool_2x)
     assert_all_close(ours, penalty(stock, kernels.leaky_relu_plain, kernels.avg_pool_2x_plain))
+
+
+def test_a_penalty_through_kernels_by_finite_differences():
+    """By the weights of all layers, the second derivative that a step of D takes."""
+    torch.manual_seed(6)
+    images, sentence = float64(1, 2, 4, 4), float64(1, 2)
+    layers = nn.Sequential(Conv2d(2, 2, 3, 1, 1), kernels.LeakyReLU(), Conv2d(2, 1, 2, bias=False)).double()
+    weights = dict(layers.named_parameters())
+
+    def penalty(*values):
+        x = avg_pool_2x(
+            torch.func.functional_call(layers[:2], dict(zip(list(weights)[:2], values, strict=False)), images)
+        )
+        x = torch.func.functional_call(layers[2], {"weight": values[2]}, x)
+        return matching_aware_gradient_penalty(x.flatten() * sentence.sum(), images, sentence)
+
+    assert torch.autograd.gradcheck(penalty, tuple(value.detach().requires_grad_() for value in weights.values()))

@@ -112,6 +112,31 @@ def test_word_loss_in_groups_of_similar_length_follows_the_formulas(values, monk
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
+def test_context_norms_by_hand_and_by_finite_differences():
+    """αᵀPα with P = [[2, 1], [1, 3]] and α = (1, 2): 2 + 2·2 + 3·4; by α: 2Pα; by P: ααᵀ."""
+    alpha = torch.tensor([[[1.0, 2.0]]], dtype=torch.float64, requires_grad=True)
+    products = torch.tensor([[[2.0, 1.0], [1.0, 3.0]]], dtype=torch.float64, requires_grad=True)
+    norms = miscc.losses._SquaredContextNorms.apply(alpha, products)
+    by_alpha, by_products = torch.autograd.grad(norms.sum(), (alpha, products))
+    assert norms.tolist() == [[18.0]] and by_alpha.tolist() == [[[8.0, 14.0]]]
+    assert by_products.tolist() == [[[1.0, 2.0], [2.0, 4.0]]]
+    torch.manual_seed(9)
+    vectors = torch.randn(2, 3, 4, dtype=torch.float64)
+    inputs = (torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True), (vectors.mT @ vectors).requires_grad_())
+    assert torch.autograd.gradcheck(miscc.losses._SquaredContextNorms.apply, inputs)
+
+
+@pytest.mark.parametrize("number", [3, 8])  # from eight on, captions are sorted by length
+def test_word_and_sentence_loss_by_finite_differences(number):
+    torch.manual_seed(8)
+    regions = torch.randn(number, 2, 1, 2, dtype=torch.float64, requires_grad=True)
+    words = torch.randn(number, 2, 3, dtype=torch.float64, requires_grad=True)
+    lengths, class_ids = torch.arange(number) % 3 + 1, torch.arange(number) // 2
+    assert torch.autograd.gradcheck(lambda r, w: word_loss(r, w, lengths, class_ids, 2.0, 2.0, 2.0), (regions, words))
+    code, sentence = regions[:, :, 0, 0].detach().requires_grad_(), words[:, :, 0].detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda c, s: sentence_loss(c, s, class_ids, 2.0), (code, sentence))
+
+
 def test_word_loss_in_parts_is_the_same(pairs, monkeypatch):
     whole = word_loss(*pairs)
     gradient = torch.autograd.grad(sum(whole), pairs[0])[0]
