@@ -73,6 +73,8 @@ def _keep_as(path: Path, previous: Path) -> None:
         os.replace(path, previous)
     else:
         os.replace(temporary, previous)
+        # After a kill between this and the next rename both names were one file already: then that rename does nothing.
+        _remove(temporary)
 
 
 def _failed_write(error: BaseException | None) -> str:

@@ -17,13 +17,12 @@ def pytest_addoption(parser):
     parser.addoption("--write-pins", action="store_true", help="write tests/fixtures/pinned_steps.json anew")
 
 
-@pytest.fixture(scope="session")
-def drawn_folder(tmp_path_factory):
-    """A prepared `folder` data set: 40 training and 12 test drawings of 40 px with three captions each."""
+def draw_folder(root: Path) -> Path:
+    """Make and prepare a `folder` data set: 40 training and 12 test drawings of 40 px with three captions each."""
     from PIL import Image
 
-    root = tmp_path_factory.mktemp("drawn")
-    (root / "images").mkdir()
+    # The drawings.
+    (root / "images").mkdir(parents=True)
     lines = {}
     for split, number in (("train", 40), ("test", 12)):
         names = []
@@ -34,12 +33,20 @@ def drawn_folder(tmp_path_factory):
             lines[name] = bird.captions[:3]
             names.append(name)
         (root / f"{split}.txt").write_text("\n".join(names) + "\n")
+
+    # Their captions, and what a user's `prepare` makes of both.
     rows = [json.dumps({"image": name, "caption": caption}) for name, captions in lines.items() for caption in captions]
     (root / "captions.jsonl").write_text("\n".join(rows) + "\n")
     from datasets.prepare import main as prepare
 
     prepare(["folder", "--root", str(root)])
     return root
+
+
+@pytest.fixture(scope="session")
+def drawn_folder(tmp_path_factory):
+    """That data set, once for all tests."""
+    return draw_folder(tmp_path_factory.mktemp("drawn"))
 
 
 def settings(path, text, command="gan", overrides=()):

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from miscc.checkpoint import check_whole, load_checkpoint, save_checkpoint, validate
-from miscc.errors import CheckpointError, ConfigError, DamagedError, WriteError
-from miscc.files import write_text
+from miscc.errors import CheckpointError, ConfigError, DamagedError, UserError, WriteError
+from miscc.files import remove_unfinished, write_text
 from miscc.lock import FolderLock
 
 
@@ -62,6 +62,11 @@ class RunDir:
                 f"OUTPUT_DIR: {output_dir} cannot be made ({error.strerror}); choose another place"
             ) from None
 
+        # Runs that were killed while they wrote their first checkpoint are of no use, and large.
+        for path in (path for _, path in _numbered_directories(output_dir) if path.name[6:] == name):
+            if not cls(path).has_state():
+                cls(path)._clear()
+
         # The next number; where another process was faster, the one after it.
         number = max((n for n, _ in _numbered_directories(output_dir)), default=-1) + 1
         while True:
@@ -104,6 +109,20 @@ class RunDir:
         """Give up the lock, where this process holds it."""
         if self._lock is not None:
             self._lock.release()
+
+    def remove_unfinished(self) -> None:
+        """Delete the temporary files that killed processes left here. Only for the process that holds the lock."""
+        for folder in (self.path, self.last.parent, self.picture(0).parent):
+            remove_unfinished(folder)
+
+    def _clear(self) -> None:
+        """`remove_unfinished`, unless another process trains here."""
+        try:
+            self.lock()
+        except UserError:
+            return
+        self.remove_unfinished()
+        self.release()
 
     # -- the run's state -----------------------------------------------------------------------------------------
 

@@ -18,7 +18,6 @@ from miscc.batch import Batch
 from miscc.checkpoint import save_checkpoint
 from miscc.config import Config, to_plain, to_yaml
 from miscc.distributed import World
-from miscc.files import remove_unfinished
 from miscc.pictures import save_image
 from miscc.progress import note
 from miscc.randomness import noise_for, seed_everything
@@ -76,7 +75,7 @@ def train(cfg: Config, world: World, resume: bool = False, resume_if_exists: boo
         note(to_yaml(cfg))
     run = run if world.is_main else None
     if run is not None:
-        remove_unfinished(run.last.parent)
+        run.remove_unfinished()
 
     progress = Progress(run, trainer.step, Tracker(package, run, cfg) if package and run is not None else None)
     try:

@@ -1,0 +1,87 @@
+"""`make faults N=500 SEED=1`: faults at seeded random moments of small trainings, which must end as if undisturbed.
+
+Each training is hit several times, goes on with --resume after each fault, and must reach the weights of a training that
+nothing disturbed, bit for bit. The seed chooses kinds, places and moments; a moment with a delay is as exact as the
+machine is even (see `Moment`).
+"""
+
+import collections
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from random import Random
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a process that starts threads cannot be forked safely
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+from faults.harness import Outcome, chosen_kinds, run_case, small_disk  # noqa: E402
+from faults.kinds import KINDS  # noqa: E402
+from faults.trainings import Material, quicken  # noqa: E402
+
+from miscc.command_line import CommandParser, not_negative, positive  # noqa: E402
+from miscc.progress import ProgressBar  # noqa: E402
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Markdown: faults by kind, how many came in time, how many were wrong."""
+    rows = ["| kind | faults | came too late | wrong |", "|---|---|---|---|"]
+    counts = collections.Counter((o.kind, "wrong" if o.wrong else "fine" if o.struck else "late") for o in outcomes)
+    for kind in KINDS:
+        fine, late, wrong = (counts[kind, what] for what in ("fine", "late", "wrong"))
+        if fine + late + wrong:
+            rows.append(f"| {kind} | {fine + wrong} | {late} | {wrong} |")
+    return "\n".join(rows)
+
+
+def main() -> int:
+    parser = CommandParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--number", type=positive, default=100, metavar="N", help="apply at least so many faults")
+    parser.add_argument("--seed", type=not_negative, default=1, metavar="N", help="chooses kinds and moments")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND", help=f"of these alone: {', '.join(KINDS)}")
+    parser.add_argument("--case", type=not_negative, metavar="N", help="run this case of the seed alone, again")
+    options = parser.parse_args()
+    names, started = options.kinds or list(KINDS), time.monotonic()
+
+    # What all cases share, and a disk that can be filled, where root may mount one.
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    quicken()
+    material = Material(folder / "shared", options.seed)
+    outcomes: list[Outcome] = []
+    with small_disk(folder / "disk") as disk, ProgressBar(what="faults", total=options.number, unit="faults") as bar:
+        case = options.case or 0
+        while sum(outcome.struck for outcome in outcomes) < options.number:
+            rng = Random(f"{options.seed}-{case}")
+            kinds, disk_of_case = chosen_kinds(names, rng), rng.choice((disk, None))
+            if "disk full" in kinds:
+                disk_of_case = disk
+            found = run_case(material, folder / f"case{case}", disk_of_case, kinds, f"{options.seed}-{case}-faults")
+            outcomes += found
+            bar.update(min(options.number, sum(o.struck for o in outcomes)) - bar.done)
+
+            # What is wrong, at once.
+            if wrong := found[-1].wrong:
+                print(f"seed {options.seed}, case {case} ({', '.join(o.kind for o in found)}): {wrong}")
+                print(f"  its files: {folder / f'case{case}'}", flush=True)
+            case += 1
+            if options.case is not None:
+                break
+
+    # The counts.
+    print(table(outcomes))
+    struck, wrong = sum(o.struck for o in outcomes), sum(bool(o.wrong) for o in outcomes)
+    seconds = time.monotonic() - started
+    print(
+        f"{struck} faults in {case - (options.case or 0)} trainings, seed {options.seed}, {seconds:.0f} s: {wrong} wrong"
+    )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
