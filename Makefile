@@ -7,7 +7,7 @@ DEMO   := output/demo
 GPU    ?=
 DEVICE := $(if $(GPU),--gpu $(GPU),)
 
-.PHONY: demo serve test slow-test check fuzz audit house clean-demo environment
+.PHONY: demo serve test slow-test check fuzz faults audit house clean-demo environment
 
 environment: $(VENV)/installed
 
@@ -68,6 +68,11 @@ SEED ?= 1
 
 fuzz: environment
 	$(RUN) tests/fuzz/run.py --number $(N) --seed $(SEED)
+
+# Faults at random moments of small trainings, seeded; about two seconds each.
+faults: N := 500
+faults: environment
+	$(RUN) tests/faults/run.py --number $(N) --seed $(SEED)
 
 # Known holes in what is installed; wants the internet.
 audit: environment

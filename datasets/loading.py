@@ -90,7 +90,7 @@ class _Loader(DataLoader):
     """
 
     def __iter__(self):  # pyrefly: ignore[bad-override]  # a generator over the iterator that PyTorch returns
-        is_main = threading.current_thread() is threading.main_thread()
+        batches, is_main = None, threading.current_thread() is threading.main_thread()
         before = signal.getsignal(signal.SIGCHLD) if is_main and hasattr(signal, "SIGCHLD") else None
         try:
             batches = super().__iter__()
@@ -99,9 +99,9 @@ class _Loader(DataLoader):
             yield from batches
             return
 
-        # A worker has ended.
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        # A worker has ended: PyTorch has seen it, or its batch, which it hands over through a socket, cannot be had any more.
+        except (RuntimeError, OSError, EOFError) as error:
+            if "DataLoader worker" not in str(error) and not _has_lost_worker(batches, error):
                 raise
             message = (
                 f"WORKERS: a process that reads images was killed, as happens when memory runs short; use fewer than "
@@ -115,7 +115,18 @@ class _Loader(DataLoader):
 
             # PyTorch's frame and this error hold each other, and the workers, which then end only after a time limit.
             traceback.clear_frames(error.__traceback__)
+        batches = None  # nor may this frame hold them
         raise DataError(message)
+
+
+def _has_lost_worker(batches: object, error: Exception) -> bool:
+    """Whether an error comes from receiving a batch of a worker that has ended."""
+    if not isinstance(error, (ConnectionError, FileNotFoundError, EOFError)):
+        return False
+    workers = getattr(batches, "_workers", [])
+    for worker in workers:
+        worker.join(0.1)  # a killed process takes a moment to end
+    return any(worker.exitcode is not None for worker in workers)
 
 
 def _start_worker(worker: int) -> None:

@@ -56,6 +56,8 @@ def write_atomically(
     # Also on Ctrl-C: leave no temporary file.
     except BaseException as error:
         _remove(temporary)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None  # torch's zip writer cannot close half an archive, and says that instead
         if reason := _failed_write(error):
             kept = "; what was there before is kept" if path.exists() else ""
             raise WriteError(f"{path}: cannot be written ({reason}){kept}") from None

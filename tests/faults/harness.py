@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from faults.kinds import KINDS, Fault
-from faults.trainings import STEPS, Ended, Material, Place
+from faults.trainings import STEPS, Ended, Material, Place, Training
 
 from training.run_dir import RunDir
 
@@ -45,6 +45,7 @@ class Case:
     def __init__(self, material: Material, place: Place, rng: Random):
         self.material, self.place, self.rng = material, place, rng
         self.left: list[Path] = []  # temporary files that were there before a fault
+        self.number = 0  # of groups of processes until now
         self.saved = 0  # the step that --resume would go on from
 
     def hit(self, kind: str) -> Outcome:
@@ -57,7 +58,7 @@ class Case:
         if struck:
             struck = fault.act(trainings) is not False
             trainings[0].go_on()
-        ended = [training.wait() for training in trainings]
+        ended = self.end_of(trainings, kind)
 
         # What was done while its cause lasts; then what a user puts right.
         fault.undo()
@@ -71,11 +72,19 @@ class Case:
         """Let the training end. Returns what is wrong with it."""
         cached = (self.place.data / "cache").is_dir()
         trainings = self.place.start(("DATA_CACHE", str(cached)), None, processes, resume=self.saved > 0)
-        ended = [training.wait() for training in trainings]
-        for one in ended:
+        for one in self.end_of(trainings, "finish"):
             if wrong := check_end(one, {0: ""}):
                 return f"at its end: {wrong}"
         return self.verdict_at_the_end(processes)
+
+    def end_of(self, trainings: Sequence[Training], name: str) -> list[Ended]:
+        """Wait for the processes; what they say is written beside the data, for people."""
+        ended = [training.wait() for training in trainings]
+        for rank, one in enumerate(ended):
+            path = self.place.folder / f"{self.number:02d}-{name}-{rank}.txt"
+            path.write_text(f"exit code {one.code}\n-- stdout\n{one.output}-- stderr\n{one.errors}")
+        self.number += 1
+        return ended
 
     # -- verdicts --------------------------------------------------------------------------------------------------
 
@@ -220,7 +229,7 @@ def run_case(material: Material, folder: Path, disk: Path | None, kinds: Sequenc
 
     # The end; what is wrong with it counts for the last fault.
     if not outcomes[-1].wrong:
-        outcomes[-1].wrong = case.finish(2 if "two" in kinds[0] else 1)
+        outcomes[-1].wrong = case.finish(2 if is_of_two(kinds[0]) else 1)
     if outcomes[-1].wrong and disk is not None:
         shutil.copytree(place.output, folder / "output", dirs_exist_ok=True)
     if disk is not None:
@@ -230,10 +239,23 @@ def run_case(material: Material, folder: Path, disk: Path | None, kinds: Sequenc
     return outcomes
 
 
+def is_of_two(kind: str) -> bool:
+    """Whether two processes train together."""
+    return kind in ("one of two killed", "SIGTERM to two")
+
+
+def each_kind(names: Sequence[str], rng: Random) -> Iterator[list[str]]:
+    """Kinds for several cases, so that each comes once; those of two processes do not mix with the others."""
+    for of_two in (False, True):
+        fitting = [name for name in names if is_of_two(name) == of_two]
+        rng.shuffle(fitting)
+        yield from (fitting[start : start + 4] for start in range(0, len(fitting), 4))
+
+
 def chosen_kinds(names: Sequence[str], rng: Random) -> list[str]:
     """The kinds of one case: 2 to 5, by their shares; those of two processes do not mix with the others."""
     weights = [KINDS[name][1] for name in names]
     first = rng.choices(names, weights)[0]
-    fitting = [name for name in names if ("two" in name) == ("two" in first)]
-    number = rng.randint(1, 2) if "two" in first else rng.randint(2, 5)
+    fitting = [name for name in names if is_of_two(name) == is_of_two(first)]
+    number = rng.randint(1, 2) if is_of_two(first) else rng.randint(2, 5)
     return [first, *rng.choices(fitting, [KINDS[name][1] for name in fitting], k=number - 1)]

@@ -5,11 +5,15 @@ nothing disturbed, bit for bit. The seed chooses kinds, places and moments; a mo
 machine is even (see `Moment`).
 """
 
+import argparse
 import collections
+import itertools
 import os
+import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -21,7 +25,7 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-from faults.harness import Outcome, chosen_kinds, run_case, small_disk  # noqa: E402
+from faults.harness import Outcome, chosen_kinds, each_kind, run_case, small_disk  # noqa: E402
 from faults.kinds import KINDS  # noqa: E402
 from faults.trainings import Material, quicken  # noqa: E402
 
@@ -40,12 +44,22 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(rows)
 
 
+def cases(options: argparse.Namespace, names: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """(number, kinds) of one case after the other, without end unless --each or --case was given."""
+    if options.each:
+        yield from enumerate(each_kind(names, Random(f"{options.seed}-each")))
+        return
+    for case in itertools.count() if options.case is None else (options.case,):
+        yield case, chosen_kinds(names, Random(f"{options.seed}-{case}"))
+
+
 def main() -> int:
     parser = CommandParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--number", type=positive, default=100, metavar="N", help="apply at least so many faults")
     parser.add_argument("--seed", type=not_negative, default=1, metavar="N", help="chooses kinds and moments")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND", help=f"of these alone: {', '.join(KINDS)}")
     parser.add_argument("--case", type=not_negative, metavar="N", help="run this case of the seed alone, again")
+    parser.add_argument("--each", action="store_true", help="apply each kind once, instead of --number")
     options = parser.parse_args()
     names, started = options.kinds or list(KINDS), time.monotonic()
 
@@ -55,23 +69,23 @@ def main() -> int:
     material = Material(folder / "shared", options.seed)
     outcomes: list[Outcome] = []
     with small_disk(folder / "disk") as disk, ProgressBar(what="faults", total=options.number, unit="faults") as bar:
-        case = options.case or 0
-        while sum(outcome.struck for outcome in outcomes) < options.number:
-            rng = Random(f"{options.seed}-{case}")
-            kinds, disk_of_case = chosen_kinds(names, rng), rng.choice((disk, None))
-            if "disk full" in kinds:
-                disk_of_case = disk
+        for case, kinds in cases(options, names):
+            rng = Random(f"{options.seed}-{case}-disk")
+            disk_of_case = disk if "disk full" in kinds else rng.choice((disk, None))
             found = run_case(material, folder / f"case{case}", disk_of_case, kinds, f"{options.seed}-{case}-faults")
             outcomes += found
             bar.update(min(options.number, sum(o.struck for o in outcomes)) - bar.done)
 
-            # What is wrong, at once.
+            # What is wrong, at once; and whether it is enough.
             if wrong := found[-1].wrong:
                 print(f"seed {options.seed}, case {case} ({', '.join(o.kind for o in found)}): {wrong}")
                 print(f"  its files: {folder / f'case{case}'}", flush=True)
-            case += 1
-            if options.case is not None:
+            if not options.each and sum(o.struck for o in outcomes) >= options.number:
                 break
+
+    # What went well leaves nothing.
+    if not any(outcome.wrong for outcome in outcomes):
+        shutil.rmtree(folder)
 
     # The counts.
     print(table(outcomes))
