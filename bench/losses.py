@@ -31,7 +31,8 @@ def word_ways(batch: int, plain: Callable, device: torch.device) -> Ways:
 
     def way(loss: Callable) -> Callable[[], list[Tensor]]:
         def run() -> list[Tensor]:
-            value = sum(loss(regions, words, lengths, class_ids, **GAMMAS))
+            image_to_text, text_to_image = loss(regions, words, lengths, class_ids, **GAMMAS)
+            value = image_to_text + text_to_image
             return [value.detach(), *torch.autograd.grad(value, regions)]
 
         return run
@@ -45,8 +46,8 @@ def penalty_ways(batch: int, image_size: int, nf: int, device: torch.device) -> 
     ours = OneWayDiscriminator(nf, image_size)
 
     # Open gates: at their initial zero the blocks would add nothing.
-    for block in ours.blocks:
-        torch.nn.init.constant_(block.gate, 0.1)
+    for gate in ours.gates():
+        torch.nn.init.constant_(gate, 0.1)
     networks = {"ours": ours.to(device), "plain": plain_copy(copy.deepcopy(ours)).to(device)}
 
     # The same pairs for both; biases have no gradient in a penalty.

@@ -4,6 +4,7 @@ Both draw the same captions and noise in one process, taking turns. The file is 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,8 @@ from miscc.errors import UserError, run_command
 from sampling.pipeline import TextToImage
 
 
-def measure(options) -> dict[str, dict[str, float]]:
-    """Images a second of each, at the median, and the ratio of both."""
+def measure(options) -> dict[str, Any]:
+    """Images a second of each, at the median, the ratio of both, and how far their images are apart, in levels of 255."""
     try:
         import onnxruntime
     except ImportError:

@@ -7,6 +7,7 @@ as models/, so that weights pass from one to the other and a test can show that 
 
 import copy
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from models.kernels import Conv2d
 from models.layers import DownBlock, OneWayDiscriminator
 from models.ssa_gan import SSAGAN, SSCBN, SSAGenerator
 from models.types import TextFeatures, Update
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class PlainSSCBN(SSCBN):
@@ -81,7 +84,7 @@ class PlainInceptionEncoder(InceptionEncoder):
         return regions, self.code_head(F.avg_pool2d(x, kernel_size=8).flatten(1))
 
 
-PLAIN = {
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     Conv2d: nn.Conv2d,
     SSCBN: PlainSSCBN,
     SSAGenerator: PlainGenerator,
@@ -91,7 +94,7 @@ PLAIN = {
 }
 
 
-def plain_copy(module: nn.Module) -> nn.Module:
+def plain_copy(module: Module) -> Module:
     """A copy of a network of ours, with its weights, whose parts compute in the plain form.
 
     The plain classes add no state, so a copied part becomes plain by taking on the other class.
@@ -164,7 +167,7 @@ class PlainSSAGAN(SSAGAN):
 
     def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
         generator, discriminator = self.networks["generator"], self.networks["discriminator"]
-        images = batch.images
+        images = batch.single_size
         text = self.networks["text_encoder"](batch.captions, batch.lengths).detach()
         sentence = text.sentence
         fake = generator(noise, text).images[-1]
@@ -206,13 +209,12 @@ class PlainSSAGAN(SSAGAN):
         # Both levels, each in both directions.
         words = plain_word_loss(regions, text.words, batch.lengths, batch.class_ids, **self.settings.gammas)
         sentence = plain_sentence_loss(code, text.sentence, batch.class_ids, self.settings.gamma3)
-        return {"words": sum(words), "sentence": sum(sentence)}
+        return {"words": words[0] + words[1], "sentence": sentence[0] + sentence[1]}
 
 
 def plain_system(system: SSAGAN) -> PlainSSAGAN:
     """The plain form of a system of ours, on copies of its networks: same settings, same weights."""
-    plain = copy.copy(system)
-    plain.__class__ = PlainSSAGAN
-    plain.networks = {name: plain_copy(network) for name, network in system.networks.items()}
+    networks = {name: plain_copy(network) for name, network in system.networks.items()}
+    plain = PlainSSAGAN(networks, **vars(system.settings))
     plain.train()
     return plain

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from miscc.batch import Batch
 from models.clip_features import Attention, ClipTextEncoder, TransformerBlock
@@ -70,7 +70,7 @@ class PlainFusionBlock(FusionBlock):
         return self.shortcut(x) + self.conv2(self.fusion2(residual, condition))
 
 
-PLAIN = {
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     Attention: PlainAttention,
     TransformerBlock: PlainTransformerBlock,
     ClipTextEncoder: PlainTextEncoder,
@@ -90,7 +90,7 @@ class PlainGALIP(GALIP):
         sentence = text.sentence.requires_grad_()
 
         # D on real pairs, wrong captions and fake images.
-        real_maps, _ = image_encoder(batch.images.detach().requires_grad_())
+        real_maps, _ = image_encoder(batch.single_size.detach().requires_grad_())
         features = discriminator.features(real_maps)
         real_logits = discriminator.logits(features, sentence)
         mismatched_logits = discriminator.logits(features, torch.cat([sentence[1:], sentence[:1]]))
@@ -115,9 +115,8 @@ class PlainGALIP(GALIP):
 
 def plain_galip(system: GALIP) -> PlainGALIP:
     """The plain form of a system of ours, on copies of its networks: same settings, same weights."""
-    plain = copy.copy(system)
-    plain.__class__ = PlainGALIP
-    plain.networks = {name: copy.deepcopy(network) for name, network in system.networks.items()}
+    networks = {name: copy.deepcopy(network) for name, network in system.networks.items()}
+    plain = PlainGALIP(networks, **vars(system.settings))
 
     # Copies of a generator share its ViT; here each needs its own.
     vit = system.networks["generator"].vit

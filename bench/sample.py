@@ -40,7 +40,7 @@ def fresh_pipeline(options, device: torch.device) -> TextToImage:
         for name, parameter in generator.named_parameters():
             if name.endswith("gate"):
                 parameter.fill_(1)
-        generator.to_rgb[2].weight.mul_(10)
+        generator.get_parameter("to_rgb.2.weight").mul_(10)
 
     vocabulary = Vocabulary(list(dict.fromkeys(WORDS)))
     return TextToImage(generator, TextEncoder(len(vocabulary)).to(device).eval(), vocabulary)

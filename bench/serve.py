@@ -50,6 +50,7 @@ def measure(options) -> dict[str, Any]:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
             # Its first line names the port, once it answers.
+            assert server.stdout is not None
             line = server.stdout.readline()
             if not line.startswith("http"):
                 errors.seek(0)

@@ -11,6 +11,7 @@ import torch
 
 from bench import common
 from bench.train_step import DAMSM_ENCODERS, Step, step_of
+from miscc.config import Config
 from miscc.errors import ConfigError, run_command
 from models.modes import eval_mode
 from models.registry import count_parameters
@@ -30,7 +31,7 @@ class Drawing:
             generator(self.step.noise, text_encoder(batch.captions, batch.lengths))
 
 
-def measure(configs: Mapping[str, Mapping], encoder: str, batch_size: int, rounds: int, device: torch.device) -> dict:
+def measure(configs: Mapping[str, Config], encoder: str, batch_size: int, rounds: int, device: torch.device) -> dict:
     """{name: figures} of every configuration: seconds, operations and bytes of a step, seconds of drawing a batch."""
     # Each step, and drawing by its networks.
     steps = {name: step_of(cfg, encoder, batch_size, device) for name, cfg in configs.items()}

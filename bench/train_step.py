@@ -6,10 +6,10 @@ bench/reference.py, in the same process and taking turns; the ratio is the figur
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,25 +19,27 @@ from bench.common import Clock
 from bench.reference import plain_system
 from bench.reference_galip import plain_galip
 from miscc.batch import Batch
+from miscc.config import Config
 from miscc.distributed import World
 from miscc.errors import ConfigError, run_command
 from models import IMAGE_ENCODERS, SYSTEMS, TEXT_ENCODERS
 from models.adversarial import AdversarialSystem
 from models.choice import chosen_system, keys_of, system_parts
 from models.clip_features import ClipImageEncoder, ClipTextEncoder, untrained_clip
-from models.types import System, Update
+from models.types import Generator, Network, System, TextFeatures, Update
 from training.build import build_networks, build_system
 from training.compute import checkpoint_activations, compile_networks, use_channels_last
 from training.ema import EMA
 from training.settings import load_config
-from training.step import Stepper, make_optimizers
+from training.step import PhaseHook, Stepper, make_optimizers
 
 # The image encoders of DAMSM's loss; systems of another kind bring their own.
 DAMSM_ENCODERS = [name for name, kind in IMAGE_ENCODERS.items() if kind is not ClipImageEncoder]
 NUM_WORDS, NUM_CLASSES = 5450, 200  # CUB's
 LONGEST = 20  # tokens of a caption, also where an encoder would take more
 AFTERWARDS = "optimizers, average"  # the phase after all passes
-REFERENCES = {"ssa_gan": plain_system, "galip": plain_galip}  # the systems that have a plain form
+# The systems that have a plain form, each with the function that makes it.
+REFERENCES: dict[str, Callable[[Any], System]] = {"ssa_gan": plain_system, "galip": plain_galip}
 OURS_ALONE = ("TRAIN.PRECISION", "TRAIN.COMPILE", "TRAIN.CHANNELS_LAST", "TRAIN.ACTIVATION_CHECKPOINTING")
 
 
@@ -73,11 +75,7 @@ class Step:
 
     def __call__(self, clock: Callable[[str], None] | None = None) -> None:
         """Run it; `clock(phase)` is called at the end of each phase."""
-
-        def on_phase(update: Update, phase: str) -> None:
-            clock(phase_name(update, phase))
-
-        for _ in self.stepper.steps(self.batch, self.noise, on_phase if clock else None):
+        for _ in self.stepper.steps(self.batch, self.noise, phase_hook(clock) if clock else None):
             pass
         self.average.update(self.system.networks["generator"])
         if clock:
@@ -91,6 +89,15 @@ class Step:
         with watched(self.system, clock):
             self(clock)
         return clock.phases
+
+
+def phase_hook(clock: Callable[[str], None]) -> PhaseHook:
+    """What the stepper calls at the end of each phase, so that the clock is given the table's name for it."""
+
+    def on_phase(update: Update, phase: str) -> None:
+        clock(phase_name(update, phase))
+
+    return on_phase
 
 
 def phase_name(update: Update, phase: str) -> str:
@@ -110,7 +117,7 @@ def watched(system: System, clock: Clock) -> Iterator[None]:
     handles, drawn = [], []
 
     def ends(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple, output: object = None) -> None:
+        def hook(module: nn.Module, inputs: tuple, output: Any = None) -> None:
             clock(names[name])
             if name == "generator":
                 drawn.append(True)
@@ -131,13 +138,15 @@ def watched(system: System, clock: Clock) -> Iterator[None]:
             handles.append(network.register_forward_hook(ends(name)))
 
     # DAMSM's losses, which are no module.
-    def timed(*arguments: Any) -> dict[str, Tensor]:
-        clock("D for G forward" if drawn else "other")
-        losses = type(system).damsm_losses(system, *arguments)
-        clock("DAMSM forward")
-        return losses
-
     if isinstance(system, AdversarialSystem):
+        damsm_losses = system.damsm_losses
+
+        def timed(images: Tensor, text: TextFeatures, batch: Batch) -> dict[str, Tensor]:
+            clock("D for G forward" if drawn else "other")
+            losses = damsm_losses(images, text, batch)
+            clock("DAMSM forward")
+            return losses
+
         system.damsm_losses = timed
     try:
         yield
@@ -165,7 +174,7 @@ def build(options: argparse.Namespace, device: torch.device, changed: list[tuple
     return step_of(cfg, options.encoder, options.batch, device)
 
 
-def step_of(cfg: Mapping, encoder: str, batch_size: int, device: torch.device) -> Step:
+def step_of(cfg: Config, encoder: str, batch_size: int, device: torch.device) -> Step:
     """A step of the system that the settings describe, with fresh networks and random images and captions.
 
     encoder: name of the image encoder; the small one looks at images of the last stage's size.
@@ -174,7 +183,7 @@ def step_of(cfg: Mapping, encoder: str, batch_size: int, device: torch.device) -
     torch.manual_seed(0)
     chosen = chosen_system(cfg)
     networks = build_networks(chosen)
-    generator = networks["generator"]
+    generator = cast(Generator, networks["generator"])
     networks |= FRESH_ENCODERS[cfg.TEXT.ENCODER](cfg, encoder, generator.image_size)
     for network in networks.values():
         for gate in network.gates():  # zero at the start, where denormal gradients would make a CPU slow
@@ -200,7 +209,7 @@ def step_of(cfg: Mapping, encoder: str, batch_size: int, device: torch.device) -
     return step
 
 
-def fresh_damsm(cfg: Mapping, encoder: str, image_size: int) -> dict[str, nn.Module]:
+def fresh_damsm(cfg: Config, encoder: str, image_size: int) -> dict[str, Network]:
     """DAMSM's encoders without training; encoder: name of the image encoder."""
     text_dim = cfg.TEXT.EMBEDDING_DIM
     arguments = {"text_dim": text_dim} | ({"image_size": image_size} if encoder == "small" else {})
@@ -210,7 +219,7 @@ def fresh_damsm(cfg: Mapping, encoder: str, image_size: int) -> dict[str, nn.Mod
     }
 
 
-def fresh_clip(cfg: Mapping, encoder: str, image_size: int) -> dict[str, nn.Module]:
+def fresh_clip(cfg: Config, encoder: str, image_size: int) -> dict[str, Network]:
     """CLIP's towers without training: the image tower of the settings' size, the text tower as it is in ViT-B/32."""
     text_dim = cfg.TEXT.EMBEDDING_DIM
     clip = untrained_clip(image_size, image_size // 7, cfg.CLIP.WIDTH, cfg.CLIP.BLOCKS, text_dim, NUM_WORDS)
