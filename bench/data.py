@@ -145,13 +145,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = common.parser(__doc__.splitlines()[0])
     parser.add_argument("--image-size", type=positive, default=256)
     parser.add_argument("--images", type=positive, default=192)
-    parser.add_argument("--batch", type=positive, default=24)
+    parser.add_argument("--batch-size", "--batch", dest="batch", type=positive, default=24)
     parser.add_argument("--workers", type=int, default=0, help="reading processes beside the main one")
     options = parser.parse_args(arguments)
 
     if options.images < options.batch:
         raise ConfigError(
-            f"--images: {options.images} are less than a batch of {options.batch}; more, or a lower --batch"
+            f"--images: {options.images} are less than a batch of {options.batch}; more, or a lower --batch-size"
         )
 
     # One core a process, as training's workers have.

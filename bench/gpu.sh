@@ -32,7 +32,7 @@ step() { # name, seconds at most, settings
     shift 2
     local set=()
     for pair in "$@"; do set+=(--set "TRAIN.${pair%%=*}" "${pair#*=}"); done
-    measure "step-$name" "$most" bench.train_step --image-size 256 --nf 64 --batch 24 --encoder inception --reference \
+    measure "step-$name" "$most" bench.train_step --image-size 256 --nf 64 --batch-size 24 --encoder inception --reference \
         --rounds 5 --warm-up 3 "${set[@]}"
 }
 
@@ -45,7 +45,7 @@ step bf16-checkpointing 60 PRECISION=bf16 CHANNELS_LAST=True ACTIVATION_CHECKPOI
 measure losses 30 bench.losses --image-size 256 --nf 64
 measure data 40 bench.data --rounds 5
 measure data-workers 70 bench.data --rounds 3 --images 480 --workers "$(nproc)"
-measure sample 40 bench.sample --image-size 256 --nf 64 --images 1024 --batch 64 --rounds 2
+measure sample 40 bench.sample --image-size 256 --nf 64 --images 1024 --batch-size 64 --rounds 2
 
 if [ "$birds" -gt 0 ]; then
     data=$out/toybirds-data
@@ -59,7 +59,7 @@ if [ "$birds" -gt 0 ]; then
             timeout --signal TERM "$(within "$birds")" "$python" main.py --cfg cfg/demo.yml --gpu 0 --set DATA_DIR "$data" \
                 TEXT.DAMSM_NAME "$out/encoders/best.pth" OUTPUT_DIR "$out/$precision" TRAIN.PRECISION "$precision" TRAIN.MAX_STEPS 800
             timeout "$(within 90)" "$python" eval/attributes.py --checkpoint "$out/$precision"/*/checkpoints/last.pth \
-                --cache "$out/judges" --json "$out/attributes-$precision.json"
+                --cache-dir "$out/judges" --json "$out/attributes-$precision.json"
         } >"$out/toybirds-$precision.log" 2>&1 || echo "   failed: $out/toybirds-$precision.log"
     done
     rm -rf "$data"

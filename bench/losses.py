@@ -106,7 +106,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = common.parser(__doc__.splitlines()[0])
     parser.add_argument("--image-size", type=int, default=64, help="of the discriminator under the penalty")
     parser.add_argument("--nf", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=24, help="of the penalty and the hinge")
+    parser.add_argument(
+        "--batch-size", "--batch", dest="batch", type=int, default=24, help="of the penalty and the hinge"
+    )
     options = parser.parse_args(arguments)
     device = common.start(options)
 

@@ -51,7 +51,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="the model in PyTorch")
     parser.add_argument("--onnx", required=True, metavar="FILE", help="the same as serve.export wrote it")
-    parser.add_argument("--batch", type=positive, default=16, metavar="N", help="images at once")
+    parser.add_argument(
+        "--batch-size", "--batch", dest="batch", type=positive, default=16, metavar="N", help="images at once"
+    )
     options = parser.parse_args(words)
     device = common.start(options)
     results = {"machine": common.machine(device), "batch": options.batch} | measure(options)

@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--images", type=positive, default=512, help="many, as a picture of the first 24 is made each time"
     )
-    parser.add_argument("--batch", type=positive, default=32)
+    parser.add_argument("--batch-size", "--batch", dest="batch", type=positive, default=32)
     parser.add_argument("--folder", metavar="DIR", help="where to write, instead of the system's temporary folder")
     options = parser.parse_args(arguments)
     check(options)

@@ -90,7 +90,7 @@ def table(results: dict) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = common.parser(__doc__.splitlines()[0])
     parser.add_argument("--cfg", nargs="+", metavar="FILE", help="settings to compare (default: cfg/toybirds_*.yml)")
-    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--batch-size", "--batch", dest="batch", type=int, default=24)
     parser.add_argument("--encoder", default="small", choices=sorted(DAMSM_ENCODERS))
     options = parser.parse_args(arguments)
 

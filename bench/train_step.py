@@ -1,4 +1,4 @@
-"""How long a training step takes and where: `python -m bench.train_step --image-size 64 --nf 16 --batch 24 --reference`.
+"""How long a training step takes and where: `python -m bench.train_step --image-size 64 --nf 16 --batch-size 24 --reference`.
 
 Any system of models.SYSTEMS, by its updates, on random images and fresh weights. --reference: also the plain form of
 bench/reference.py, in the same process and taking turns; the ratio is the figure that counts.
@@ -338,7 +338,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--system", default="ssa_gan", choices=sorted(SYSTEMS))
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--nf", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--batch-size", "--batch", dest="batch", type=int, default=24)
     parser.add_argument("--encoder", default="small", choices=sorted(DAMSM_ENCODERS))
     parser.add_argument(
         "--set", nargs=2, action="append", metavar=("KEY", "VALUE"), help="any setting; may be repeated"

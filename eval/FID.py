@@ -277,7 +277,7 @@ def main() -> None:
     # Two files of statistics need no network.
     only_statistics = holds_statistics(args.real) and holds_statistics(args.fake)
     network = None if only_statistics else network_of(args)
-    choices = {"cache": args.cache, "skip_broken": args.skip_broken, **extraction_of(args)}
+    choices = {"cache": args.cache_dir, "skip_broken": args.skip_broken, **extraction_of(args)}
 
     # Statistics for later, in place of the real images.
     if args.save_statistics:

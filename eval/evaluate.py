@@ -271,7 +271,7 @@ def main(words: Sequence[str] | None = None) -> None:
         # What the protocol's metrics need, and the real images.
         by_encoders = any(needs.encoders for needs in needs_of(protocol, {}).values())
         encoders = encoders_for(args.encoders, config, world.device) if by_encoders else None
-        files = (args.weights, args.lpips_weights, args.clip, args.cache)
+        files = (args.weights, args.lpips_weights, args.clip, args.cache_dir)
         tools = Tools(encoders, *files, args.batch_size)
         real = records_for(config, protocol.real_split, args.data_dir, vocabulary)
 

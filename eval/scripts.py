@@ -71,10 +71,17 @@ def add_ranking_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a script that keeps reference statistics."""
+    add_cache_dir_option(parser, "kept statistics")
+    parser.add_argument("--no-cache", dest="cache_dir", action="store_const", const=None, help="keep nothing")
+
+
+def add_cache_dir_option(parser: argparse.ArgumentParser, content: str) -> None:
+    """`--cache-dir` (formerly `--cache`) as the Path `options.cache_dir`. content: what is kept there."""
+    folder = default_cache()
     parser.add_argument(
-        "--cache", type=Path, default=default_cache(), help=f"folder of kept statistics ({default_cache()})"
-    )
-    parser.add_argument("--no-cache", dest="cache", action="store_const", const=None, help="keep nothing")
+        "--cache-dir", "--cache", dest="cache_dir", type=Path, default=folder, metavar="DIR",
+        help=f"folder of {content} ({folder})",
+    )  # fmt: skip
 
 
 def network_of(args: argparse.Namespace) -> FeatureNetwork:

@@ -202,7 +202,7 @@ def test_the_script_on_a_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(attributes, "load_classifier", lambda *arguments: asked.append(arguments) or judge)
     out = tmp_path / "out.json"
     command = ["attributes.py", "--checkpoint", str(checkpoint), "--num-images", "30", "--per-caption", "3"]
-    monkeypatch.setattr("sys.argv", [*command, "--device", "cpu", "--json", str(out), "--cache", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", [*command, "--device", "cpu", "--json", str(out), "--cache-dir", str(tmp_path)])
     attributes.main()
     assert asked == [(32, torch.device("cpu"), tmp_path)]
     written = json.loads(out.read_text())

@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: counts and tables; how fast something is depends on the machine and is no test."""
 
+import argparse
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import common, data, gpu_table, losses, sample, train_step
+from bench import common, data, gpu_table, losses, onnx, sample, systems, train_step
 from miscc.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -47,9 +48,25 @@ def test_memory_is_what_a_call_needs_beyond_what_was_held():
     assert 0.8 * 2**26 < found < 1.5 * 2**26 and held.sum() == 2**20
 
 
+@pytest.mark.parametrize("bench", [data, losses, onnx, sample, systems, train_step], ids=lambda module: module.__name__)
+def test_the_batch_size_has_one_name_and_its_former_one(bench, monkeypatch):
+    class ParsedError(Exception):
+        pass
+
+    def parse(parser, words):
+        parser.allow_abbrev = False
+        raise ParsedError(parser.parse_known_args(words)[0].batch)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    needed = ["--checkpoint", "x", "--onnx", "x"] if bench is onnx else []
+    for spelling in ("--batch-size", "--batch"):
+        with pytest.raises(ParsedError, match="^7$"):
+            bench.main([*needed, spelling, "7"])
+
+
 @pytest.mark.parametrize("extra", [["--reference"], ["--system", "df_gan"], ["--set", "TRAIN.PRECISION", "bf16"]])
 def test_a_step_is_measured_phase_by_phase(tmp_path, capsys, extra):
-    tiny = "--gpu -1 --image-size 16 --nf 2 --batch 3 --rounds 1 --warm-up 1".split()
+    tiny = "--gpu -1 --image-size 16 --nf 2 --batch-size 3 --rounds 1 --warm-up 1".split()
     train_step.main([*tiny, "--json", str(tmp_path / "step-tf32.json"), *extra])
     found = json.loads((tmp_path / "step-tf32.json").read_text())
     ours = found["steps"]["ours"]
@@ -119,7 +136,7 @@ def test_sampling_is_measured_where_it_writes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         sample, "sample", lambda *given, **named: places.append(Path(given[2]).parent) or original(*given, **named)
     )
-    size = "--gpu -1 --image-size 16 --nf 2 --images 6 --batch 4 --rounds 2".split()
+    size = "--gpu -1 --image-size 16 --nf 2 --images 6 --batch-size 4 --rounds 2".split()
     sample.main([*size, "--folder", str(folder), "--json", str(figures)])
     found = json.loads(figures.read_text())
     assert found["ways"]["generator alone"]["of_the_generators"] == 1.0 and len(found["ways"]) == 3

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from eval.features.statistics import default_cache
+from eval.scripts import add_cache_arguments
 from miscc.command_line import (
     add_data_dir_option,
     add_device_option,
@@ -53,6 +55,13 @@ def test_devices_that_are_not_there_are_named():
 def test_the_data_folder_has_one_name_and_its_former_ones():
     words = (("--data-dir", "x"), ("--root", "x"))
     assert [parse(*pair, former=["--root"]).data_dir for pair in words] == [Path("x"), Path("x")]
+
+
+def test_the_folder_of_kept_statistics_has_one_name_and_its_former_one():
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_cache_arguments(parser)
+    assert [parser.parse_args([word, "x"]).cache_dir for word in ("--cache-dir", "--cache")] == [Path("x"), Path("x")]
+    assert parser.parse_args(["--no-cache"]).cache_dir is None and parser.parse_args([]).cache_dir == default_cache()
 
 
 def test_short_forms_come_after_set_and_win():

@@ -288,7 +288,16 @@ def test_self_check(drawn_folder, records, tmp_path):
 
 
 def test_the_command_adds_a_record_beside_the_checkpoint(checkpoint, capsys, tmp_path, drawn_folder):
-    words = ["--checkpoint", str(checkpoint), "--protocol", "quick", "--device", "cpu", "--cache", str(tmp_path / "c")]
+    words = [
+        "--checkpoint",
+        str(checkpoint),
+        "--protocol",
+        "quick",
+        "--device",
+        "cpu",
+        "--cache-dir",
+        str(tmp_path / "c"),
+    ]
     main(words)
     main([*words, "--num-images", "10", "--data-dir", str(drawn_folder)])
     main([*words, "--selfcheck"])

@@ -16,9 +16,8 @@ from PIL import Image
 
 from datasets.toybirds.dataset import ToyBirds
 from eval.features.sources import batches
-from eval.features.statistics import default_cache
 from eval.metric import Metric, Run, ScoringBatch
-from eval.scripts import add_arguments, broken, open_images, print_lines, versions
+from eval.scripts import add_arguments, add_cache_dir_option, broken, open_images, print_lines, versions
 from eval.toybirds.classifiers import Recipe
 from miscc.command_line import CommandParser, named_device, seed_number
 from miscc.errors import DataError
@@ -235,7 +234,7 @@ def run_bird_script(name: str, description: str, metric_class: type[BirdMetric])
         raise DataError(f"{args.samples or args.checkpoint}: there are no masks; {hint}")
 
     # Their scores.
-    metric = metric_class(birds.device, args.cache, args.seed)
+    metric = metric_class(birds.device, args.cache_dir, args.seed)
     requests = _requests(birds.captions, birds.keys)
     metric.update(ScoringBatch(list(birds.images), range(len(birds.images)), requests, birds.masks))
 
@@ -254,8 +253,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--per-caption", type=int, default=1, metavar="N", help="images of each caption (default 1)")
     parser.add_argument("--seed", type=seed_number, default=0, help="of captions and noise (default 0)")
     parser.add_argument("--truncation", type=float, metavar="T", help="draw with truncated noise, e.g. 0.8")
-    cache = default_cache()
-    parser.add_argument("--cache", type=Path, default=cache, help=f"folder where trained networks are kept ({cache})")
+    add_cache_dir_option(parser, "trained networks")
     add_arguments(parser, network=False, weights=False)
 
 
