@@ -26,13 +26,14 @@ from eval.scripts import add_ranking_arguments, run_script
 from miscc.checkpoint import hash_tensors
 from miscc.command_line import named_device
 from miscc.errors import CheckpointError, DataError, UserError, run_command
-from miscc.files import write_text
+from miscc.files import read_json, write_text
 from miscc.images import from_uint8
 from miscc.randomness import stream
 from miscc.vocabulary import Vocabulary, tokenize
 from models.modes import no_tf32
 from sampling.encoders import Encoders, load_encoders, released_vocabulary
 
+MOST_BYTES = 1 << 27  # of a file of candidates; those of 30,000 images with 99 wrong captions each have 25 MB
 SAME = 1e-12  # cosines that differ by less are equal: captions that differ only in words that the encoder does not know
 
 
@@ -57,7 +58,7 @@ class CandidateLists:
     def load(cls, path: str | Path, files: Sequence[str], captions: Sequence[str]) -> "CandidateLists":
         """Read what `save` wrote, for these images with these captions. Raises DataError if it is for others."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_json(path, MOST_BYTES)
             rows = {row["file"]: row for row in content["images"]}
             pool = tuple(str(caption) for caption in content["pool"])
             lists = cls(
@@ -69,7 +70,7 @@ class CandidateLists:
             told = [pool[index] for index in lists.true]
             if lists.candidates.size and not 0 <= lists.candidates.min() <= lists.candidates.max() < len(pool):
                 raise ValueError("a candidate is not in the pool")
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
             raise DataError(
                 f"{path}: holds no candidate lists for these images ({error!r}); remove it to draw new ones"
             ) from None

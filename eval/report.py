@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 
 from eval.protocol.report import lines as score_lines
@@ -19,9 +18,10 @@ from eval.report_plots import plots, read_stats
 from eval.report_samples import Shown, confusions, evenly, nearest_images, records_of, worst_captions
 from miscc.command_line import CommandParser, positive
 from miscc.config import flatten
-from miscc.errors import DataError, UserError, run_command
-from miscc.files import write_text
+from miscc.errors import ConfigError, DataError, UserError, run_command
+from miscc.files import read_bytes, write_text
 from miscc.pictures import resize_pixels, unit_to_uint8
+from miscc.yaml_reader import read_yaml_text
 from sampling.encoders import load_encoders
 from sampling.pipeline import TextToImage
 
@@ -58,9 +58,11 @@ class Run:
                 f"{path}: is no run (config.yml is missing); give a folder such as output/00000-bird-ssa_gan"
             )
         try:
-            self.config = yaml.safe_load((self.path / "config.yml").read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
+            self.config = read_yaml_text(read_bytes(self.path / "config.yml").decode("utf-8")) or {}
+        except (OSError, ValueError, ConfigError) as error:
             raise DataError(f"{self.path / 'config.yml'}: cannot be read ({error})") from None
+        if not isinstance(self.config, dict):
+            raise DataError(f"{self.path / 'config.yml'}: holds no settings, KEY: value lines; it is no run's")
 
         # Curves, scores, and the newest checkpoint: where they are depends on the kind of run.
         self.name = self.path.resolve().name

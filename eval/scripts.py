@@ -21,7 +21,7 @@ from eval.metric import NOTHING, Metric, Run, Score, ScoringBatch, Tools
 from eval.protocol.protocols import Protocol
 from miscc.command_line import CommandParser, add_device_option, named_device, positive, seed_number
 from miscc.errors import CheckpointError
-from miscc.files import write_json
+from miscc.files import read_json, write_json
 from miscc.progress import ProgressBar
 from sampling.requests import Request
 
@@ -194,7 +194,7 @@ def score_images(
 def said_of_samples(folder: str | Path, field: str) -> Any:
     """A field of samples.json in a folder of samples, such as encoder_hash; None where it does not say."""
     try:
-        return json.loads((Path(folder) / ABOUT_FILE).read_text(encoding="utf-8")).get(field)
+        return read_json(Path(folder) / ABOUT_FILE).get(field)
     except (OSError, ValueError, AttributeError):
         return None
 

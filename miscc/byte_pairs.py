@@ -7,7 +7,7 @@ A caption reaches the text encoder whole: every character has a token, so no wor
 import functools
 import gzip
 import html
-import json
+import io
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 import regex
 
 from miscc.errors import DataError
+from miscc.files import MOST_BYTES, read_bytes, read_json
 from miscc.vocabulary import Vocabulary
 
 START, STOP = "<|startoftext|>", "<|endoftext|>"  # the last two entries
@@ -163,11 +164,16 @@ def read_merges(path: Path) -> list[str]:
     """The merges in one of FILES. Raises DataError for something else."""
     try:
         if path.suffix == ".json":
-            merges = json.loads(path.read_text(encoding="utf-8"))["model"]["merges"]
+            merges = read_json(path)["model"]["merges"]
             return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
 
         # Text, packed or not: a line of comment, then a merge a line, more than CLIP uses.
-        text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = read_bytes(path)
+        if path.suffix == ".gz":
+            with gzip.open(io.BytesIO(text)) as stream:
+                text = stream.read(MOST_BYTES + 1)
+            if len(text) > MOST_BYTES:
+                raise ValueError(f"it unpacks to more than {MOST_BYTES >> 20} MiB")
         lines = text.decode("utf-8").split("\n")
         return [line for line in lines[1 : OPENAI_MERGES + 1] if line]
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:

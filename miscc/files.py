@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import IO, Any
@@ -17,6 +18,7 @@ WRITING_FAILED = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR,
     errno.ESTALE,
 }  # fmt: skip
+MOST_BYTES = 1 << 24  # of a JSON file; COCO's vocabulary has 0.3 MB, CLIP's tokenizer 4 MB
 
 
 def write_atomically(
@@ -148,6 +150,23 @@ def parse_json(text: str) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def read_bytes(path: str | Path, most_bytes: int = MOST_BYTES) -> bytes:
+    """The content of a small file. Raises ValueError for a pipe, device or larger file, OSError where it cannot be opened."""
+    # A pipe without a writer would be waited for.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise ValueError("it is no ordinary file")
+        content = stream.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"it has more than {most_bytes >> 20} MiB")
+    return content
+
+
+def read_json(path: str | Path, most_bytes: int = MOST_BYTES) -> Any:
+    """A small UTF-8 JSON file from outside. Raises ValueError for everything else, OSError where it cannot be opened."""
+    return parse_json(read_bytes(path, most_bytes).decode("utf-8"))
 
 
 def hash_of_file(path: str | Path) -> str:

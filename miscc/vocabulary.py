@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from miscc.errors import DataError, shown
-from miscc.files import parse_json, write_json
+from miscc.files import read_json, write_json
 
 END = "<end>"  # word 0: the padding
 _WORD = re.compile(r"\w+")  # what the originals ask of nltk's RegexpTokenizer; importing nltk takes two seconds
@@ -113,7 +113,7 @@ def read_words(path: str | Path) -> list[str]:
     """The list of words in a vocabulary.json. Raises DataError when it is missing or something else."""
     path = Path(path)
     try:
-        words = parse_json(path.read_text(encoding="utf-8"))
+        words = read_json(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such vocabulary; write it with `python -m datasets.prepare`") from None
     except (OSError, ValueError) as error:

@@ -4,7 +4,6 @@ A weight file, a folder, or a name in Hugging Face's cache is taken; what is mis
 """
 
 import importlib.util
-import json
 import os
 import re
 import warnings
@@ -21,6 +20,7 @@ from torch import Tensor
 from miscc.byte_pairs import FILES, BytePairs, read_merges
 from miscc.checkpoint import load_file
 from miscc.errors import CheckpointError
+from miscc.files import read_bytes, read_json
 from models.clip_features import LAYERS, Clip, load_clip
 
 MODEL = "openai/clip-vit-base-patch32"  # GALIP's, and that of CLIPScore's and CLIP-R-precision's papers
@@ -127,7 +127,10 @@ def cached_folders(name: str) -> list[Path]:
     # The snapshot that `main` points to, else whichever is there.
     reference = model / "refs" / "main"
     if reference.is_file():
-        folders = [model / "snapshots" / reference.read_text().strip()]
+        try:
+            folders = [model / "snapshots" / read_bytes(reference, 1 << 10).decode("utf-8").strip()]
+        except ValueError as error:
+            raise CheckpointError(f"{reference}: names no snapshot ({error}); download the model again") from None
     else:
         folders = sorted((model / "snapshots").glob("*")) or [model]
     return [*folders, *([home / "clip"] if name == MODEL else [])]
@@ -146,7 +149,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     for file, read in (("config.json", _hugging_face), ("open_clip_config.json", _open_clip)):
         # Descriptions are optional, so a damaged one is passed over.
         try:
-            return read(json.loads((folder / file).read_text(encoding="utf-8")))
+            return read(read_json(folder / file))
         except (OSError, ValueError, TypeError, AttributeError):
             continue
     return {}

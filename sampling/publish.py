@@ -3,7 +3,6 @@
 The folder's form is published.py's, its README.md model_card.py's.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from datasets import load_records
 from miscc.command_line import CommandParser
 from miscc.errors import DataError, UserError, run_command
-from miscc.files import hash_of_file, write_text
+from miscc.files import hash_of_file, read_json, write_text
 from miscc.pictures import caption_grid, save_image, unit_to_uint8
 from models.registry import network_name, to_state
 from sampling.model_card import model_card, without_local_paths
@@ -104,7 +103,7 @@ def read_evaluations(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = read_json(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as a list of results ({error}); move it away") from None
 

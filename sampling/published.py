@@ -4,7 +4,6 @@ Loading it executes nothing: tensors come from safetensors, everything else from
 is publish.py, its README.md comes from model_card.py.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import safetensors.torch
 
 from miscc.checkpoint import load_checkpoint, validate
 from miscc.errors import CheckpointError, DamagedError, DataError
-from miscc.files import hash_of_file, write_atomically, write_json
+from miscc.files import hash_of_file, read_json, write_atomically, write_json
 from miscc.vocabulary import Vocabulary, read_words
 
 WEIGHTS, CONFIG, VOCABULARY, CARD, PICTURE = (
@@ -141,8 +140,8 @@ def read_published(folder: str | Path) -> dict[str, Any]:
 def _read_config(path: Path) -> dict[str, Any]:
     """config.json, as far as loading depends on it."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = read_json(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); publish the model again") from None
     if not isinstance(config, dict) or not isinstance(config.get("format"), int):
         raise CheckpointError(f"{path}: describes no published model of this project (`format` is missing)")

@@ -65,7 +65,7 @@ class Guard:
 
 
 class SecurityHeaders(Guard):
-    """HEADERS on every response."""
+    """HEADERS on every response. Refuses addresses with bytes that no client may send, which frameworks fail to decode."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
@@ -74,6 +74,11 @@ class SecurityHeaders(Guard):
             await send(message)
 
         await super().__call__(scope, receive, send_with_headers)
+
+    def check(self, scope: Scope) -> tuple | None:
+        if scope.get("query_string", b"").isascii() and scope.get("raw_path", b"").isascii():
+            return None
+        return 400, "address: holds bytes beyond ASCII; percent-encode them"
 
 
 class KnownHosts(Guard):

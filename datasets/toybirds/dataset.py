@@ -28,7 +28,7 @@ from datasets.toybirds.attributes import (
 from datasets.toybirds.captions import named_attributes, write_captions
 from datasets.toybirds.drawing import draw
 from miscc.errors import DataError
-from miscc.files import write_json, write_text
+from miscc.files import read_json, write_json, write_text
 from miscc.progress import ProgressBar, note
 from miscc.randomness import stream
 
@@ -158,7 +158,7 @@ def write_cub_layout(
 def _is_finished(root: Path, parameters: dict[str, int]) -> bool:
     """Whether these very drawings are there. Raises DataError when others are."""
     try:
-        found = json.loads((root / MARKER).read_text(encoding="utf-8"))
+        found = read_json(root / MARKER)
     except FileNotFoundError:
         return False
     except (OSError, ValueError) as error:

@@ -12,7 +12,7 @@ import torch
 from eval.metric import COUNTS
 from eval.scripts import versions
 from miscc.errors import DataError, UserError
-from miscc.files import parse_json, write_json
+from miscc.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,7 +53,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as a list of results ({error}); move it away") from None
     if not isinstance(found, list):

@@ -3,7 +3,6 @@ of ToyBirds, eval/attributes.py and eval/mask_iou.py, share: their base class, a
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -21,6 +20,7 @@ from eval.scripts import add_arguments, add_cache_dir_option, broken, open_image
 from eval.toybirds.classifiers import Recipe
 from miscc.command_line import CommandParser, named_device, seed_number
 from miscc.errors import DataError
+from miscc.files import read_json
 from miscc.progress import ProgressBar
 from miscc.randomness import stream
 from sampling.pipeline import TextToImage
@@ -192,7 +192,7 @@ def _about(folder: Path) -> dict[str, Any]:
     """What the sampler wrote about the folder."""
     # A folder of older samples may not say.
     try:
-        about = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+        about = read_json(folder / "samples.json")
     except (OSError, ValueError):
         about = {}
     return {"samples": str(folder)} | (about if isinstance(about, dict) else {})
