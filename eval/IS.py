@@ -102,7 +102,7 @@ class InceptionScore(Metric):
                 f"{name}: {self.num_images} images in {self.splits} splits: too small; the papers have 30,000 in 10",
             )
 
-        # What another must know to compute the score again.
+        # What is needed to compute the score again.
         about = {**network.protocol(), "num_images": self.num_images, "splits": self.splits, "seed": self.seed}
         about |= {"num_classes": network.num_classes}
         details = {"splits": values.tolist()}

@@ -2,7 +2,7 @@
 
 `python eval/LPIPS.py IMAGES --by-caption`: diversity, the mean distance among images of the same caption (higher is
 more diverse). `python eval/LPIPS.py REAL FAKE`: each generated image against the real one whose caption it was made
-from (lower is closer). Images enter in [-1, 1], as the network wants them.
+from (lower is closer). The network takes images in [-1, 1].
 """
 
 import itertools

@@ -195,7 +195,7 @@ class RPrecision(Metric):
     ) -> None:
         """Raises DataError without a vocabulary, CheckpointError without an image encoder.
 
-        vocabulary: for encoders that carry none;
+        vocabulary: for encoders that have none;
         lists: of all images, in the order in which they come;
         generators_encoder: fingerprint of the generator's text encoder, None where it is not known;
         folder: of the samples, None where images come from elsewhere.
@@ -312,7 +312,7 @@ def tools_of(args: argparse.Namespace) -> Tools:
     """The encoders that the options name, with a vocabulary where --data-dir has one."""
     encoders = load_encoders(args.encoders, named_device(args.device))
 
-    # The authors' encoders come without their words.
+    # The authors' encoders have no vocabulary.
     if args.data_dir and encoders.vocabulary is None:
         encoders = encoders._replace(vocabulary=released_vocabulary(args.data_dir))
     return Tools(encoders, lists=args.lists)

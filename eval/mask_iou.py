@@ -198,8 +198,8 @@ class StageIoU:
     """One stage's masks (size px a side) against the outlines: mean IoU over images with a bird.
 
     iou: of the better polarity, the same for all images, inverted if that is the one where the mask is low;
-    other_iou: of the other polarity; shuffled_iou: of the better one with another image's outline, so what a mask
-    gets that does not know its image.
+    other_iou: of the other polarity;
+    shuffled_iou: of the better one with another image's outline: what a mask reaches that ignores its image.
     """
 
     size: int
@@ -213,8 +213,8 @@ class StageIoU:
 class MaskReport:
     """IoU with the segmenter's outlines, means over num_images - without_bird images.
 
-    mean_shape_iou, whole_frame_iou: of the mean outline of drawings, and of the whole image: baselines that know
-    nothing of the image; ceiling, mean_shape_ceiling: of the segmenter and of the mean shape on held-out drawings, against
+    mean_shape_iou, whole_frame_iou: of the mean outline of drawings, and of the whole image: baselines that do
+    not depend on the image; ceiling, mean_shape_ceiling: of the segmenter and of the mean shape on held-out drawings, against
     their true outlines; without_bird: images in which the segmenter finds less bird than 2 % of the area.
     """
 

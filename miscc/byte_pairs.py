@@ -123,7 +123,7 @@ class BytePairs(Vocabulary):
         return text.decode("utf-8", errors="replace").strip()
 
     def shorten(self, indices: Sequence[int], max_words: int, rng: np.random.Generator | None) -> list[int]:
-        """The first tokens, and the end token, whatever rng is."""
+        """The first tokens, and the end token; rng has no effect."""
         return list(indices) if len(indices) <= max_words else [*indices[: max_words - 1], self._indices[STOP]]
 
     def _merge(self, word: str) -> tuple[int, ...]:

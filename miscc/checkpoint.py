@@ -57,7 +57,7 @@ def load_file(path: str | Path, device: str | torch.device = "cpu") -> Any:
 
 
 def check_whole(path: Path) -> None:
-    """Raises DamagedError where the file's bytes are not those that torch.save wrote; its own reader compares no checksums."""
+    """Raises DamagedError where the file's bytes are not those that torch.save wrote; torch's reader checks no checksums."""
     if not path.is_file():
         what = "a folder, not a weight file: name the .pth in it" if path.is_dir() else "no such weight file"
         raise CheckpointError(f"{path}: {what}")
@@ -112,9 +112,9 @@ NUMBERS = {"best": ("loss", "epoch"), "evaluation": ("best_step",)}  # in these 
 
 
 def validate(checkpoint: Mapping[str, Any], path: str | Path) -> None:
-    """Check what is in a checkpoint before anything is built of it; which parts a use needs is the caller's.
+    """Check what is in a checkpoint before anything is built from it. The caller checks which parts it needs.
 
-    Raises CheckpointError, naming file and part, for another type, numbers that cannot be, and weights that are not finite.
+    Raises CheckpointError, naming file and part, for a wrong type, an impossible number, and weights that are not finite.
     """
     # Plain parts.
     for part, (kind, smallest) in PARTS.items():

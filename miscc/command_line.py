@@ -27,7 +27,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Help that names the default of each option that has one; None, False and [] say nothing to a reader."""
+    """Help that names the default of each option, unless it is None, False or []."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False, []) else super()._get_help_string(action)

@@ -1,7 +1,7 @@
-"""Reads YAML files and `--set`, and checks them against a schema that it is handed. YAML itself is yaml_reader.py's.
+"""Reads YAML files and `--set`, and checks them against a given schema. Parsing of YAML is in yaml_reader.py.
 
-Keys and spelling are those of SSA-GAN, AttnGAN and SEMA, so that their released files load as they are. What a setting means
-stands beside the part that uses it, see miscc/settings.py; what all commands have stands here.
+Keys and spelling are those of SSA-GAN, AttnGAN and SEMA, so that their released files load as they are. A setting is
+declared beside the part that uses it, see miscc/settings.py; those that all commands have are declared here.
 """
 
 import difflib
@@ -55,9 +55,9 @@ class Config(EasyDict):
 def read_given(
     path: str | Path, overrides: Iterable[tuple[str, str]], schema: Schema, skip_unknown: bool = False
 ) -> dict[str, Any]:
-    """What a YAML file and `--set` pairs say, as {key: value}, each of its type.
+    """The settings in a YAML file and in `--set` pairs, as {key: value}, converted to their types.
 
-    skip_unknown: leave out keys that the schema lacks, for a command that reads a file of another.
+    skip_unknown: leave out keys that the schema lacks, for a command that reads another command's file.
     Raises ConfigError for a missing or broken file, an unknown key (with the nearest name), or a value of another type.
     """
     # `--set` over the file. Text settings are taken as typed: "1e3" stays a name.
@@ -114,9 +114,9 @@ def resolve(given: Mapping[str, Any], schema: Schema, defaults: Mapping[str, Any
 
 
 def without_effect(given: Mapping[str, Any], schema: Schema, used: Iterable[str]) -> list[str]:
-    """Keys that are given although nothing reads them: of another command, or of another system.
+    """Keys that are set but that nothing reads, because they belong to another command or system.
 
-    used: the keys that are read. What original files carry along with its default does no harm and is not named.
+    used: the keys that are read. A key that has its default, as in many original files, is not named.
     """
     used = set(used)
     return [key for key, value in given.items() if key not in used and value not in (schema[key].default, None)]

@@ -46,7 +46,7 @@ def shown(value: object) -> str:
 def run_command(main: Callable[[], object]) -> None:
     """Run an entry script's `main`: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
 
-    So does what the system says of a named file: no permission, a name that is too long, a loop of links.
+    The same holds for an OSError that names a file: no permission, a name that is too long, a loop of links.
     """
     # Exit codes: 2 for what a user can mend, 130 and 141 as shells have them.
     try:
@@ -57,7 +57,7 @@ def run_command(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, `head` for instance, has gone
+    except BrokenPipeError:  # the program that reads our output, such as `head`, has ended
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:

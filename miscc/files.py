@@ -59,7 +59,7 @@ def write_atomically(
     except BaseException as error:
         _remove(temporary)
         if isinstance(error, RuntimeError) and isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None  # torch's zip writer cannot close half an archive, and says that instead
+            raise KeyboardInterrupt from None  # torch's zip writer cannot close half an archive, and raises that error instead
         if reason := _failed_write(error):
             kept = "; what was there before is kept" if path.exists() else ""
             raise WriteError(f"{path}: cannot be written ({reason}){kept}") from None
@@ -82,7 +82,7 @@ def _keep_as(path: Path, previous: Path) -> None:
 
 
 def _failed_write(error: BaseException | None) -> str:
-    """The reason of the OSError that an error is, or that torch's zip writer hides under a RuntimeError; "": none."""
+    """The reason in an OSError, or in one that torch's zip writer replaced by a RuntimeError; "" for other errors."""
     if not isinstance(error, (OSError, RuntimeError)):
         return ""
 
@@ -96,7 +96,7 @@ def _failed_write(error: BaseException | None) -> str:
 
 def _flush_folder(folder: Path) -> None:
     """Flush the names in a folder, which a power cut could otherwise undo."""
-    with contextlib.suppress(OSError):  # some file systems, and Windows, know no such thing
+    with contextlib.suppress(OSError):  # some file systems, and Windows, do not support it
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -120,7 +120,7 @@ def _create(path: Path) -> IO[bytes]:
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Delete what writes into this folder left unfinished when their process was killed."""
+    """Delete the temporary files of writes into this folder whose process was killed."""
     for path in Path(folder).glob(".*.tmp"):
         _remove(path)
 
@@ -136,10 +136,10 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def stays_inside(name: str) -> bool:
-    """Whether a relative path, as it is written, names something inside its folder. Links in the folder are its owner's."""
+    """Whether the text of a relative path stays inside its folder. Links in the folder are allowed, and not followed here."""
     path = PurePath(name.replace("\\", "/"))
 
-    # Windows' separators and drives, too: a folder may travel.
+    # Windows' separators and drives, too: a folder may be copied between systems.
     is_name = bool(path.name) and "\0" not in name and len(name) < 1000
     return is_name and not path.is_absolute() and not path.drive and ".." not in path.parts
 

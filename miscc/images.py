@@ -13,7 +13,7 @@ from miscc.errors import DataError
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # built without libjpeg, or a torchvision that has handed its decoders over
+except ImportError:  # built without libjpeg, or a torchvision without decoders
     decode_jpeg = None
 
 _EXIF_ORIENTATION = 0x0112
@@ -65,7 +65,7 @@ def _decode_jpeg(path: str | Path | BytesIO, upright: bool) -> torch.Tensor | No
                 return None
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torchvision 0.29 announces that its decoders will move elsewhere
+            warnings.simplefilter("ignore")  # torchvision 0.29 warns that its decoders will be moved
             decoded = decode_jpeg(torch.from_numpy(data), mode=ImageReadMode.RGB)
         return decoded.permute(1, 2, 0) if isinstance(decoded, torch.Tensor) else None
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError):

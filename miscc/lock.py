@@ -15,8 +15,8 @@ except ImportError:  # Windows
 class FolderLock:
     """A lock on the file `lock` in a folder, which names host and process of the holder for people to read.
 
-    The operating system holds the lock (POSIX record lock) and gives it up when the process ends: a crash or a reboot
-    leaves none behind, and the file itself means nothing. Worker processes do not inherit it. Within one process it
+    The operating system holds the lock (POSIX record lock) and releases it when the process ends: a crash or a reboot
+    leaves no lock behind, and the file alone means nothing. Worker processes do not inherit it. Within one process it
     refuses nothing.
 
     Network file systems: NFS passes it on to the server, so that it holds between machines (version 4 always; version 3
@@ -52,7 +52,7 @@ class FolderLock:
             except OSError:  # a file system without locks
                 pass
 
-        # For people. A full disk must not keep a run from going on.
+        # For people to read. A full disk must not stop the run.
         try:
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -64,5 +64,5 @@ class FolderLock:
         """Give the lock up before the process ends."""
         try:
             self._file.close()
-        except OSError:  # what a full disk did not take
+        except OSError:  # the text that a full disk did not store
             pass

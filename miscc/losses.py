@@ -199,7 +199,7 @@ def _binary(logits: Tensor, target: float) -> Tensor:
 
 def _of_similar_length(lengths: Tensor) -> list[tuple[Tensor, int]] | None:
     """Captions in groups of similar length: [(their indices, length of the longest)]; None: one group for all."""
-    # Small batches gain nothing. Lengths on a GPU would have to be waited for.
+    # Small batches gain nothing. Reading lengths from a GPU would wait for it.
     if lengths.device.type != "cpu" or len(lengths) < 2 * NUM_LENGTH_GROUPS:
         return None
 

@@ -59,7 +59,7 @@ class ProgressBar(Generic[T]):
     leave: whether the bar stays on the terminal at its end;
     shown: False: nothing is written;
     stream: None: stderr;
-    clock: seconds that only ever grow.
+    clock: monotonic, in seconds.
     """
 
     line_due: ClassVar[float | None] = None  # by the clock: when the next line may be written, whichever bar's it is

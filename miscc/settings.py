@@ -18,7 +18,7 @@ class Setting(NamedTuple):
     key: its name in YAML files and `--set`, dotted.
     default: its value where none is given.
     type: bool, int, float, str, or list: of numbers.
-    meaning: for people.
+    meaning: shown to users.
     choices: all values that it may have; (): any.
     minimum, maximum, above, below: bounds of a number, or of each in a list; None: none.
     length: of a list; None: any.
@@ -74,7 +74,7 @@ def settings_of(part: type) -> dict[str, Setting]:
 def schema_of(parts: Iterable[type]) -> dict[str, Setting]:
     """{key: setting} of all parts together; where several declare a key, the first one's default holds.
 
-    Raises ValueError where they disagree on anything else: such a setting belongs into a dataclass that they inherit.
+    Raises ValueError where they disagree on anything else: such a setting belongs in a dataclass that they inherit.
     """
     schema: dict[str, Setting] = {}
     for part in parts:

@@ -1,4 +1,4 @@
-"""Captions as word indices: how a caption is cut, which words a model knows. Owner of vocabulary.json; works without torch."""
+"""Captions as word indices: how a caption is cut, which words a model knows; vocabulary.json. Works without torch."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from miscc.errors import DataError, shown
 from miscc.files import read_json, write_json
 
 END = "<end>"  # word 0: the padding
-_WORD = re.compile(r"\w+")  # what the originals ask of nltk's RegexpTokenizer; importing nltk takes two seconds
+_WORD = re.compile(r"\w+")  # as the originals give it to nltk's RegexpTokenizer; importing nltk takes two seconds
 
 
 def tokenize(caption: str) -> list[str]:

@@ -38,7 +38,7 @@ class _Reader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         seen: set[Hashable] = set()
         for key, _ in node.value:
-            # PyYAML lets the last one win.
+            # PyYAML keeps the last one.
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 problem = f"{shown(key.value)} is given twice; keep one"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)

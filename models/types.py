@@ -125,7 +125,7 @@ class Generator(Network):
     """What every generator declares.
 
     image_size: of the largest image it makes, pixels.
-    z_dim: length of the noise vector.
+    z_dim: dimension of the noise z.
     noise_dim: random numbers that one image takes: z_dim, or more where the system draws others, too.
     num_attending: number of word attention maps in its output.
     predicts_masks: whether its output has masks.

@@ -46,7 +46,7 @@ def load_encoders(path: str | Path, device: str | torch.device = "cpu", max_word
 
     The authors' image_encoder*.pth is looked for beside it.
 
-    max_words: for the authors' files, which do not say
+    max_words: for the authors' files, which do not store it
 
     Raises CheckpointError when a file is missing, broken or of another kind.
     """

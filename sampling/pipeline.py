@@ -156,7 +156,7 @@ class TextToImage:
         generator_path: netG*.pth
         text_encoder_path: text_encoder*.pth, or one of our encoder checkpoints
         data_dir: the folder of captions.pickle; not read for our encoders, which hold their vocabulary
-        max_words: words of a caption at most; for the authors' encoders, which do not say
+        max_words: words of a caption at most; for the authors' encoders, which do not store it
         transformer: folder of a Transformer that gives half of the sentence, see models/mixed_text.py
         encoders: kind of text encoder, a name in sampling.encoders.ENCODERS; "clip": text_encoder_path is CLIP's weights
         """

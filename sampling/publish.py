@@ -21,7 +21,7 @@ from sampling.requests import read_captions
 
 logger = logging.getLogger(__name__)
 
-NUM_EXAMPLES = 12  # captions that a model carries along, and draws for its README.md
+NUM_EXAMPLES = 12  # example captions that a model stores and its README.md shows
 
 
 def publish(
@@ -82,7 +82,7 @@ def describe(pipeline: TextToImage, examples: Sequence[str] = ()) -> dict[str, A
 
 
 def example_captions(pipeline: TextToImage, number: int = NUM_EXAMPLES) -> list[str]:
-    """Captions to begin with: those that a published model carries, else of its data's test split; [] without either."""
+    """Example captions: those that a published model stores, else some of its data's test split; [] without either."""
     carried = pipeline.origin.get("examples") or []
     if carried:
         return carried[:number]

@@ -98,7 +98,7 @@ def write_published(folder: Path, networks: Mapping[str, Mapping[str, Any]], wor
 
 
 def read_published(folder: str | Path) -> dict[str, Any]:
-    """The folder as a checkpoint: networks, vocabulary, config, step, epoch, and examples, captions to begin with.
+    """The folder as a checkpoint: networks, vocabulary, config, step, epoch, and examples, its example captions.
 
     Raises CheckpointError where a file is missing, damaged, or of a newer format.
     """
@@ -138,7 +138,7 @@ def read_published(folder: str | Path) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """config.json, as far as loading depends on it."""
+    """The fields of config.json that loading needs."""
     try:
         config = read_json(path)
     except (OSError, ValueError) as error:

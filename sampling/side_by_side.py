@@ -1,6 +1,6 @@
 """The same captions and noise by several models, in one picture: `python -m sampling.side_by_side A=CKPT B=CKPT --out FILE`.
 
-For people; scores come from eval/evaluate.py.
+A picture to compare by eye; scores come from eval/evaluate.py.
 """
 
 from collections.abc import Mapping, Sequence

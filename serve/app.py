@@ -69,7 +69,7 @@ def temporary_folder() -> Iterator[Path]:
 
 def build_app(models: dict[str, Model], settings: Settings, folder: Path) -> tuple[App, Studio]:
     """The guarded app, and what draws for it. folder: for temporary files."""
-    # What draws and what remembers; the API over both.
+    # The batcher and the image store; the API over both.
     batcher = Batcher(settings.batch_size, settings.queue_size)
     studio = Studio(models, batcher, Limits(caption_length=settings.caption_length))
     store = ImageStore(folder / "images", settings.images_bytes)
@@ -116,7 +116,7 @@ def serve(models: dict[str, Model], settings: Settings) -> None:
             limit_concurrency=1000,
         )
 
-        # The address is printed once the port is ours.
+        # The address is printed once the port is bound.
         shown = f"[{settings.host}]" if ":" in settings.host else settings.host
         port = listener.getsockname()[1]
         print(f"http://{shown}:{port}{PAGE + '/' if settings.page else '/openapi.json'}", flush=True)

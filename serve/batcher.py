@@ -26,7 +26,7 @@ class ClosedError(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One image to draw: its words, its own noise, and so the same image alone or in company (but for rounding).
+    """One image to draw. It depends on its own words and noise alone, not on its batch (but for rounding).
 
     tokens: (T,) int64; length: words of them; noise: (noise_dim,) float32
     """
@@ -60,7 +60,7 @@ class Batcher:
     """A thread that draws, and the bounded queue before it.
 
     batch_size: most images of a batch; queue_size: most images that may wait; wait_seconds: how long the first job of a batch
-    waits for company.
+    waits for others.
     """
 
     def __init__(self, batch_size: int = 16, queue_size: int = 256, wait_seconds: float = 0.02):
@@ -129,7 +129,7 @@ class Batcher:
                     item.future.set_exception(error)
                 continue
 
-            # Counted before anyone is told: who has an answer finds it in the counts.
+            # Counted before the futures are done: a client that has its answer finds it in the counts.
             self.num_batches += 1
             self.num_images += sum(item.images for item in batch)
             self.seconds += time.monotonic() - start
@@ -138,7 +138,7 @@ class Batcher:
             del batch, results  # or they would stay in memory until the next request
 
     def _next_batch(self) -> list[_Waiting] | None:
-        """What goes together, once it is complete or its time is up; None after `close`, when nothing is left."""
+        """The next batch, once it is full or its time is up; None after `close`, when the queue is empty."""
         with self._changed:
             while True:
                 self._drop_cancelled()

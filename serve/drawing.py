@@ -51,7 +51,7 @@ class Picture:
         return unit_to_uint8(self.drawn.masks[stage])
 
     def attention_strip(self, stage: int) -> np.ndarray:
-        """The image and, word by word, where the caption looks: (.., .., 3) uint8."""
+        """The image and, word by word, where the caption attends: (.., .., 3) uint8."""
         return attention_picture([self.image], [self.words], [self.drawn.attention[stage]], cell_size=128)
 
     def maps(self) -> list[np.ndarray]:

@@ -49,7 +49,7 @@ class ExportableTextEncoder(nn.Module):
         positions = torch.arange(captions.shape[1], device=captions.device)[None]
         mask = positions >= lengths[:, None]  # (N, T)
 
-        # Position t of a caption of length n is position n - 1 - t when read backwards; padding keeps some place.
+        # Position t of a caption of length n is position n - 1 - t when read backwards; padding takes any valid position.
         reversed_positions = (lengths[:, None] - 1 - positions).clamp_min(0)  # (N, T)
         ahead = self.forwards(embedded)[0]  # (N, T, D/2)
         back = self.backwards(_reordered(embedded, reversed_positions))[0]

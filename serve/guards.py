@@ -14,7 +14,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-# Whatever a page asks for comes from this server: a second lock beside leaving foreign addresses out.
+# Whatever a page asks for comes from this server: a second protection, beside naming no foreign address.
 CONTENT_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
@@ -43,7 +43,7 @@ async def answer(send: Send, status: int, message: str, extra: Iterable[tuple[by
 
 
 class Guard:
-    """A layer around an app. `check` lets a request through by returning None, else says (status, message, headers)."""
+    """A layer around an app. `check` returns None to let a request through, (status, message, headers) to refuse it."""
 
     def __init__(self, app: App):
         self.app = app
@@ -54,7 +54,7 @@ class Guard:
         if scope["type"] != "http":  # nothing here speaks over web sockets
             return await send({"type": "websocket.close", "code": 1003})
 
-        # What the subclass has against the request.
+        # The subclass's refusal, if any.
         refusal = self.check(scope)
         if refusal is not None:
             return await answer(send, *refusal)
@@ -82,7 +82,7 @@ class SecurityHeaders(Guard):
 
 
 class KnownHosts(Guard):
-    """Refuses other Host headers, with which a foreign site's name, pointed at this address, could read answers."""
+    """Refuses foreign Host headers. Otherwise a site whose name is pointed at this address could read answers (DNS rebinding)."""
 
     def __init__(self, app: App, hosts: Iterable[str]):
         super().__init__(app)
@@ -153,7 +153,7 @@ class BodyLimit(Guard):
 class RateLimit(Guard):
     """At most `per_minute` drawing requests of a client in a minute, saved up to as many; 0: no limit."""
 
-    MAX_CLIENTS = 10_000  # remembered; the one that was longest away is forgotten first
+    MAX_CLIENTS = 10_000  # remembered; the least recent is forgotten first
 
     def __init__(self, app: App, per_minute: int, clock: Callable[[], float] = time.monotonic):
         super().__init__(app)
@@ -171,7 +171,7 @@ class RateLimit(Guard):
         left = min(self.per_minute, left + (now - since) * self.per_minute / 60)
         self._clients[client] = (max(0.0, left - 1), now) if left >= 1 else (left, now)
 
-        # Forget the clients that were longest away: memory stays bounded, however many there are.
+        # Forget the least recent clients, so that memory stays bounded.
         while len(self._clients) > self.MAX_CLIENTS:
             self._clients.popitem(last=False)
 
@@ -205,5 +205,5 @@ class BearerToken(Guard):
 
 
 def same_token(given: str, expected: str) -> bool:
-    """Whether two tokens are equal, in a time that does not depend on how far they are."""
+    """Whether two tokens are equal, in a time that does not depend on where they differ."""
     return hmac.compare_digest(given.encode("utf-8", "replace"), expected.encode("utf-8", "replace"))

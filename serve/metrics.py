@@ -18,7 +18,7 @@ class Metrics:
         self._lock = threading.Lock()
 
     def count(self, route: str, status: int, seconds: float) -> None:
-        """One answered request. route: its template, never the path that a client chose, of which there is no end."""
+        """One answered request. route: its template, never the client's path, of which there could be any number."""
         with self._lock:
             self._requests[route, status] += 1
             self._seconds += seconds
@@ -68,7 +68,7 @@ class CountRequests(Guard):
                 status = message["status"]
             await send(message)
 
-        # Counted by the route's template; an address that is none is "other".
+        # Counted by the route's template; unknown addresses are "other".
         try:
             await self.app(scope, receive, send_and_note)
         finally:

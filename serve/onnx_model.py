@@ -33,7 +33,7 @@ class OnnxModel(Model):
 
         self._session = session
         self._outputs = [name for name in outputs if name != "values"]
-        # Drawing once tells the sizes of the masks, and whether the file is what it says.
+        # Drawing once gives the sizes of the masks and shows whether the file works as it declares.
         some = np.ones((1, self.max_words), dtype=np.int64), np.ones(1, dtype=np.int64)
         self.mask_sizes = [m.shape[1] for m in self.draw(*some, np.zeros((1, self.noise_dim), dtype=np.float32)).masks]
 
@@ -58,7 +58,7 @@ def open_session(path: str | Path) -> Any:
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file; write one with `python -m serve.export --checkpoint CKPT`")
 
-    # Errors are told here; its warnings are for its developers.
+    # Errors alone: onnxruntime's warnings are for its developers.
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:

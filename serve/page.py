@@ -78,7 +78,7 @@ def build_page(studio: Studio) -> gr.Blocks:
         if studio.first.mixes_captions:
             with gr.Tab("Walk"):
                 _walk_tab(studio)
-    # A queue of its own before the batcher's: it tells people their place in it.
+    # A queue of its own before the batcher's: it shows users their position.
     page.queue(max_size=64, default_concurrency_limit=16, api_open=False)
     return page
 

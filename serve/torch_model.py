@@ -35,7 +35,7 @@ class TorchModel(Model):
         )
 
         self.pipeline = pipeline
-        # Drawing once tells the sizes of the masks, and makes the first request as fast as the others.
+        # Drawing once gives the sizes of the masks and makes the first request as fast as the others.
         some = np.ones((1, self.max_words), dtype=np.int64), np.ones(1, dtype=np.int64)
         drawn = self.draw(*some, np.zeros((1, self.noise_dim), dtype=np.float32))
         self.mask_sizes = [mask.shape[1] for mask in drawn.masks]

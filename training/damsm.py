@@ -98,7 +98,7 @@ class EncoderTrainer:
         if checkpoint is not None:
             check_encoders_resumable(checkpoint, cfg)
 
-        # Pairs, and encoders that know their words.
+        # Pairs, and encoders with a vocabulary for them.
         seed_everything(self.seed)  # the initial weights
         networks, vocabulary = self._stored_encoders(checkpoint)
         settings = (self.data_settings, self.settings.held_out, self.seed)
@@ -110,7 +110,7 @@ class EncoderTrainer:
         self.dataset = self._dataset(self.records, augment=True)
         self.steps_per_epoch = max(1, len(self.dataset) // self.settings.batch_size)
 
-        # What takes the steps.
+        # The optimizer, and what steps it.
         parameters = [*self.text_encoder.parameters(), *self.image_encoder.head_parameters()]
         for parameter in parameters:
             parameter.requires_grad_(True)
@@ -221,7 +221,7 @@ class EncoderTrainer:
         )
         self.draw_attention(run, epoch, progress)
 
-        # Checkpoints: the best is recorded first, as each of them says which one that is.
+        # Checkpoints: the best is recorded first, since each checkpoint stores which epoch was best.
         is_best = scores["loss"] < self.best_loss
         if is_best:
             self.best_loss, self.best_epoch = scores["loss"], epoch
@@ -260,7 +260,7 @@ class EncoderTrainer:
 
     @torch.no_grad()
     def draw_attention(self, run: EncoderDir, epoch: int, progress: Progress) -> None:
-        """A picture of where the words of some held-out captions look in their own images."""
+        """A picture of the word attention of some held-out captions over their own images."""
         # Evenly spaced pairs.
         indices = range(0, len(self.validation), max(1, len(self.validation) // NUM_PICTURED))[:NUM_PICTURED]
         chosen = self._dataset(self.validation.select(indices), augment=False)
@@ -314,7 +314,7 @@ class EncoderTrainer:
         run.save(self.checkpoint())
 
     def _stopped(self, run: EncoderDir, progress: Progress, number: int) -> int:
-        """Save and say so, after the signal of this number; returns the exit code."""
+        """Save and log it after a signal; returns the exit code for the signal's number."""
         progress.end_epoch()
         self.save(run)
         progress.say(f"stopped after step {self.step}, saved {run.last}; go on with the same command and --resume")

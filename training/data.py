@@ -38,7 +38,7 @@ def read_records(settings: DataSettings, split: str, vocabulary: Vocabulary | No
 def split_pairs(data: DataSettings, share: float, seed: int, vocabulary: Vocabulary | None) -> tuple[Records, Records]:
     """Training pairs and held-out pairs: the data's val split, or else a seeded share of the training images.
 
-    share: HELD_OUT; 0 without a val split: the test split, as AttnGAN does; what is chosen by it then knows the test set.
+    share: HELD_OUT; 0 without a val split: the test split, as AttnGAN does; the choice then depends on the test set.
     """
     records = read_records(data, "train", vocabulary)
     if "val" in splits_present(Path(data.data_dir)):
@@ -102,7 +102,7 @@ def fixed_captions(settings: DataSettings, vocabulary: Vocabulary, training_reco
     captions = [records.text(round(index * last / num_gaps), 0) for index in range(min(count, len(records)))]
     captions = list(dict.fromkeys(captions))
 
-    # Encoders that were trained on other captions may know no word of some.
+    # Encoders that were trained on other captions may lack every word of one.
     return [caption for caption in captions if vocabulary.encode(caption)[0]]
 
 
@@ -143,6 +143,6 @@ def next_batch(batches: Iterator[Batch], step: int, save: Callable[[], None] | N
 
 
 def usable_workers(workers: int, device: torch.device) -> int:
-    """WORKERS, but no more than the cores can carry: training on a CPU wants most of them for itself."""
+    """WORKERS, but no more than the cores can carry: training on a CPU needs most of them itself."""
     cores = os.cpu_count() or 1
     return min(workers, cores // 2 if device.type == "cpu" else cores)

@@ -26,7 +26,7 @@ NUM_WORDS, NUM_REGIONS = 18, 8  # of the stand-ins for the encoders
 
 
 def describe(cfg: Config) -> str:
-    """The report as text. Raises ConfigError only for settings that no data could mend."""
+    """The report as text. Missing data is reported; ConfigError is raised only for settings that are wrong with any data."""
     # Settings, as they were resolved: those of other systems have no effect.
     settings, data = from_config(TrainerSettings, cfg), from_config(DataSettings, cfg)
     start, system = from_config(StartSettings, cfg), chosen_system(cfg)
@@ -101,7 +101,7 @@ def memory_estimate(
 
 
 def _most_kept(system: System, batch: Batch, noise: Tensor) -> float:
-    """Bytes of the distinct memory that autograd holds at most before one of a step's backward passes, weights not counted."""
+    """The most memory, in bytes, that autograd holds before any backward pass of a step; weights and views not counted."""
     # What is kept now, by its memory: an entry is gone when the graph that held it is.
     kept: WeakValueDictionary[int, _Kept] = WeakValueDictionary()
 

@@ -28,7 +28,7 @@ from training.settings import EvaluationSettings
 
 logger = logging.getLogger(__name__)
 
-MEASURES = {  # TRAIN.EVAL_MEASURE: networks, of which the first that no discriminator sees through counts; resize filter
+MEASURES = {  # TRAIN.EVAL_MEASURE: networks, of which the first is taken that is no discriminator's backbone; resize filter
     "FD": (("efficientnet-lite0", "efficientnet-lite2"), "clean"),  # weights come with their packages: works anywhere
     "FID": (("inception-tf",), "tf1"),  # what papers mean, where the weights are
 }
@@ -88,7 +88,7 @@ class Evaluation:
         skip_broken: bool = False,
         networks: Iterable[nn.Module] = (),
     ):
-        """Extracts the real images' features, so that what is missing shows before training. Raises UserError.
+        """Extracts the real images' features, so that missing files are found before training. Raises UserError.
 
         networks: of the run; the score is by a network that none of them holds as its backbone.
         """
@@ -118,7 +118,7 @@ class Evaluation:
 
         # Its names, and the best so far.
         self.title = distance_name("FID", self.network)
-        plain = self.title.replace("[", "_").replace("]", "").replace(":", "_")  # TensorBoard knows no brackets
+        plain = self.title.replace("[", "_").replace("]", "").replace(":", "_")  # TensorBoard allows no brackets
         self.name = f"evaluation/{plain}_{num_images}_images_of_held_out_classes"
         self.best: float | None = None
         self.best_step = 0

@@ -63,7 +63,7 @@ class Progress:
                 self.say(f"warning: {what} cannot be written ({reason}); the training goes on")
 
     def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
-        """TensorBoard's thread has ended: a warning where the disk is to blame."""
+        """Called when TensorBoard's thread has ended with an error: warns if the disk is the cause."""
         # Raised again inside `optional`, which warns of errors of the disk.
         with self.optional("TensorBoard's files"):
             if isinstance(error.exc_value, OSError):
@@ -74,7 +74,7 @@ class Progress:
         """One line in the log and, unless --quiet was given, on the screen."""
         if self.run is None:
             return
-        with suppress(OSError):  # a terminal that is gone
+        with suppress(OSError):  # the terminal was closed
             note(text)
 
         # Straight into the log: INFO records are off with --quiet.
@@ -104,7 +104,7 @@ class Progress:
         if self.run is None or self.board is None:
             return
 
-        # stats.jsonl: JSON knows no NaN: such a number is written as null, and the trainer stops anyway.
+        # stats.jsonl: JSON has no NaN, so null is written; the trainer stops at such a number.
         plain = {name: float(value) for name, value in values.items()}
         line = {name: value if math.isfinite(value) else None for name, value in plain.items()}
         with self.optional("stats.jsonl"), self.run.stats.open("a", encoding="utf-8") as stream:
@@ -134,7 +134,7 @@ class Progress:
             if self.board is not None:
                 self.board.close()
 
-        # The hook for threads as it was; the log ends last.
+        # Restore the hook for threads; close the log last.
         threading.excepthook = self._excepthook
         if self.handler is not None:
             logging.getLogger().removeHandler(self.handler)
@@ -200,5 +200,5 @@ class StopSignal:
 
         # The first time: the loop looks at `received` after each step.
         self.received = number
-        with suppress(OSError):  # a terminal that is gone
+        with suppress(OSError):  # the terminal was closed
             write("stopping after this step; once more to stop at once", sys.stderr)

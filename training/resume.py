@@ -15,7 +15,7 @@ from models.choice import keys_of, network_parts
 from training.ema import EMA
 from training.step import restore_adam
 
-# What any run may have its own way, without a word about it.
+# What may differ from run to run and is not reported.
 FREE = {"RESTORE", "GPU_ID", "WORKERS", "DATA_CACHE", "DATA_CACHE_DIR", "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS", "TRAIN.MAX_MINUTES",
         "TRAIN.TRACKER"}  # fmt: skip
 # What shapes the encoders, their data or the order of it.
@@ -51,7 +51,7 @@ def check_fixed_settings(stored: Mapping, cfg: Mapping, keys: Iterable[str], ins
     """Raises ConfigError where one of these keys differs from the run's stored settings; instead: how to start anew."""
     then, today = flatten(stored), flatten(cfg)
     for key in keys:
-        # A run of former code lacks what is new.
+        # A run of an earlier version lacks newer keys.
         before, now = then.get(key, today[key]), today[key]
         if before != now:
             raise ConfigError(
@@ -72,7 +72,7 @@ def check_same_held_out(stored: Mapping, cfg: Mapping) -> None:
 
 
 def _held_out_share(train: Any) -> float:
-    """`EvaluationSettings.held_out_share` of stored settings; a run of former code lacks the keys."""
+    """`EvaluationSettings.held_out_share` of stored settings; a run of an earlier version lacks the keys."""
     try:
         return float(train.get("EVAL_CLASSES", 0.0)) if train.get("EVAL_EVERY", 0) else 0.0
     except (AttributeError, TypeError, ValueError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Numbered run directories: output/00003-bird-ssa_gan/. The only place that spells the names of files in a run.
+"""Numbered run directories: output/00003-bird-ssa_gan/. The only place that has the names of files in a run.
 
 What the files hold is the trainers'; which of a run's checkpoints it goes on from stands here.
 """
@@ -29,7 +29,7 @@ def run_name(cfg: Mapping[str, Any]) -> str:
 class RunDir:
     """One run's directory and the names in it.
 
-    note: what must be said of the checkpoint that the run goes on from.
+    note: what to log about the checkpoint that the run continues from.
     """
 
     def __init__(self, path: str | Path):
@@ -52,7 +52,7 @@ class RunDir:
 
     @classmethod
     def create(cls, output_dir: str | Path, name: str, config_yaml: str) -> "RunDir":
-        """Make the next free number's directory with the settings in it; safe against others doing the same."""
+        """Make the directory of the next free number, with the settings in it; safe when several processes do so at once."""
         # The folder of all runs.
         output_dir = Path(output_dir)
         try:
@@ -87,7 +87,7 @@ class RunDir:
     @classmethod
     def newest(cls, output_dir: str | Path, name: str, must_exist: bool = True) -> "RunDir | None":
         """The newest run of this name that has a checkpoint; without one CheckpointError, or None if it need not exist."""
-        # The newest that is any use.
+        # The newest with a checkpoint.
         directories = [path for _, path in sorted(_numbered_directories(Path(output_dir))) if path.name[6:] == name]
         for path in reversed(directories):
             if cls(path).has_state():

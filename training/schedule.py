@@ -20,7 +20,7 @@ class Budget:
     last_step: the step it ends at.
     max_minutes: wall time of the loop, pictures and checkpoints included; 0: no limit.
     seconds_before: used by the run before it was resumed.
-    clock: seconds that only ever grow.
+    clock: monotonic, in seconds.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Budget:
         return self.seconds_before + (0.0 if self.started is None else self.clock() - self.started)
 
     def agree(self, world: World) -> None:
-        """Read the clock. All processes must call it at the same step: they go on with one reading."""
+        """Read the clock. All processes must call it at the same step; all then use the same reading."""
         if self.max_seconds:
             reading = torch.tensor(self.seconds, dtype=torch.float64, device=world.device)
             self.agreed = distributed.average({"seconds": reading}, world)["seconds"].item()

@@ -131,7 +131,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class FormerEncodersSettings:
-    """AttnGAN's key, which means one thing to each of its programs."""
+    """AttnGAN's key, whose meaning differs between its two programs."""
 
     former_encoders: str = setting(
         "TRAIN.NET_E", "", "AttnGAN's name for TEXT.DAMSM_NAME; in pretraining: encoders to continue from"

@@ -205,7 +205,7 @@ class FiniteCheck:
         self.first_bad: dict[str, Tensor] = {}  # -1: none yet
 
     def record(self, losses: Mapping[str, Tensor], step: int) -> None:
-        """Take in the losses (scalars) of this step."""
+        """Record the losses (scalars) of this step."""
         for name, loss in losses.items():
             known = self.first_bad.setdefault(name, torch.full((), -1, device=self.device))
             self.first_bad[name] = torch.where((known < 0) & ~torch.isfinite(loss.detach()), step, known)

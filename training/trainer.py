@@ -265,7 +265,7 @@ class Trainer:
         return self.agrees() and distributed.any_process(bool(stop.received), self.world)
 
     def agrees(self) -> bool:
-        """Whether the processes ask each other after this step. It makes a GPU wait, so they do not at every step."""
+        """Whether the processes exchange received signals after this step: not after each, since it waits for the GPU."""
         return self.world.size == 1 or self.step % CHECK_STOP_EVERY == 0
 
     # -- pictures and evaluations --------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from miscc.errors import CheckpointError
 from models.registry import from_state
 from models.types import Network
 
-SCORED_AS = {"birds": "cub"}  # data sets that the papers call otherwise
+SCORED_AS = {"birds": "cub"}  # data sets that the papers call by another name
 NORMALISATION = (127.5, 127.5)  # (x - mean) / scale: [-1, 1]
 MADE_BY = "python eval/train_classifier.py --cfg cfg/bird.yml"
 
@@ -119,7 +119,7 @@ class ClassifierNetwork(FeatureNetwork):
         }
 
     def protocol(self) -> dict:
-        """As every network's, and what the classifier says of itself."""
+        """As every network's, with the statement in the classifier's file."""
         return super().protocol() | {"classifier": self.about}
 
 

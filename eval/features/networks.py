@@ -220,7 +220,7 @@ def build_tensorflow_inception() -> nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Empty(FeatureExtractorInceptionV3):
-        """Its constructor reads a file, which it would unpickle without limits, or downloads one; this gives it none."""
+        """The constructor would unpickle a file without limits, or download one; this class gives it no file."""
 
         def __init__(self) -> None:
             nothing = io.BytesIO()

@@ -71,7 +71,7 @@ class ImageSource:
 
 
 class _NamedBytes(io.BytesIO):
-    """Bytes that an error message can call by name."""
+    """Bytes with a name for error messages."""
 
     def __init__(self, data: bytes, title: str) -> None:
         super().__init__(data)
@@ -245,11 +245,11 @@ def _list(path: Path) -> ImageSource:
     except (UnicodeDecodeError, OSError):
         raise DataError(f"{path}: neither a folder, a .zip, a .npz nor a text file of paths") from None
 
-    # Each path as seen from the list, or from here.
+    # Each path relative to the list, or to the working directory.
     names = [line for line in lines if line]
     files, missing = [], []
     for name in names:
-        choices = [path.resolve().parent / name, Path(name).absolute()]  # beside the list, or where we are
+        choices = [path.resolve().parent / name, Path(name).absolute()]  # beside the list, or in the working directory
         file = next((choice for choice in choices if os.path.isfile(choice)), None)
         (files if file else missing).append(file or name)
 

@@ -170,7 +170,7 @@ def image_statistics(
     if kept is not None:
         try:
             save_statistics(kept, statistics)
-        except (OSError, UserError) as error:  # a full or read-only disk must not cost the score
+        except (OSError, UserError) as error:  # the score does not depend on a full or read-only disk
             print(f"warning: the statistics of {path} are not kept ({error})", file=sys.stderr)
     return statistics
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: a table for people, and evaluation.json, a list to which every run adds a record."""
+"""What an evaluation writes: a table for people, and evaluation.json, a list to which every run adds a record."""
 
 import platform
 import subprocess

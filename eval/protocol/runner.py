@@ -58,7 +58,7 @@ def run_protocol(
     tools: Tools,
     world: World | None = None,
 ) -> dict[str, Any] | None:
-    """All scores of a protocol for some images: a record without what only their maker knows.
+    """All scores of a protocol for some images: a record without the fields that only the caller can fill.
 
     None in all processes but the main one. Raises as `eval.evaluate.evaluate`.
     """

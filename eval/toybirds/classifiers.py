@@ -2,7 +2,7 @@
 
 The networks are in eval/attributes.py and eval/mask_iou.py, the generated birds in eval/toybirds/samples.py.
 
-Both are small networks, trained on real drawings alone, as a generator's trainer sees them: the box is cut out, scaled and
+Both are small networks, trained on real drawings alone, as in training a generator: the box is cut out, scaled and
 randomly cropped. There is one for 64 px and one for 32; images of other sizes are scaled down.
 """
 
@@ -106,7 +106,7 @@ class _Drawer(Dataset):
         return pixels, mask, value_indices(bird.attributes)
 
     def _any_bird(self, index: int) -> ToyBird:
-        """A bird whose attributes say nothing about each other. In the training split they do: its wings and bellies
+        """A bird whose attributes are independent. In the training split they are not: its wings and bellies
         come in 75 pairs, from which a classifier would learn to guess one by the other."""
         attributes = any_attributes(self.seed, index)
         image, mask = draw(attributes, stream(self.seed, "judge's drawings", index), DRAWN_AT)
@@ -196,7 +196,7 @@ def crops(
     masks = np.empty((len(indices), image_size, image_size), dtype=np.uint8)
     labels = drawings.labels[indices].copy()
 
-    # Each from a place of its own.
+    # Each at a position of its own.
     for row, index in enumerate(indices):
         whole = drawings.pixels[index]
         top, left = (int(rng.integers(length - image_size + 1)) for length in whole.shape[:2])

@@ -130,7 +130,7 @@ def generate_birds(
     captions, keys = captions_of_test_birds(number, seed, per_caption)
     requests = _requests(captions, keys)
 
-    # Drawn in batches; all are kept, as the readers come at the end.
+    # Drawn in batches; all are kept, since the metrics' networks read them at the end.
     images, masks = [], []
     with ProgressBar(what="generating", total=number, unit="images") as bar:
         for drawn in pipeline.generate_batches(requests, seed, truncation, batch_size, with_masks):
