@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from metrics_help import tiny_network, write_pictures
+from PIL import Image
 
 import eval
 from datasets import load_records
@@ -19,6 +21,7 @@ from eval.evaluate import evaluate, main
 from eval.features import networks
 from eval.metric import Metric, Run, ScoringBatch, Tools
 from eval.protocol.protocols import PROTOCOLS, Protocol
+from eval.protocol.report import lines
 from eval.protocol.runner import ImageStream, run_protocol
 from miscc.distributed import World
 from miscc.errors import ConfigError, DataError
@@ -29,6 +32,12 @@ from training.trainer import train
 ROOT = Path(__file__).resolve().parents[1]
 
 BRIGHTNESS = '''"""Brightness of images: `python eval/brightness.py IMAGES`."""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 
@@ -111,6 +120,8 @@ def test_a_new_metric_is_scored_by_a_protocol(brightness, checkpoint, records):
     images = pipeline.generate([r.caption for r in requests], protocol.seed).images
     assert score["name"] == "brightness" and score["value"] == pytest.approx(images.mean(), rel=1e-3)
     assert score["protocol"]["num_images"] == 6 and record["network"] is None
+    printed = lines(record | {"checkpoint": {"path": str(checkpoint), "step": 1}})
+    assert record["real"]["read_by"] == [] and not any("against" in line for line in printed)  # it reads none
 
 
 def test_a_protocol_cannot_name_a_metric_that_is_not_registered():
@@ -132,6 +143,22 @@ def test_a_new_metric_has_its_script(brightness, tmp_path, monkeypatch, capsys):
     importlib.import_module("eval.brightness").main()
     (score,) = json.loads(capsys.readouterr().out)["scores"]
     assert 0 < score["value"] < 255 and score["protocol"]["num_images"] == 3
+
+
+def test_a_new_file_in_eval_runs_as_a_script(tmp_path):
+    for path in ROOT.iterdir():
+        if path.name not in ("eval", ".git"):
+            (tmp_path / path.name).symlink_to(path)
+    shutil.copytree(ROOT / "eval", tmp_path / "eval", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "eval" / "brightness.py").write_text(BRIGHTNESS)
+
+    folder = write_pictures(tmp_path / "pictures", 3)
+    command = [sys.executable, "eval/brightness.py", str(folder), "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    (score,) = json.loads(done.stdout)["scores"]
+    pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])
+    assert score["value"] == pytest.approx(pixels.mean(), rel=1e-6) and score["protocol"]["num_images"] == 3
 
 
 def test_a_metric_of_several_processes_is_merged_from_what_it_has_accumulated(brightness):

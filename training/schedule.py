@@ -11,7 +11,6 @@ import torch
 
 from miscc import distributed
 from miscc.distributed import World
-from training.settings import TrainerSettings
 
 
 class Budget:
@@ -74,14 +73,3 @@ def set_learning_rates(
     for name, optimizer in optimizers.items():
         for group in optimizer.param_groups:
             group["lr"] = base[name] * factor
-
-
-def due_checkpoint(epoch: int, settings: TrainerSettings) -> str | None:
-    """What the numbered checkpoint after so many epochs holds, the most complete kind that is due; None: none is."""
-    intervals = {
-        "full": settings.snapshot_interval,
-        "networks": settings.dsave_interval,
-        "drawing": settings.gsave_interval,
-    }
-    due = [contents for contents, every in intervals.items() if every and epoch % every == 0]
-    return due[0] if due and epoch >= max(1, settings.warmup_epochs) else None

@@ -102,6 +102,15 @@ class TrainerSettings(LoopSettings):
         maximum=1,
     )
 
+    def due_checkpoint(self, epoch: int) -> str | None:
+        """What the numbered checkpoint after `epoch` epochs holds, see `Trainer.checkpoint`; None: no checkpoint is due."""
+        if epoch < max(1, self.warmup_epochs):
+            return None
+
+        # The most complete kind that is due.
+        intervals = {"full": self.snapshot_interval, "networks": self.dsave_interval, "drawing": self.gsave_interval}
+        return next((contents for contents, every in intervals.items() if every and epoch % every == 0), None)
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:

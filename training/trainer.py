@@ -36,7 +36,7 @@ from training.evaluation import Evaluation, split_records
 from training.progress import Progress, StopSignal, introduction
 from training.resume import changed_settings, check_resumable, check_same_data, fingerprint, restore_state
 from training.run_dir import RunDir, run_name
-from training.schedule import Budget, due_checkpoint, learning_rate_factor, set_learning_rates
+from training.schedule import Budget, learning_rate_factor, set_learning_rates
 from training.settings import EvaluationSettings, StartSettings, TrainerSettings
 from training.step import (
     FiniteCheck,
@@ -325,7 +325,7 @@ class Trainer:
 
         # A numbered one, too. Where the disk takes one of them alone, it is the one to go on from.
         epoch = self.step // self.steps_per_epoch
-        due = due_checkpoint(epoch, self.settings) if epoch_ended else None
+        due = self.settings.due_checkpoint(epoch) if epoch_ended else None
         try:
             if due:
                 save_checkpoint(run.numbered(epoch), self.checkpoint(due))

@@ -84,8 +84,10 @@ def lines(record: Mapping[str, Any]) -> list[str]:
     made_by = f" of {checkpoint['path']} (step {checkpoint['step']})" if record["judged"] == "generated" else ""
     judged = record["judged"].removesuffix(" images")
     title = f"{record['num_images']} {judged} images{made_by} by protocol {protocol['name']}{quick}"
-    against = f"against {real['num_images']} of {real['data_set']}'s {real['split']} set, {protocol['real_crop']} crop"
-    table = [title if made_by else f"{title}, no generator", against]
+    table = [title if made_by else f"{title}, no generator"]
+    if real.get("read_by", True):  # records of earlier versions do not say which metrics read real images
+        crop = protocol["real_crop"]
+        table.append(f"against {real['num_images']} of {real['data_set']}'s {real['split']} set, {crop} crop")
 
     # Scores in columns.
     width = max(len(score["name"]) for score in record["scores"])

@@ -4,9 +4,9 @@ Drawing and the command are in eval/evaluate.py, the metrics in a file each, the
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,6 +50,17 @@ class ImageStream:
     trained_with: Sequence[Mapping[str, str]] | None = None
 
 
+class _Task(NamedTuple):
+    """What a protocol is run with: its images, what they are compared with, where and by which means."""
+
+    stream: ImageStream
+    protocol: Protocol
+    real_images: RealImages
+    device: torch.device
+    tools: Tools
+    world: World
+
+
 def run_protocol(
     stream: ImageStream,
     protocol: Protocol,
@@ -71,11 +82,12 @@ def run_protocol(
     # Metrics, feature network and real images.
     missing: dict[str, str] = {}
     real_images = RealImages(real, stream.image_size, protocol.real_crop, protocol.seed)
-    run, about_real = _prepare(stream, protocol, real_images, device, tools, world, missing)
-    metrics = _build_metrics(run, stream, set(real.keys), world, missing)
+    task = _Task(stream, protocol, real_images, device, tools, world)
+    run, about_real = _prepare(task, missing)
+    metrics = _build_metrics(task, run, missing)
     if world.is_main and not metrics:
         raise UserError(f"protocol {protocol.name}: nothing can be computed: {_reasons(missing)}")
-    by_others = _distances_by_other_networks(stream, protocol, real_images, device, tools, world, missing)
+    by_others = _distances_by_other_networks(task, missing)
     ready = time.monotonic()
 
     # This process's share of the images, then those of the other processes, then images drawn for single metrics.
@@ -83,17 +95,15 @@ def run_protocol(
     rows = range(total * world.rank // world.size, total * (world.rank + 1) // world.size)
     groups = [(run, list(shared.values())), *((other, [metric]) for other, metric in by_others.values())]
     _update(groups, stream, rows, real_images, progress=world.is_main)
-    for metric in [metric for _, members in groups for metric in members]:
-        for other in gather(metric, world)[1:]:
-            metric.merge(other)
+    _merge_processes([metric for _, members in groups for metric in members], world)
     if not world.is_main:
         return None
     _update_with_repeats(list(metrics.values()), stream, run, real_images)
     drawn = time.monotonic()
 
     # Scores in the protocol's order.
-    scores = _compute(metrics | {name: metric for name, (_, metric) in by_others.items()}, missing)
-    scores = [score.after_training(stream.trained_with) for score in scores]
+    metrics |= {name: metric for name, (_, metric) in by_others.items()}
+    scores = [score.after_training(stream.trained_with) for score in _compute(metrics, missing)]
     if not scores:
         raise UserError(f"protocol {protocol.name}: nothing can be computed: {_reasons(missing)}")
     done = time.monotonic()
@@ -105,23 +115,16 @@ def run_protocol(
         "not_computed": missing,
         "num_images": total,
         "network": run.network.protocol() if run.network else None,
-        "real": {"data_set": real.name, "split": real.split, "num_images": len(real), **about_real},
+        "real": _about_records(real, metrics) | about_real,
         "warnings": list(dict.fromkeys(warning for score in scores for warning in score.warnings)),
         "seconds": _seconds(ready - started, drawn - ready, done - drawn),
         **environment(device, world.size),
     }
 
 
-def _prepare(
-    stream: ImageStream,
-    protocol: Protocol,
-    real_images: RealImages,
-    device: torch.device,
-    tools: Tools,
-    world: World,
-    missing: dict[str, str],
-) -> tuple[Run, dict[str, Any]]:
+def _prepare(task: _Task, missing: dict[str, str]) -> tuple[Run, dict[str, Any]]:
     """What metrics are built from, and what the real images were. Adds metrics that cannot be imported to `missing`."""
+    stream, protocol, tools, device = task.stream, task.protocol, task.tools, task.device
     needs = needs_of(protocol, missing)
     about_stream = (stream.requests, stream.image_size, stream.vocabulary, stream.text_encoder_hash)
     run = Run(protocol, tools, device, *about_stream)
@@ -136,9 +139,9 @@ def _prepare(
 
     # Features of the real images, where a metric compares with them.
     real = {needs[name].real for name in by_features} - {""}
-    if network is None or not world.is_main or not real:
+    if network is None or not task.world.is_main or not real:
         return replace(run, network=network), {}
-    found = reference(real_images, network, "features" in real, tools.cache, tools.batch_size, tools.progress)
+    found = reference(task.real_images, network, "features" in real, tools.cache, tools.batch_size, tools.progress)
     about = {"fingerprint": found.fingerprint, "from_cache": found.from_cache}
     return replace(run, network=network, reference=found), about
 
@@ -154,16 +157,15 @@ def needs_of(protocol: Protocol, missing: dict[str, str]) -> dict[str, Needs]:
     return needs
 
 
-def _build_metrics(
-    run: Run, stream: ImageStream, real_keys: Collection[str], world: World, missing: dict[str, str]
-) -> dict[str, Metric]:
+def _build_metrics(task: _Task, run: Run, missing: dict[str, str]) -> dict[str, Metric]:
     """The metrics that can be computed; the others are added to `missing`."""
+    stream, real_keys = task.stream, set(task.real_images.records.keys)
     metrics = {}
     for name in run.protocol.metrics:
         if name in missing:
             continue
         metric, needs = find_metric(name), find_metric(name).needs
-        if needs.repeats and not world.is_main:
+        if needs.repeats and not task.world.is_main:
             continue  # the main process alone draws for it
         try:
             if needs.data_set and stream.data_set not in (None, needs.data_set):
@@ -178,23 +180,16 @@ def _build_metrics(
     return metrics
 
 
-def _distances_by_other_networks(
-    stream: ImageStream,
-    protocol: Protocol,
-    real_images: RealImages,
-    device: torch.device,
-    tools: Tools,
-    world: World,
-    missing: dict[str, str],
-) -> dict[str, tuple[Run, Metric]]:
+def _distances_by_other_networks(task: _Task, missing: dict[str, str]) -> dict[str, tuple[Run, Metric]]:
     """FID by each of the protocol's more_networks, with the run that has this network; by names for `missing`."""
     found: dict[str, tuple[Run, Metric]] = {}
-    for network in protocol.more_networks if "FID" in protocol.metrics else ():
+    for network in task.protocol.more_networks if "FID" in task.protocol.metrics else ():
         # The protocol with this network and FID alone; a weight file of the user's is of the first network.
-        own = replace(protocol, network=network, more_networks=(), metrics=("FID",))
+        protocol = replace(task.protocol, network=network, more_networks=(), metrics=("FID",))
+        own = task._replace(protocol=protocol, tools=replace(task.tools, weights=None))
         lacks: dict[str, str] = {}
-        run, _ = _prepare(stream, own, real_images, device, replace(tools, weights=None), world, lacks)
-        metrics = _build_metrics(run, stream, (), world, lacks)
+        run, _ = _prepare(own, lacks)
+        metrics = _build_metrics(own, run, lacks)
         missing |= {f"{name} by {network}": reason for name, reason in lacks.items()}
         found |= {f"{name} by {network}": (run, metric) for name, metric in metrics.items()}
     return found
@@ -229,6 +224,13 @@ def _update(
             bar.update(len(drawn.images))
 
 
+def _merge_processes(metrics: Sequence[Metric], world: World) -> None:
+    """Give the main process's metrics what those of the other processes have accumulated."""
+    for metric in metrics:
+        for other in gather(metric, world)[1:]:
+            metric.merge(other)
+
+
 def _update_with_repeats(metrics: Sequence[Metric], stream: ImageStream, run: Run, real_images: RealImages) -> None:
     """Draw the stream's repeats for the metrics that need them, if there are any."""
     repeated = [metric for metric in metrics if metric.needs.repeats]
@@ -253,6 +255,12 @@ def _compute(metrics: Mapping[str, Metric], missing: dict[str, str]) -> list[Sco
         except MISSING as error:
             missing[name] = str(error)
     return scores
+
+
+def _about_records(real: Records, metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    """The real images' split, and the names of the metrics that compare with it."""
+    readers = [name for name, metric in metrics.items() if metric.needs.real or metric.needs.real_images]
+    return {"data_set": real.name, "split": real.split, "num_images": len(real), "read_by": readers}
 
 
 def _seconds(loading: float, drawing: float, scoring: float) -> dict[str, float]:
