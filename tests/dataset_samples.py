@@ -9,6 +9,7 @@ from datasets.records import Records
 from miscc.vocabulary import Vocabulary
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # not part of the project; tests skip without it
+CUB_CLASSES = {"001.Finch": 3, "002.Gull": 2, "003.Jay": 2}  # of `write_cub`: class and number of images
 
 
 def python2_pickle(value) -> bytes:
@@ -78,6 +79,11 @@ def noise_records(root: Path, count: int, **options) -> Records:
         for number in range(count)
     ]
     return make_records(root, paths, **options)
+
+
+def write_class_lists(root, train=("001.Finch", "003.Jay"), test=("002.Gull",)):
+    (root / "trainvalclasses.txt").write_text("".join(f"{name}\n" for name in train))
+    (root / "testclasses.txt").write_text("".join(f"{name}\n" for name in test))
 
 
 def write_cub(root: Path, classes: dict[str, int], captions: int = 10) -> list[str]:

@@ -313,7 +313,7 @@ def test_the_command_adds_a_record_beside_the_checkpoint(checkpoint, capsys, tmp
     printed = capsys.readouterr().out
     assert "12 the same real images by protocol quick, no generator" in printed
     assert "by protocol quick\n" in printed and "NOT its own numbers: num_images 10" in printed
-    assert printed.count("against 12 of folder's test set") == 3
+    assert printed.count("against 12 of folder's test set, middle crop") == 4
     assert "not computed: diversity" in printed and "FD[tiny" in printed and "written to" in printed
 
 
