@@ -7,7 +7,7 @@ DEMO   := output/demo
 GPU    ?=
 DEVICE := $(if $(GPU),--gpu $(GPU),)
 
-.PHONY: demo serve test slow-test check fuzz faults audit house clean-demo environment
+.PHONY: demo serve test slow-test check fuzz faults mutants audit house clean-demo environment
 
 environment: $(VENV)/installed
 
@@ -73,6 +73,14 @@ fuzz: environment
 faults: N := 500
 faults: environment
 	$(RUN) tests/faults/run.py --number $(N) --seed $(SEED)
+
+# Does the suite notice faults of one line? Those of tests/mutants/faults.txt and N more, drawn by SEED. Hours on a slow core;
+# ONLY=eval/ takes a room or file alone. docs/reliability.md has what it found.
+ONLY ?=
+
+mutants: N := 40
+mutants: environment
+	$(RUN) tests/mutants/run.py --number $(N) --seed $(SEED) --only "$(ONLY)"
 
 # Known holes in what is installed; wants the internet.
 audit: environment

@@ -44,6 +44,13 @@ def test_recolouring_by_hand():
     assert recolour(images, torch.tensor([[0.5, 0.5, 0.5]])).flatten().tolist() == pytest.approx([0.1, 0.2, 0.6])
 
 
+def test_contrast_is_about_the_mean_of_each_image():
+    """Half the contrast: 0 and 1 become 0.25 and 0.75, about 0.5; 3 and 5 become 3.5 and 4.5, about 4."""
+    images = torch.tensor([[0.0, 1.0], [3.0, 5.0]]).view(2, 1, 1, 2).expand(-1, 3, -1, -1)
+    halved = recolour(images, torch.tensor([[0.5, 0.5, 0.0]] * 2))
+    assert halved[:, 0, 0].tolist() == [[0.25, 0.75], [3.5, 4.5]]
+
+
 def test_a_draw_depends_on_seed_step_and_index_alone():
     images = torch.ones(3, 3, 32, 32)
     kinds = ("translation", "cutout")

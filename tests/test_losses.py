@@ -9,7 +9,9 @@ import torch.nn.functional as F
 import miscc.losses
 from miscc.losses import (
     hinge_discriminator_loss,
+    hinge_generator_loss,
     matching_aware_gradient_penalty,
+    semantic_distance,
     sentence_loss,
     word_attention,
     word_loss,
@@ -30,6 +32,19 @@ def test_hinge_is_zero_exactly_beyond_the_margins_and_pulls_the_right_way():
     assert real.grad.tolist() == [-0.5, -0.5] and fake.grad.tolist() == [0.25, 0.25] == wrong.grad.tolist()
 
 
+def test_the_generators_hinge_by_hand():
+    fake = torch.tensor([1.0, -4.0], requires_grad=True)
+    loss = hinge_generator_loss(fake)
+    loss.backward()
+    assert loss.item() == 1.5 and fake.grad.tolist() == [-0.5, -0.5]  # fake images go up
+
+
+def test_semantic_distance_by_hand():
+    a = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    b = torch.tensor([[3.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])
+    assert semantic_distance(a, b).tolist() == pytest.approx([0.0, 1.0, 2.0])
+
+
 def test_gradient_penalty_by_hand():
     images, sentence = torch.zeros(2, 1, 1, 1, requires_grad=True), torch.zeros(2, 1, requires_grad=True)
     slope = torch.tensor(3.0, requires_grad=True)
@@ -40,6 +55,14 @@ def test_gradient_penalty_by_hand():
     assert slope.grad.item() == pytest.approx(2 * 6 * 5**4 * 3, rel=1e-6)  # d/da 2(a²+16)³ = 12a(a²+16)²
     other = matching_aware_gradient_penalty((slope * images).flatten() + 0 * sentence.flatten(), images, sentence, 1, 2)
     assert other.item() == pytest.approx(9)
+
+
+def test_gradient_penalty_sums_over_the_pixels_of_an_image_and_averages_over_images():
+    """Slopes 2 and 4 at two pixels, 1 and 0 at the other image's; 5 and 3 by the sentences: norms² 45 and 10."""
+    images, sentence = torch.zeros(2, 1, 1, 2, requires_grad=True), torch.zeros(2, 1, requires_grad=True)
+    slopes = torch.tensor([[[[2.0, 4.0]]], [[[1.0, 0.0]]]])
+    logits = (slopes * images).flatten(1).sum(1) + torch.tensor([5.0, 3.0]) * sentence[:, 0]
+    assert matching_aware_gradient_penalty(logits, images, sentence, 3.0, 4.0).item() == 3 * (45**2 + 10**2) / 2
 
 
 def test_gradient_penalty_has_a_gradient_where_the_slope_is_zero():
@@ -155,6 +178,27 @@ def test_word_loss_does_not_see_padding(pairs):
     )
     changed[1, :, 0] += 1.0
     assert word_loss(regions, changed, lengths)[0].item() != pytest.approx(word_loss(*pairs)[0].item(), rel=1e-6)
+
+
+def test_word_loss_of_two_captions_by_hand():
+    """One region an image and one word a caption: the cosine of word and region is the match, times γ2, times γ3."""
+    regions = torch.tensor([[1.0, 0.0], [0.0, 2.0]])[:, :, None, None]
+    words = torch.tensor([[3.0, 0.0], [1.0, 1.0]])[:, :, None]
+    match = 2.0 * 0.5 * torch.tensor([[1.0, math.sqrt(0.5)], [0.0, math.sqrt(0.5)]])  # image by caption
+    rows, columns = (-(matrix.diagonal() - matrix.logsumexp(1)).mean().item() for matrix in (match, match.T))
+    found = word_loss(regions, words, torch.tensor([1, 1]), None, 7.0, 0.5, 2.0)
+    assert [loss.item() for loss in found] == pytest.approx([rows, columns], rel=1e-5)
+    assert rows != pytest.approx(columns, rel=1e-2)
+
+
+def test_attention_of_words_by_hand():
+    """Scores 0 and log 2 of two words at one region, log 3 and 0 at the other: shares 1/3 and 2/3, 3/4 and 1/4 of the words."""
+    regions = torch.tensor([[[0.0, math.log(3)], [math.log(2), 0.0]]])[..., None]  # (1, D, 2, 1)
+    words = torch.eye(2)[None]  # word t has the t-th number of a region as its score
+    first = torch.softmax(2.0 * torch.tensor([1 / 3, 3 / 4]), 0)
+    second = torch.softmax(2.0 * torch.tensor([2 / 3, 1 / 4]), 0)
+    found = word_attention(regions, words, torch.tensor([2]), 2.0)
+    torch.testing.assert_close(found[0, :, :, 0], torch.stack([first, second]))
 
 
 def test_zero_words_and_regions_give_finite_gradients():
