@@ -10,11 +10,14 @@ from test_trainer import assert_same_state
 from torchvision.models import inception_v3
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from datasets.settings import DataSettings
 from miscc.checkpoint import load_checkpoint, save_checkpoint
 from miscc.errors import CheckpointError, ConfigError, TrainingError
+from miscc.settings import from_config
 from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder
 from sampling.encoders import load_encoders
 from training.damsm import EncoderTrainer, load_imagenet_weights, pretrain
+from training.data import split_pairs
 from training.retrieval import retrieval_at
 from training.schedule import Budget
 
@@ -126,6 +129,14 @@ def test_pretraining_writes_encoders_scores_and_attention(damsm_settings, tmp_pa
     loaded = load_encoders(folder / "best.pth")
     assert loaded.vocabulary.words[0] == "<end>" and loaded.max_words == 18 and loaded.image_size == 16
     assert not loaded.text_encoder.training and not any(p.requires_grad for p in loaded.image_encoder.parameters())
+
+
+def test_held_out_pairs_are_not_trained_on(damsm_settings):
+    """A fifth of the 40, drawn by the seed."""
+    data = from_config(DataSettings, damsm_settings())
+    trained, held_out = split_pairs(data, 0.2, 1, None)
+    assert (len(trained), len(held_out)) == (32, 8) and not set(trained.keys) & set(held_out.keys)
+    assert split_pairs(data, 0.2, 1, None)[1].keys == held_out.keys != split_pairs(data, 0.2, 2, None)[1].keys
 
 
 def test_pretraining_resumes_exactly(damsm_settings, tmp_path):

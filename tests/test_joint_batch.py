@@ -179,6 +179,16 @@ def test_joint_batch_norm_equals_torchs_of_all_images(twins, dtype, momentum):
     assert norm.num_batches_tracked == expected.num_batches_tracked == 2
 
 
+def test_gradients_and_logged_numbers_are_averaged(twins):
+    """Both have 4 and 6: their mean is 4 and 6 again."""
+    world = distributed.World(0, 2, torch.device("cpu"))
+    parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    parameters[0].grad, parameters[1].grad = torch.tensor([4.0]), torch.tensor([6.0])
+    distributed.average_gradients(parameters, world)
+    assert [None if p.grad is None else p.grad.item() for p in parameters] == [4.0, 6.0, None]
+    assert distributed.average({"b": torch.tensor(4.0), "a": torch.tensor(6.0)}, world) == {"a": 6.0, "b": 4.0}
+
+
 def test_gathered_rows_say_that_they_cannot_be_differentiated_twice(twins):
     world = distributed.World(1, 2, torch.device("cpu"))
     rows = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)

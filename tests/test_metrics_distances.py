@@ -73,6 +73,21 @@ def test_extrapolation_takes_the_bias_of_few_images_away():
     assert extrapolated_distance(truth, rows)[0] == limit  # drawn by a seed
 
 
+def test_a_bootstrap_interval_moves_with_the_value_it_is_laid_around():
+    """Resampling raises every distance; what it raises is taken off, so the value lies inside, not below."""
+    truth = statistics_of_features(torch.from_numpy(random_rows(500, 20, 0)))
+    rows = torch.from_numpy(random_rows(30, 20, 1))
+    value = distance(truth, statistics_of_features(rows))
+    (low, high), std = bootstrap_interval(truth, rows, value, rounds=20)
+    assert low < value < high and low < (low + high) / 2 < high
+    (moved_low, moved_high), same = bootstrap_interval(truth, rows, value + 7, rounds=20)
+    assert (moved_low, moved_high) == pytest.approx((low + 7, high + 7)) and same == std
+
+    # Two rounds differ by d: their 2.5th and 97.5th percentile by 0.95·d, and d/√2 is their deviation as a sample.
+    (low, high), std = bootstrap_interval(truth, rows, value, rounds=2)
+    assert std == pytest.approx((high - low) / 0.95 / math.sqrt(2))
+
+
 def test_bootstrap_interval_lies_around_the_value_and_narrows_with_more_images():
     truth = Statistics(np.zeros(5), np.eye(5), 10**9)
     rows = torch.from_numpy(np.random.default_rng(5).normal(size=(1600, 5)) + 0.5)

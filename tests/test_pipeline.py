@@ -14,14 +14,17 @@ from main import main
 from miscc.checkpoint import hash_tensors
 from miscc.distributed import World
 from miscc.errors import CheckpointError, DataError, UserError
+from miscc.images import to_uint8
 from miscc.settings import from_config
 from miscc.vocabulary import Vocabulary
+from models.attn_gan import AttnGenerator
 from models.damsm import TextEncoder
 from models.ssa_gan import SSAGenerator
+from models.types import TextFeatures
 from sampling import folders as sampling
 from sampling.encoders import load_encoders
 from sampling.folders import file_stem, prepare_folder, sample
-from sampling.interpolate import interpolate
+from sampling.interpolate import _mix, interpolate
 from sampling.pipeline import TextToImage
 from sampling.requests import caption_requests, example_requests, read_captions, split_requests
 from training.data import read_records
@@ -79,6 +82,30 @@ def test_truncated_noise_is_bounded(pipeline):
     noise = pipeline.noise(0, range(50), truncation=0.5)
     assert noise.abs().max() <= 1.0 and 0.35 < noise.std() < 0.5
     assert abs(pipeline.noise(0, range(50)).std().item() - 1) < 0.05
+
+
+def test_images_are_drawn_from_the_truncated_noise_of_their_indices(pipeline):
+    drawn = pipeline.generate(CAPTIONS[:2], seed=4, truncation=0.5, indices=[7, 9]).images
+    noise = pipeline.noise(4, [7, 9], 0.5)
+    assert np.array_equal(drawn, to_uint8(pipeline.synthesize(pipeline.encode(CAPTIONS[:2]), noise).images[-1]))
+    assert not np.array_equal(drawn, pipeline.generate(CAPTIONS[:2], seed=4, indices=[7, 9]).images)
+
+
+def test_of_several_stages_the_last_is_drawn(pipeline):
+    torch.manual_seed(2)
+    stages = AttnGenerator(gf_dim=4, base_size=8, num_stages=2).eval()
+    drawn = TextToImage(stages, pipeline.text_encoder, pipeline.vocabulary).generate(CAPTIONS, with_attention=True)
+    assert drawn.images.shape == (3, 16, 16, 3) and [maps.shape for maps in drawn.attention] == [(3, 18, 8, 8)]
+    assert len(drawn.stages) == 1 and np.array_equal(drawn.stages[0], drawn.images)
+
+
+def test_mixed_captions_go_from_the_first_to_the_second_by_hand():
+    """A sentence of 0 and one of 4, words of 1 and 5: a quarter of the way 1 and 2; padding where both have it."""
+    sentence, words = torch.tensor([[0.0], [4.0]]), torch.tensor([[[1.0, 1.0, 1.0]], [[5.0, 5.0, 5.0]]])
+    mask = torch.tensor([[False, False, True], [False, True, True]])
+    mixed = _mix(TextFeatures(sentence, words, mask), torch.tensor([0.0, 0.25, 1.0]))
+    assert mixed.sentence.flatten().tolist() == [0.0, 1.0, 4.0] and mixed.words[:, 0, 0].tolist() == [1.0, 2.0, 5.0]
+    assert mixed.mask.tolist() == [[False, False, True]] * 3
 
 
 def test_unknown_words_are_named_and_left_out(pipeline, caplog):

@@ -80,3 +80,14 @@ def test_an_average_over_a_share_of_the_updates():
     average.module.weight.zero_()
     average.update(network)  # decay min(0.999, 100 / 101) = 100 / 101: the last hundredth of the updates
     assert average.module.weight.item() == pytest.approx(1 / 101)
+
+
+def test_the_average_has_the_generators_batch_statistics():
+    network = nn.BatchNorm1d(1)
+    average = EMA(network, decay=0.9)
+    network.running_mean.fill_(3.0)
+    network.num_batches_tracked.fill_(7)
+    average.update(network)
+    assert average.module.running_mean.item() == 3.0 and average.module.num_batches_tracked.item() == 7
+    network.running_mean.fill_(4.0)
+    assert average.module.running_mean.item() == 3.0  # a copy, not the same tensor

@@ -2,7 +2,7 @@
 
 faults.txt, a block a fault, the blocks of a file below its heading:
 
-    == miscc/losses.py: test_losses.py test_pinned_steps.py      the file, and the tests that should notice, cheapest first
+    == miscc/losses.py: test_losses.py test_x.py::test_y    the file, and what should notice, cheapest first: files, single tests
     - F.relu(1 - real)           what stands in exactly one line of the file: the line, or a part of it
     + F.relu(1 + real)           what takes its place
     # the sign of real pairs     what is wrong with that
@@ -39,7 +39,7 @@ class Fault:
     file: relative to the repository.
     old, new: what is replaced, and by what; old stands once in the file, `line` None, or in line number `line`.
     what: is wrong with that.
-    tests: names of test files that should notice, cheapest first.
+    tests: names of test files, or of single tests, that should notice, cheapest first.
     equivalent: why no test can notice; "": one must.
     """
 
