@@ -7,7 +7,7 @@ from miscc.batch import Batch
 from miscc.distributed import World
 from miscc.errors import TrainingError
 from models.types import Update
-from training.step import Clipping, FiniteCheck, Stepper, log_values
+from training.step import Clipping, FiniteCheck, Stepper, adam, log_values, restore_adam
 
 CPU = World(0, 1, torch.device("cpu"))
 
@@ -107,3 +107,14 @@ def test_the_first_step_with_a_loss_that_is_not_finite_is_named():
             check.check()
     with pytest.raises(TrainingError, match="the loss `bad` was not finite at step 2"):
         check.check()
+
+
+def test_a_restored_optimizer_has_the_averages_of_the_run_and_the_rates_of_the_settings():
+    a = torch.nn.Parameter(torch.tensor([1.0]))
+    before, now = adam([a], 0.1, (0.5, 0.9)), adam([a], 0.2, (0.0, 0.99))
+    a.grad = torch.tensor([2.0])
+    before.step()
+    restore_adam(now, before.state_dict())
+    assert now.param_groups[0]["lr"] == 0.2 and now.param_groups[0]["betas"] == (0.0, 0.99)
+    assert now.state[a]["exp_avg"].item() == 1.0  # (1 - 0.5) · 2
+    assert now.state[a]["exp_avg_sq"].item() == pytest.approx(0.4)  # (1 - 0.9) · 2²

@@ -319,6 +319,34 @@ def test_learning_rates_and_changed_settings_on_resuming(tiny, tmp_path):
     assert changed_settings({"A": {"B": 1}, "WORKERS": 1}, {"A": {"B": 2}, "WORKERS": 4}) == ["A.B: 1 -> 2"]
 
 
+def test_penalties_and_learning_rates_follow_the_step(tiny, tmp_path, monkeypatch):
+    """Of 4 steps: a penalty in every second; rates fall after the first half: 3/4 are used up before the last."""
+    rates, original = [], Trainer.train_step
+
+    def step(self, *arguments):
+        values = original(self, *arguments)
+        rates.append(self.optimizers["generator"].param_groups[0]["lr"])
+        return values
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    changes = {"MAX_STEPS": "4", "PENALTY_EVERY": "2", "LR_DECAY_FROM": "0.5", "GENERATOR_LR": "0.2"}
+    train(tiny(*((f"TRAIN.{name}", value) for name, value in changes.items())), CPU)
+    lines = stats_of(tmp_path / "output" / "00000-tiny-ssa_gan")
+    assert ["loss/penalty" in line for line in lines] == [True, False, True, False]
+    assert rates == pytest.approx([0.2, 0.2, 0.2, 0.1])
+
+
+def test_pictures_and_evaluations_are_by_the_average(tiny):
+    trainer = Trainer(tiny(), CPU)
+    trainer.networks["generator"].train()
+    with trainer._pipeline() as pipeline:
+        assert pipeline.generator is trainer.average.module and not pipeline.generator.training
+    without = Trainer(tiny(("TRAIN.EMA_DECAY", "0")), CPU)
+    with without._pipeline() as pipeline:
+        assert pipeline.generator is without.networks["generator"] and not pipeline.generator.training
+    assert without.networks["generator"].training
+
+
 def test_average_by_hand():
     module = torch.nn.Linear(1, 1, bias=False)
     module.weight.data.fill_(0.0)

@@ -162,7 +162,8 @@ def _computing_nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def _without_annotation(node: ast.AST) -> ast.AST:
-    if isinstance(node, ast.FunctionDef):
+    """Nor decorators."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return ast.Module(body=node.body, type_ignores=[])
     if isinstance(node, ast.AnnAssign):
         return ast.Module(body=[] if node.value is None else [ast.Expr(node.value)], type_ignores=[])
