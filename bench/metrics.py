@@ -192,9 +192,13 @@ def table(results: dict) -> str:
         "| features, with reading the files | images/s | against its reference |",
         "|---|---|---|",
     ]
+
+    # Speed of each loop.
     for name, row in features.items():
         against = f"×{row['speedup']:.2f} of {row['reference']}" if "reference" in row else ""
         lines.append(f"| {name} | {row['images_per_second']:.1f} | {against} |")
+
+    # Whether ours and the reference's say the same.
     lines += [
         "",
         "| same files, same weights | FD ours | FD of the reference's features | largest feature difference |",
@@ -204,6 +208,8 @@ def table(results: dict) -> str:
         if "reference" in row:
             apart = f"{row['largest_feature_difference']:.1e} (features spread by {row['feature_spread']:.2g})"
             lines.append(f"| {name} | {row['distance']:.6f} | {row['distance_by_reference']:.6f} | {apart} |")
+
+    # The trace of the matrix root.
     seconds = trace["seconds"]
     lines += [
         "",

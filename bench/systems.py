@@ -70,6 +70,8 @@ def table(results: dict) -> str:
         f"that have one, float32, medians of {results['rounds']} rounds in turns; operations: 2 a multiply-add.",
         "",
     ]
+
+    # A row a system.
     header = ["settings", "px", "G, M", "D and others, M", "GFLOP an image: step", "drawing", "peak, MiB",
               "images/s: training", "drawing"]  # fmt: skip
     rows = []

@@ -21,10 +21,13 @@ def load_captions_pickle(path: str | Path) -> tuple[list, list, Vocabulary]:
 
     Raises DataError when the file is missing, unsafe or of another form.
     """
+    # Four parts; the last, word to index, is the inverse of the third.
     content = load_legacy_pickle(path)
     if not isinstance(content, (list, tuple)) or len(content) < 3 or not isinstance(content[2], dict):
         raise DataError(f"{path}: is not AttnGAN's [train captions, test captions, index to word, word to index]")
     train, test, index_to_word = content[:3]
+
+    # The words in the order of their indices.
     try:
         words = [index_to_word[index] for index in range(len(index_to_word))]
     except KeyError as missing:

@@ -250,6 +250,7 @@ def _as_written(root: Path, keys: Sequence[str], spelled: list[list[str]]) -> li
 
     The pickle has the words alone, in lower case and without signs.
     """
+    # An image's file is used only if it has at least as many captions as the pickle.
     texts, missing = [], []
     for key, group in zip(keys, spelled, strict=True):
         path = root / "text" / f"{key}.txt"
@@ -258,6 +259,7 @@ def _as_written(root: Path, keys: Sequence[str], spelled: list[list[str]]) -> li
         if len(written) < len(group):
             missing.append(key)
         texts.append(written if len(written) == len(group) else group)
+
     if missing:
         logger.warning(
             "%s: captions of %d of %d images are read from captions.pickle, without capitals and signs, since they are not "

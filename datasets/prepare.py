@@ -171,6 +171,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--allow-partial", action="store_true", default=None, help="birds, coco: prepare what is there, with a warning"
     )
 
+    # Options of single data sets, see _ONLY_FOR.
     own = parser.add_argument_group("folder, flickr")
     own.add_argument("--captions", type=Path, help="the caption file (default: the one .csv, .tsv, .jsonl or .json)")
     own.add_argument("--images", type=Path, help="the folder with the images (default: images/, else all of root)")

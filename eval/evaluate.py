@@ -235,11 +235,15 @@ def arguments() -> argparse.ArgumentParser:
     add("--protocol", required=True, metavar="NAME", help="see below, e.g. small")
     add("--num-images", type=positive, metavar="N", help="a quick run with so many, recorded as an override")
     add("--selfcheck", action="store_true", help="the floor instead: real against real, nothing is generated")
+
+    # Where the user keeps what the protocol needs.
     add("--data-dir", metavar="DIR", help="where the data set is, if it was moved")
     add("--encoders", metavar="CKPT", help="DAMSM encoders for R-precision (default: those of the training)")
     add("--weights", metavar="PATH", help="weight file of the protocol's network (default: torch hub's cache)")
     add("--lpips-weights", metavar="PATH", help="AlexNet's weights for LPIPS (default: torch hub's cache)")
     add("--clip", metavar="NAME", help="folder of a CLIP, or its name in Hugging Face's cache")
+
+    # Where results go, and how they are computed.
     add("--out", metavar="PATH", help="file of results (default: evaluation.json beside the checkpoint)")
     add_device_option(parser)
     add("--batch-size", type=positive, default=32, help="images at a time (default 32)")

@@ -41,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser, network: bool = True, weights
     add("--workers", type=positive, help="threads that decode images (default: one a core, up to 8)")
     add("--json", nargs="?", const="-", metavar="PATH", help="write JSON there; without PATH: print it")
     add("--skip-broken", action="store_true", help="leave out, and count, images that cannot be read")
+
+    # Of the network whose features are read.
     if weights:
         add("--weights", metavar="PATH", help="weight file (default: torch hub's cache)")
     if network:
@@ -162,7 +164,6 @@ def score_images(
     Raises DataError, naming the file, for an image that cannot be read.
     """
     needs = metric.needs
-
     images = open_images(path, skip_broken, needs.captions)
 
     # What generated images are compared with.

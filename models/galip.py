@@ -291,6 +291,7 @@ class GALIP(AdversarialSystem):
         super().__init__(networks, **arguments)
         generator, image_encoder = self.generator, self.image_encoder
         self.image_sizes = [self.settings.real_size or generator.image_size]
+
         # A fresh generator's ViT, and one that is the same, are the encoder's: in memory once.
         if not generator.vit.is_filled or generator.vit.equals(image_encoder):
             try:
@@ -327,9 +328,11 @@ class GALIP(AdversarialSystem):
         with torch.no_grad():
             real_maps = image_encoder.patches(batch.single_size)
 
+        # D: real pairs up; fake images and wrong captions down; and the penalty.
         losses, stats = self.discriminator_losses(real_maps, [m.detach() for m in fake_maps], text.sentence)
         yield Update("discriminator", losses, stats)
 
+        # G: fake images up, and close to their captions in CLIP.
         with no_parameter_grad(discriminator):
             adversarial = hinge_generator_loss(discriminator(fake_maps, text.sentence))
             similarity = F.cosine_similarity(at_least_float32(fake_codes), at_least_float32(text.sentence)).mean()
@@ -343,6 +346,7 @@ class GALIP(AdversarialSystem):
 
         The penalty is taken for the maps and the sentence, not for pixels, and shares its forward pass with the hinge.
         """
+        # The penalty's gradients are taken for these two, in full precision.
         discriminator = self.discriminator
         maps = at_least_float32(torch.stack(list(real_maps), dim=1).detach()).requires_grad_()  # (N, maps, C, 7, 7)
         own = at_least_float32(sentence.detach()).requires_grad_()
@@ -354,6 +358,7 @@ class GALIP(AdversarialSystem):
                 value = matching_aware_gradient_penalty(real_logits, maps, own, **self.settings.penalty)
                 penalty = {"penalty": value}
 
+        # Wrong captions and fake images, for the hinge alone.
         mismatched_logits = discriminator.logits(features, sentence.roll(-1, dims=0))
         fake_logits = discriminator(fake_maps, sentence)
         losses = {"hinge": hinge_discriminator_loss(real_logits, fake_logits, mismatched_logits)} | penalty

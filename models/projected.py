@@ -78,6 +78,8 @@ class Head(nn.Module):
 
     def __init__(self, channels: int, size: int, most_channels: int, sentence_dim: int, batch_statistic: bool):
         super().__init__()
+
+        # Half the size with each layer, until the map is small enough.
         layers: list[nn.Module] = []
         while size > LARGEST_MAP:
             wider = min(2 * channels, most_channels)
@@ -86,6 +88,8 @@ class Head(nn.Module):
             channels, size = wider, size // 2
         if batch_statistic:
             layers.append(BatchStatistic())
+
+        # What the sentence is matched with.
         layers += [spectral_norm(nn.Conv2d(channels + batch_statistic, most_channels, 3, padding=1)), nn.LeakyReLU(0.2)]
         self.trunk = nn.Sequential(*layers)
         self.maps = spectral_norm(nn.Conv2d(most_channels, 1 + NUM_MATCHING, 1))

@@ -26,6 +26,8 @@ def from_state(entry: Mapping[str, Any], registry: Mapping[str, type[Network]]) 
             f"the checkpoint holds a network {entry['name']!r}, which this version does not know (it knows: "
             f"{', '.join(registry)}); update the project"
         )
+
+    # Sizes first: arguments of a damaged file could ask for all memory.
     try:
         _check_sizes(registry[entry["name"]], entry)
         module = skip_init(registry[entry["name"]], entry["arguments"])
@@ -40,11 +42,14 @@ def from_state(entry: Mapping[str, Any], registry: Mapping[str, type[Network]]) 
 
 def _check_sizes(kind: type[Network], entry: Mapping[str, Any]) -> None:
     """Raises ValueError where a network of these arguments has other sizes than its tensors: it may be larger than memory."""
+    # Built without values, for its sizes alone.
     try:
-        with torch.device("meta"):  # sizes alone
+        with torch.device("meta"):
             expected = kind(**entry["arguments"]).state_dict()
     except (RuntimeError, NotImplementedError):  # a part that cannot be built without values
         return
+
+    # Missing tensors are reported by load_state_dict.
     for name, tensor in expected.items():
         actual = entry["state"].get(name)
         if actual is not None and actual.shape != tensor.shape:

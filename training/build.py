@@ -57,10 +57,14 @@ def starting_networks(
 ) -> tuple[dict[str, Network], Vocabulary]:
     """The networks of a new training, fresh or of NET_G, with the encoders that the settings name. Raises UserError."""
     encoders, vocabulary = encoders_for(system, start, data)
+
+    # Fresh networks, with the gates' initial value of the settings.
     fresh = build_networks(system)
     for network in fresh.values():
         for gate in network.gates():
             nn.init.constant_(gate, start.gate)
+
+    # In their place those of weight files; the encoders beside them.
     networks = dict(fresh)
     networks |= networks_from_files(start, networks, system.name)
     networks["text_encoder"] = encoders.text_encoder
@@ -76,6 +80,8 @@ def resumed_networks(system: ChosenSystem, checkpoint: Mapping) -> tuple[dict[st
         for part, entry in checkpoint["networks"].items()
         if part != "generator_ema"
     }
+
+    # The networks that the settings train, of the system that they name.
     expected = SYSTEMS[system.name]
     for part in expected.parts(system.objective):
         if part not in networks:
@@ -85,6 +91,8 @@ def resumed_networks(system: ChosenSystem, checkpoint: Mapping) -> tuple[dict[st
             )
         if type(networks[part]) is not expected.NETWORKS[part]:
             raise CheckpointError(f"the checkpoint's {part} is {network_name(networks[part])}'s, not {system.name}'s")
+
+    # The encoders, and the vocabulary that goes with them.
     if "text_encoder" not in networks:
         raise CheckpointError("the checkpoint holds no text encoder; use another one, or start anew")
     if "image_encoder" not in networks and system.objective.needs_image_encoder:

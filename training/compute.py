@@ -28,9 +28,12 @@ def compile_networks(networks: Mapping[str, Network]) -> None:
     A gradient penalty runs uncompiled (models.modes.full_precision), as compilers cannot differentiate twice.
     """
     for network in networks.values():
+        # See above: batch statistics are restored there.
         if any(isinstance(vars(module).get("forward"), _Recomputed) for module in network.modules()):
             continue
-        for module in network.modules():  # AttnGAN's discriminator is made of several
+
+        # Part by part: AttnGAN's discriminator is made of several networks.
+        for module in network.modules():
             for name in module.compiled_methods if isinstance(module, Network) else ():
                 if name == "forward":
                     module.compile()

@@ -25,10 +25,13 @@ class EMA:
     @torch.no_grad()
     def update(self, generator: nn.Module) -> None:
         """Move the average towards the generator's present weights."""
+        # Less is kept at first, and as much as `share` allows.
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         if self.share:
             decay = min(decay, self.num_updates * self.share / (1 + self.num_updates * self.share))
         self.num_updates += 1
+
+        # Weights follow slowly; batch norm's statistics are copied.
         averages: list[Tensor] = list(self.module.parameters())
         values = [p.detach() for p in generator.parameters()]
         torch._foreach_lerp_(averages, values, 1 - decay)

@@ -109,6 +109,8 @@ def restore_state(optimizers: Mapping[str, torch.optim.Optimizer], average: EMA 
             if name in checkpoint["optimizers"] or name in checkpoint["networks"]:
                 part = f"optimizer {name!r}"
                 restore_adam(optimizer, checkpoint["optimizers"][name])
+
+        # The average; a run without one starts it anew.
         if average is not None and "generator_ema" in checkpoint["networks"]:
             part = "averaged generator"
             average.module.load_state_dict(checkpoint["networks"]["generator_ema"]["state"])

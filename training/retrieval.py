@@ -12,7 +12,10 @@ def retrieval_at(code: Tensor, sentence: Tensor, ks: Iterable[int] = (1, 5)) -> 
     Returns {"image_to_text_r1": ..., "text_to_image_r1": ..., "chance_r1": k/N, ...}, shares from 0 to 1. Among pairs
     that are equally alike each order counts the same, so that codes that are all alike give chance.
     """
-    similarity = F.normalize(code.double(), dim=1) @ F.normalize(sentence.double(), dim=1).T
+    # Double precision, so that equal pairs tie exactly.
+    similarity = F.normalize(code.double(), dim=1) @ F.normalize(sentence.double(), dim=1).T  # (N, N)
+
+    # The share of rows whose own column is among the first k; a tie counts by its chance.
     scores = {}
     for name, rows in (("image_to_text", similarity), ("text_to_image", similarity.T)):
         own = rows.diagonal()[:, None]

@@ -155,12 +155,14 @@ def _random_inception(weights: str | Path | None, resize: str | None, seed: int)
 
 
 def _torchvision_inception(weights: str | Path | None, resize: str | None, seed: int) -> FeatureNetwork:
+    # torchvision's own network, without the classifier that only its training uses.
     source = "https://download.pytorch.org/models/"
     path = find_weights(weights, TORCHVISION_FILES, "inception-torchvision", source)
     state = {name: tensor for name, tensor in _read_state(path).items() if not name.startswith("AuxLogits.")}
     network = torchvision.models.inception_v3(weights=None, aux_logits=False, init_weights=False)
     _load(network, state, path, "torchvision's inception_v3")
 
+    # Its layers up to the pooled features.
     trunk = nn.Sequential(*(getattr(network, name) for name in TRUNK), nn.Flatten())
     return FeatureNetwork(
         name="inception-torchvision",

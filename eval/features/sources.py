@@ -292,6 +292,8 @@ def _array(path: Path) -> ImageSource:
     shape, channels_first = _image_shape(path, member, stream)
     size = math.prod(shape[1:])
     start = stream.tell()
+
+    # A damaged header could declare any size.
     if math.prod(shape) > num_bytes:
         raise DataError(f"{path}: declares {shape} bytes of images, more than the file can hold; copy it again")
 

@@ -167,6 +167,8 @@ def _build_metrics(task: _Task, run: Run, missing: dict[str, str]) -> dict[str, 
         metric, needs = find_metric(name), find_metric(name).needs
         if needs.repeats and not task.world.is_main:
             continue  # the main process alone draws for it
+
+        # What the metric needs must be there; building it may still show that weights are missing.
         try:
             if needs.data_set and stream.data_set not in (None, needs.data_set):
                 raise DataError(f"it reads images of {needs.data_set} alone, these are of {stream.data_set}")
