@@ -1,21 +1,29 @@
-"""Where a new thing goes (CONTRIBUTING.md): a data set, an experiment and a loss in as many lines as promised.
+"""Where a new thing goes (CONTRIBUTING.md): each row of its table by a dummy in as many lines as promised.
 
-A system and a loss weight are added in test_systems.py, a metric in test_metric_registry.py.
+Here: data set, experiment, loss, and all together from training to a score. Elsewhere: system and loss weight
+(test_systems.py), metric (test_metric_registry.py), network of a projected discriminator (test_projected.py).
 """
 
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from dataset_samples import write_image
+from test_systems import DummyGAN
 
 import datasets
+import eval
 import main
 import models
 from datasets import load_records
 from datasets.layout import Entry
 from datasets.prepare import main as prepare
+from eval import evaluate
+from eval.metric import Metric, Score
+from eval.protocol.protocols import PROTOCOLS, Protocol
+from eval.protocol.report import read_records
 from models.ssa_gan import SSAGAN
 
 
@@ -101,3 +109,38 @@ def test_a_loss_is_minimised_and_logged_where_a_system_yields_it(monkeypatch, ti
     assert main.main(["--cfg", str(new), "--gpu", "-1"]) == 0
     values = [row["loss/smoothness"] for row in stats_of(tmp_path / "output")]
     assert len(values) == 4 and values[-1] != values[0] and all(value > 0 for value in values)
+
+
+class Redness(Metric):
+    """The mean of the red channel, 0 to 255."""
+
+    accumulated = ("means",)
+
+    def __init__(self):
+        self.means = []
+
+    def update(self, batch):
+        self.means += [float(image[..., 0].mean()) for image in batch.images]
+
+    def compute(self):
+        return [Score("redness", float(np.mean(self.means)), {"num_images": len(self.means)})]
+
+
+def test_new_things_go_together_from_training_to_a_score(squares, monkeypatch, tiny_yaml, tmp_path, capsys):
+    monkeypatch.setitem(models.SYSTEMS, "dummy", DummyGAN)
+    monkeypatch.setitem(eval.METRICS, "redness", (f"{__name__}:Redness", "how red the images are"))
+    monkeypatch.setitem(PROTOCOLS, "red", Protocol("red", "for tests", num_images=3, metrics=("redness",)))
+
+    # A new settings file: the new system on the new data set.
+    prepare(["squares", "--root", str(tmp_path / "squares")])
+    values = {"DATASET_NAME": "squares", "DATA_DIR": str(tmp_path / "squares"), "CONFIG_NAME": "mine"}
+    new = change(tiny_yaml, **values, GAN__NAME="dummy", GAN__Z_DIM=4, TRAIN__DAMSM_WEIGHT=0, TRAIN__MAX_STEPS=2)
+    assert main.main(["--cfg", str(new), "--gpu", "-1"]) == 0
+
+    # Scored by the new metric.
+    (checkpoint,) = (tmp_path / "output").glob("*-mine-dummy/checkpoints/last.pth")
+    evaluate.main(["--checkpoint", str(checkpoint), "--protocol", "red", "--device", "cpu", "--no-cache"])
+    (record,) = read_records(checkpoint.with_name("evaluation.json"))
+    (score,) = record["scores"]
+    assert score["name"] == "redness" and 0 < score["value"] < 255 and record["num_images"] == 3
+    assert record["real"]["data_set"] == "squares" and "3 generated images" in capsys.readouterr().out

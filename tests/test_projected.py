@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from miscc.errors import CheckpointError, ConfigError
-from models.backbones import BACKBONES, Backbone
+from models.backbones import BACKBONES, STRIDES, Backbone, Stages
 from models.projected import BatchStatistic, Head, ProjectedDiscriminator, RandomMixing
 
 
@@ -176,3 +176,22 @@ def test_larger_images_are_shrunk_smoothly():
     with torch.no_grad():
         for given, expected in zip(network.project(images), network.project(smaller), strict=True):
             assert torch.allclose(given, expected, atol=1e-4)
+
+
+def averages(weights):
+    """A new backbone is a function and its line in BACKBONES: here block means of the image, of ascending size."""
+    stages = [nn.AvgPool2d(STRIDES[0]), *(nn.AvgPool2d(2) for _ in STRIDES[1:])]
+    return Stages(stages, (3, 3, 3, 3), ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))), {"none": torch.zeros(1)}
+
+
+def test_a_new_backbone_is_a_function_and_its_line(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "averages", averages)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    features = Backbone("averages")(images)
+    assert [scale.shape[-1] for scale in features] == [8, 4, 2, 1]
+    assert torch.allclose(features[-1][:, :, 0, 0], ((images.mean(dim=(2, 3)) + 1) / 2 - 0.5) / 0.25, atol=1e-5)
+
+    network = ProjectedDiscriminator(backbone="averages", input_size=32, width=4, sentence_dim=8)
+    logits = network.logits(network.features(network.project(images)), torch.randn(2, 8))
+    assert logits.shape[0] == 2 and logits.isfinite().all()
+    assert not any(name.startswith("backbone") for name in network.state_dict())
