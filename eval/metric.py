@@ -113,7 +113,9 @@ class Score:
         # The same name: compare files, then hashes. Unknown weights count as the same.
         file = str(about.get("file") or "")
         same_file = bool(file and entry["file"]) and Path(file).resolve() == Path(entry["file"]).resolve()
-        return same_file or entry["weights_hash"] in ("", about.get("weights_hash", about.get("encoder_hash")))
+        weights_hash = about.get("weights_hash", about.get("encoder_hash"))
+        is_start = bool(weights_hash) and entry.get("starting_hash") == weights_hash
+        return same_file or is_start or entry["weights_hash"] in ("", weights_hash)
 
 
 @dataclass(frozen=True)

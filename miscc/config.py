@@ -16,7 +16,7 @@ from easydict import EasyDict
 
 from miscc.errors import ConfigError, shown
 from miscc.settings import Setting, arguments_from, setting, settings_of
-from miscc.yaml_reader import read_yaml_text
+from miscc.yaml_reader import LeadingZeroError, read_yaml_text
 
 Schema = Mapping[str, Setting]
 
@@ -189,6 +189,8 @@ def _check_bounds(one: Setting, value: Any) -> None:
 def _parse_override(key: str, text: str) -> Any:
     try:
         return read_yaml_text(text)
+    except LeadingZeroError as error:
+        raise ConfigError(f"--set {shown(key)}: {error}") from None
     except ConfigError:
         raise ConfigError(f"--set {shown(key)}: cannot read {shown(text)} as a value") from None
 

@@ -10,6 +10,10 @@ from miscc.errors import ConfigError, shown
 MOST_CHARACTERS, MOST_NODES = 1 << 18, 20_000  # of a whole file; ours hold a few hundred nodes
 
 
+class LeadingZeroError(ConfigError):
+    """A number such as 010, which YAML 1.1 reads to base 8."""
+
+
 class _Reader(yaml.SafeLoader):
     """PyYAML's safe loader, within bounds.
 
@@ -18,6 +22,7 @@ class _Reader(yaml.SafeLoader):
 
     def __init__(self, text: str):
         super().__init__(text)
+        self.num_lines = len(text.splitlines())
         self._sizes: dict[int, int] = {}  # nodes by id; an alias counts as often as it is used
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -43,6 +48,18 @@ class _Reader(yaml.SafeLoader):
                 problem = f"{shown(key.value)} is given twice; keep one"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return node
+
+    def compose_scalar_node(self, anchor: Any) -> Any:
+        node = super().compose_scalar_node(anchor)
+        digits = node.value.replace("_", "").lstrip("+-")
+        if node.tag.endswith(":int") and digits.isdigit() and digits != "0" and digits.startswith("0"):
+            plain = "-" * node.value.startswith("-") + (digits.lstrip("0") or "0")
+            where = f" in line {node.start_mark.line + 1}" * (self.num_lines > 1)
+            raise LeadingZeroError(
+                f"{shown(node.value)}{where} begins with 0, which YAML reads as a number to base 8; "
+                f"write {plain[:80]}, or '{node.value[:80]}' in quotes for a text"
+            )
         return node
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> str:

@@ -125,7 +125,8 @@ def read_published(folder: str | Path) -> dict[str, Any]:
     # An averaged generator goes by its name in a training's checkpoint.
     if config.get("averaged"):
         networks["generator_ema"] = networks.pop("generator")
-    known = {"trained_with": config["trained_with"]} if isinstance(config.get("trained_with"), list) else {}
+    trained_with, examples = config.get("trained_with"), config.get("examples")
+    known = {"trained_with": [one for one in trained_with if _is_entry(one)]} if isinstance(trained_with, list) else {}
     return {
         **known,
         "networks": networks,
@@ -133,8 +134,16 @@ def read_published(folder: str | Path) -> dict[str, Any]:
         "config": config.get("settings") or {},
         "step": config.get("step"),
         "epoch": config.get("epoch"),
-        "examples": [text for text in config.get("examples") or [] if isinstance(text, str)],
+        "examples": [text for text in examples if isinstance(text, str)] if isinstance(examples, list) else [],
     }
+
+
+def _is_entry(value: Any) -> bool:
+    """Whether this is a network of the training, as sampling/trained_with.py has them."""
+    texts = value.values() if isinstance(value, dict) else ()
+    return {"network", "role", "weights_hash", "file"} <= set(value if texts else ()) and all(
+        isinstance(t, str) for t in texts
+    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

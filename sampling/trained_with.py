@@ -4,7 +4,11 @@ arXiv 2203.06026); eval/ marks such scores."""
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from miscc.checkpoint import hash_tensors
+from models.clip_features import ClipTextEncoder
+from models.mixed_text import MixedTextEncoder
 
 
 def networks_in_training(checkpoint: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -13,6 +17,7 @@ def networks_in_training(checkpoint: Mapping[str, Any]) -> list[dict[str, str]]:
     network: by the name that scores have, such as "efficientnet-lite0"; all of CLIP's are "clip", DAMSM's encoders "damsm".
     role: what it did there.
     weights_hash, file: "" where they are not known; without a hash any weights of that name count as the same.
+    starting_hash: of DAMSM's encoders as the training began, which may have learnt on since; absent where it is not known.
     """
     if "trained_with" in checkpoint:  # of a published model, which holds no discriminator
         return list(checkpoint["trained_with"])
@@ -39,6 +44,17 @@ def networks_in_training(checkpoint: Mapping[str, Any]) -> list[dict[str, str]]:
     elif kinds["text_encoder"]:
         encoder_hash = hash_tensors(networks["text_encoder"]["state"])
         add("damsm", "encoders", encoder_hash, (config.get("TEXT") or {}).get("DAMSM_NAME") or "")
+        if checkpoint.get("encoders_hash"):
+            found[-1]["starting_hash"] = checkpoint["encoders_hash"]
     if (networks.get("image_encoder") or {}).get("name") == "inception":
         add("inception-torchvision", "trunk of the image encoder")
     return found
+
+
+def starting_hash(text_encoder: nn.Module) -> str:
+    """The hash of DAMSM's text encoder with which a training begins, as scores by it have it; "" of CLIP's."""
+    if isinstance(text_encoder, ClipTextEncoder):
+        return ""
+    return hash_tensors(
+        (text_encoder.recurrent if isinstance(text_encoder, MixedTextEncoder) else text_encoder).state_dict()
+    )

@@ -6,7 +6,7 @@ import os
 import signal
 
 import pytest
-from fuzz.run import _stop
+from fuzz.run import LIMIT
 from fuzz.weights import published_files
 
 from eval.R_precision import CandidateLists
@@ -21,8 +21,8 @@ from sampling.published import load_model
 @pytest.fixture(autouse=True)
 def seconds():
     """Each test ends within 20 seconds; what hangs fails."""
-    before = signal.signal(signal.SIGALRM, _stop)
-    signal.alarm(20)
+    before = signal.signal(signal.SIGALRM, LIMIT.stop)
+    LIMIT.start()
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
@@ -58,6 +58,17 @@ def test_a_published_models_json_has_bounds(model, name, content):
     with pytest.raises(CheckpointError, match=f"{name}: cannot be read as JSON") as error:
         load_model(model)
     one_line(error)
+
+
+def test_odd_networks_of_the_training_and_examples_are_left_out(model):
+    """Scores and pages read them."""
+    config = json.loads((model / "config.json").read_text())
+    whole = config["trained_with"]
+    odd = [3, {}, {"network": "a"}, {"network": "a", "role": 3, "weights_hash": "", "file": ""}, *whole]
+    for examples in (0.5, 3, "a", {"a": 1}, [3]):
+        (model / "config.json").write_text(json.dumps(config | {"examples": examples, "trained_with": odd}))
+        read = load_model(model)
+        assert read["examples"] == [] and read["trained_with"] == whole and whole
 
 
 def test_json_of_the_largest_size_is_read(tmp_path):

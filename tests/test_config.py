@@ -264,6 +264,21 @@ def test_refusals_cut_what_is_long(tmp_path):
     assert len(str(error.value)) < 600
 
 
+def test_numbers_with_leading_zeros_are_refused_with_the_remedy(tmp_path):
+    """YAML 1.1 reads 010 as 8."""
+    said = r"begins with 0, which YAML reads as a number to base 8; write {}, or '{}' in quotes"
+    for text, plain in (("010", "10"), ("-017", "-17"), ("00", "0"), ("0_7", "7"), ("!!int 010", "10")):
+        written = text.split()[-1]
+        with pytest.raises(ConfigError, match=f"experiment.yml: '{written}' in line 2 {said.format(plain, written)}"):
+            load_config(write(tmp_path, f"CONFIG_NAME: x\nSEED: {text}\n"))
+        with pytest.raises(ConfigError, match=f"--set 'SEED': '{written}' {said.format(plain, written)}"):
+            load_config(write(tmp_path, ""), [("SEED", text)])
+
+    # Texts in quotes, texts of --set, and zeros that change nothing.
+    assert load_config(write(tmp_path, "CONFIG_NAME: '010'")).CONFIG_NAME == "010"
+    assert load_config(write(tmp_path, ""), [("CONFIG_NAME", "010"), ("SEED", "0")]).CONFIG_NAME == "010"
+
+
 def test_every_number_has_bounds():
     for part in [*GAN_PARTS, *ENCODER_PARTS, *(part for name in SYSTEMS for part in system_parts(name))]:
         for one in settings_of(part).values():

@@ -5,11 +5,12 @@ import json
 import random
 import signal
 import string
+import time
 
 import pytest
 from fuzz import server
 from fuzz.cases import KINDS
-from fuzz.run import _stop, outcome
+from fuzz.run import LIMIT, outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +29,7 @@ few = settings(max_examples=100, deadline=None, derandomize=True)
 def test_odd_inputs_are_read_or_refused_in_one_line(kind, tmp_path):
     if kind == "http" and server.is_missing():
         pytest.skip("the server: pip install -r requirements-serve.txt")
-    before = signal.signal(signal.SIGALRM, _stop)
+    before = signal.signal(signal.SIGALRM, LIMIT.stop)
     try:
         for number in range(20):
             folder = tmp_path / str(number)
@@ -42,6 +43,14 @@ def test_the_fuzzer_sees_what_is_wrong(tmp_path, monkeypatch):
     def changes(rng: random.Random, folder):
         return lambda: (folder / "x").touch()
 
+    def hangs(rng: random.Random, folder):
+        return lambda: time.sleep(60)
+
+    monkeypatch.setattr("fuzz.run.SECONDS", 2)
+    monkeypatch.setitem(KINDS, "hangs", (hangs, 1))
+    before = signal.signal(signal.SIGALRM, LIMIT.stop)
+    assert outcome("hangs", "1", tmp_path).startswith("TooLongError at test_fuzz.py")
+    signal.signal(signal.SIGALRM, before)
     monkeypatch.setitem(KINDS, "fails", (lambda rng, folder: lambda: 1 / 0, 1))
     monkeypatch.setitem(KINDS, "changes", (changes, 1))
     assert outcome("fails", "1", tmp_path).startswith("ZeroDivisionError at test_fuzz.py")

@@ -1,6 +1,7 @@
 """Scores that know which networks took part in the training: what a checkpoint says, marks, neutral networks."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -15,14 +16,17 @@ from eval.features.networks import load_network
 from eval.FID import fid
 from eval.metric import Score
 from eval.protocol.report import lines
-from miscc.checkpoint import hash_tensors
+from miscc.checkpoint import hash_tensors, load_checkpoint, save_checkpoint
+from miscc.distributed import World
 from miscc.errors import CheckpointError
 from models.backbones import Backbone
 from models.projected import ProjectedDiscriminator
+from sampling.encoders import load_encoders
 from sampling.pipeline import TextToImage
 from sampling.trained_with import networks_in_training
 from training.evaluation import Evaluation
 from training.settings import EvaluationSettings
+from training.trainer import train
 
 ENCODER = {"name": "rnn", "arguments": {}, "state": {"weight": torch.ones(2)}}
 
@@ -65,6 +69,37 @@ def test_a_published_model_carries_it(checkpoint, tmp_path):  # noqa: F811
     assert [part["network"] for part in again.origin["trained_with"]] == ["damsm", "efficientnet-lite0"]
 
 
+def test_the_hash_of_the_starting_encoders_outlives_the_move_of_their_file(tiny, encoders, tmp_path):
+    """Kept by a checkpoint, a resumed run, a checkpoint for drawing, and a published model; the encoders learn on."""
+    given = hash_tensors(load_encoders(encoders).text_encoder.state_dict())
+    moved = shutil.copy(encoders, tmp_path / "first.pth")
+    changes = [("TEXT.DAMSM_NAME", str(moved)), ("TRAIN.FINETUNE_ENCODERS", "True"), ("TRAIN.MAX_STEPS", "1")]
+    train(tiny(*changes), World(0, 1, torch.device("cpu")))
+    moved.rename(tmp_path / "second.pth")
+    changes[-1] = ("TRAIN.MAX_STEPS", "2")
+    train(tiny(*changes), World(0, 1, torch.device("cpu")), resume=True)
+
+    # The checkpoint, and the published model.
+    run = tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints"
+    model = TextToImage.load(run / "last.pth", "cpu")
+    published = TextToImage.load(model.save_pretrained(tmp_path / "model"), "cpu")
+    by_start = {"family": "damsm", "encoder_hash": given, "file": str(tmp_path / "second.pth")}
+    for one in (model, published):
+        (about,) = [part for part in one.origin["trained_with"] if part["network"] == "damsm"]
+        assert about["starting_hash"] == given != about["weights_hash"]
+        assert Score("R", 1.0, by_start).after_training(one.origin["trained_with"]).flattering == "encoders"
+
+    # A run of former versions has none, and goes on as it did.
+    former = load_checkpoint(run / "last.pth")
+    del former["encoders_hash"]
+    (about,) = [part for part in networks_in_training(former) if part["network"] == "damsm"]
+    assert "starting_hash" not in about and about["file"] == str(moved)
+    save_checkpoint(run / "last.pth", former)
+    changes[-1] = ("TRAIN.MAX_STEPS", "3")
+    train(tiny(*changes), World(0, 1, torch.device("cpu")), resume=True)
+    assert "encoders_hash" not in load_checkpoint(run / "last.pth")
+
+
 # -- marks --------------------------------------------------------------------------------------------------------------
 
 
@@ -80,6 +115,18 @@ def test_a_published_model_carries_it(checkpoint, tmp_path):  # noqa: F811
         # Encoders that learnt on beside G: another hash, the same file that they started from.
         ({"family": "damsm", "encoder_hash": "1", "file": "./e.pth"}, entry("damsm", "", "2", "e.pth"), True),
         ({"family": "damsm", "encoder_hash": "1", "file": ""}, entry("damsm", "", "2", ""), False),
+        # The file has moved since, but its hash is the one that the training began with.
+        (
+            {"family": "damsm", "encoder_hash": "1", "file": "new.pth"},
+            entry("damsm", "", "2", "e.pth") | {"starting_hash": "1"},
+            True,
+        ),
+        (
+            {"family": "damsm", "encoder_hash": "3", "file": "new.pth"},
+            entry("damsm", "", "2", "e.pth") | {"starting_hash": "1"},
+            False,
+        ),
+        ({"family": "damsm", "file": ""}, entry("damsm", "", "2", "") | {"starting_hash": ""}, False),
         ({"judge": "classifier"}, entry("a"), False),
     ],
 )

@@ -28,6 +28,7 @@ from models.registry import network_name, to_state
 from models.types import Generator
 from sampling.folders import generated_picture
 from sampling.pipeline import TextToImage
+from sampling.trained_with import starting_hash
 from training.build import build_system, check_batch_size, resumed_networks, starting_networks
 from training.compute import checkpoint_activations, compile_networks, peak_memory_mib, use_channels_last
 from training.data import batches_from, fixed_captions, make_dataset, next_batch
@@ -125,7 +126,9 @@ class Trainer:
         seed_everything(self.seed)  # the initial weights
         if checkpoint is None:
             networks, self.vocabulary = starting_networks(self.chosen, start, self.data_settings)
+            self.encoders_hash = starting_hash(networks["text_encoder"])
         else:
+            self.encoders_hash = checkpoint.get("encoders_hash", "")
             networks, self.vocabulary = resumed_networks(self.chosen, checkpoint)
         self.networks = {
             part: distributed.synchronise(network.to(self.device), self.world) for part, network in networks.items()
@@ -359,6 +362,8 @@ class Trainer:
             "epoch": self.step // self.steps_per_epoch,
             "data": fingerprint(self.records),
         }
+        if self.encoders_hash:  # runs of former versions have none
+            content["encoders_hash"] = self.encoders_hash
         if self.settings.max_minutes:
             content["seconds"] = self.budget.seconds
         if self.evaluation is not None:
