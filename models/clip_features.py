@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miscc.errors import CheckpointError
+from miscc.errors import CheckpointError, ConfigError
 from models.types import CaptionEncoder, ImageEncoder, TextFeatures
 
 HEAD_DIM = 64  # channels of an attention head in all of OpenAI's
 LAYERS = (1, 4, 8)  # blocks after which GALIP's discriminator reads the ViT-B/32, counted from 0
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels that CLIP was trained on, in [0, 1]
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+MOST_UNTRAINED = 1 << 29  # numbers; CLIP ViT-L/14 has 428 M, what our checks build 0.5 M
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -314,7 +315,23 @@ def count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
 def untrained_clip(
     image_size: int, patch_size: int, width: int, num_blocks: int, text_dim: int, vocabulary_size: int, **options: Any
 ) -> Clip:
-    """A CLIP with random weights, always the same: shows that a training runs, and means nothing. options: of load_clip."""
+    """A CLIP with random weights, always the same: shows that a training runs, and means nothing. options: of load_clip.
+
+    Raises ConfigError for sizes that would fill the memory.
+    """
+    # Sizes alone: settings allow larger ones than any CLIP has.
+    with torch.device("meta"):
+        parts = (
+            ClipImageEncoder(image_size, patch_size, width, num_blocks, text_dim),
+            ClipTextEncoder(vocabulary_size, 77, width, 2, text_dim),
+        )
+    number = sum(value.numel() for part in parts for value in part.state_dict().values())
+    if number > MOST_UNTRAINED:
+        raise ConfigError(
+            f"CLIP.WIDTH: an untrained CLIP of width {width} and {num_blocks} blocks has {number / 1e6:,.0f} M numbers, for "
+            f"checks {MOST_UNTRAINED / 1e6:,.0f} M are the most; lower CLIP.WIDTH or CLIP.BLOCKS, or name weights in CLIP.WEIGHTS"
+        )
+
     image = ClipImageEncoder(image_size, patch_size, width, num_blocks, text_dim)
     text = ClipTextEncoder(vocabulary_size, 77, width, 2, text_dim)
 

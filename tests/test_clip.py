@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from tiny_clip import tiny_clip
 
 from miscc.byte_pairs import BytePairs
-from miscc.errors import CheckpointError
-from models.clip_features import load_clip
+from miscc.errors import CheckpointError, ConfigError
+from models.clip_features import load_clip, untrained_clip
 from models.clip_files import MODEL, find_clip, load_clip_weights, load_tokenizer, openai_names, read_tensors
 from models.registry import from_state, to_state
 
@@ -201,3 +201,12 @@ def test_as_transformers(clip, tmp_path):
             torch.testing.assert_close(own.flatten(2).mT, seen.hidden_states[layer + 1][:, 1:], rtol=1e-4, atol=1e-4)
         sentence = theirs.text_projection(theirs.text_model(input_ids=captions).pooler_output)
         torch.testing.assert_close(ours.text(captions), sentence, rtol=1e-4, atol=1e-4)
+
+
+def test_an_untrained_clip_of_the_largest_settings_is_refused_before_it_fills_the_memory():
+    sizes = {"image_size": 28, "patch_size": 4, "text_dim": 64, "vocabulary_size": 600}
+    with pytest.raises(
+        ConfigError, match="CLIP.WIDTH: an untrained CLIP of width 16384 and 128 blocks has .* lower CLIP.WIDTH"
+    ):
+        untrained_clip(width=16384, num_blocks=128, **sizes)
+    assert untrained_clip(width=64, num_blocks=2, **sizes).text_encoder.max_words == 77
