@@ -263,7 +263,7 @@ def open_drawing(cfg: Config, options: argparse.Namespace) -> Any:
         **released,
     )
     if (system := network_name(pipeline.generator)) != cfg.GAN.NAME:
-        # SEMA's released settings, for one, do not tell themselves from SSA-GAN's.
+        # SEMA's released settings, for one, look like SSA-GAN's.
         logger.warning("the generator is %s's, the settings are for %s: set GAN.NAME %s, so that its defaults hold "
                        "(GAN.TRUNCATION, for one)", system, cfg.GAN.NAME, system)  # fmt: skip
 

@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(arguments).folder
 
-    # Read whatever is there.
+    # The results that are there.
     names = [*(f"step-{name}" for name in STEPS), *OTHERS]
     found = {name: json.loads(path.read_text()) for name in names if (path := folder / f"{name}.json").is_file()}
     if not found:

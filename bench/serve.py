@@ -1,7 +1,7 @@
 """The server under load, over HTTP on the loopback: `python -m bench.serve --checkpoint CKPT`.
 
 Starts `python -m serve --no-page`, asks for one image after the other, then for many at once, then sends malformed requests,
-and reads the server's memory in between. Also used by tests: `malformed` makes the requests that no server should like.
+and reads the server's memory in between. Also used by tests: `malformed` makes requests that a server must refuse.
 """
 
 import http.client

@@ -1,6 +1,6 @@
 """Captions as tensors, and AttnGAN's captions.pickle. Words and vocabularies are miscc/vocabulary.py's.
 
-Which captions belong to which image is layout.py's business.
+Which captions belong to which image is read in layout.py.
 """
 
 from collections.abc import Sequence

@@ -86,11 +86,11 @@ class Score:
         }
 
     def of(self, origin: Mapping[str, Any], warnings: Sequence[str] = ()) -> "Score":
-        """The same score, which also says what its images were."""
+        """The score with a description of its images."""
         return replace(self, protocol={**self.protocol, **origin}, warnings=(*self.warnings, *warnings))
 
     def after_training(self, trained_with: Sequence[Mapping[str, str]] | None) -> "Score":
-        """The same score, which also says what networks its images' generator was trained with, and whether it flatters.
+        """The score with the networks of its images' generator's training, and with a warning where one of them flatters it.
 
         trained_with: see sampling/trained_with.py, None where it is not known.
         """

@@ -134,7 +134,7 @@ def score_set(
     network: FeatureNetwork | None = None,
     **options,
 ) -> list[Score]:
-    """Update a metric with a set of images: its scores, which say what these and `real` were. options: as `update_from`."""
+    """Update a metric with a set of images; its scores, with descriptions of these and of `real`. options: as `update_from`."""
     scores = update_from(images.source, metric, network, images.requests, **options).compute()
     scores = [score.after_training(said_of_samples(images.path, "trained_with")) for score in scores]
     if real is not None:
@@ -284,7 +284,7 @@ def broken(path: str | Path, skipped: Sequence[str]) -> tuple[str, ...]:
 
 
 def say_origin(scores: Sequence[Score], real: Skipped, fake: Skipped) -> list[Score]:
-    """The same scores, which also say what the real and the generated images were, and warn of what was left out."""
+    """The scores with descriptions of the real and the generated images, and warnings of images that were left out."""
     origin, warnings = {}, ()
     for role, (path, skipped) in (("real", real), ("fake", fake)):
         origin |= {role: str(path), f"skipped_{role}": len(skipped), f"skipped_{role}_names": [*skipped]}

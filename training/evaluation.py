@@ -124,7 +124,7 @@ class Evaluation:
         self.best_step = 0
 
     def introduction(self) -> list[str]:
-        """What will be measured, and what must be known to read it."""
+        """What will be measured; with a warning where there are too few images for an unbiased score."""
         lines = [
             f"evaluations: {self.title} of {len(self.requests)} images against {self.num_held_out} of held-out training "
             f"classes" + ("" if self.best is None else f"; best until now {self.best:.6g} at step {self.best_step}")

@@ -23,7 +23,7 @@ class Protocol:
     num_real: so many of them, drawn by the seed, and in a quick run no more than are drawn; None: always all;
     caption_split, caption_choice: whose captions are drawn; "random": `num_images` captions of all, by the seed, again
     with other noise when they run out; "first": the first `captions_per_image` of every image; "all": every caption;
-    num_images: generated images in all, None: what caption_choice comes to;
+    num_images: generated images in all, None: images_per_caption of each caption that caption_choice selects;
     captions_per_image: of each real image, 0 for all that TEXT.CAPTIONS_PER_IMAGE leaves;
     images_per_caption: of each;
     metrics: names of METRICS in eval/__init__.py;

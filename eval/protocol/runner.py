@@ -24,7 +24,7 @@ from miscc.vocabulary import Vocabulary
 from sampling.pipeline import Generated
 from sampling.requests import Request
 
-MISSING = (UserError, ImportError)  # what costs one metric and not the others: weights, packages, unsuitable images
+MISSING = (UserError, ImportError)  # what fails one metric and not the others: weights, packages, unsuitable images
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What the classifier and the segmenter of ToyBirds share: drawings to train on, the training loop, the cache.
 
-The networks are in eval/attributes.py and eval/mask_iou.py, the generated birds in eval/toybirds/samples.py.
+The networks are in eval/toybirds/networks.py and eval/mask_iou.py, the generated birds in eval/toybirds/samples.py.
 
 Both are small networks, trained on real drawings alone, as in training a generator: the box is cut out, scaled and
 randomly cropped. There is one for 64 px and one for 32; images of other sizes are scaled down.

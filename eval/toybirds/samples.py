@@ -1,5 +1,5 @@
-"""Generated ToyBirds: drawn by a checkpoint for the test captions, or read from a folder of samples; and what the two metrics
-of ToyBirds, eval/attributes.py and eval/mask_iou.py, share: their base class, and their script with its options and output."""
+"""Generated ToyBirds: drawn by a checkpoint for the test captions, or read from a folder of samples; and what the metrics of
+ToyBirds (eval/attributes.py, mask_iou.py, variety.py) share: their base class, and their script with its options and output."""
 
 import argparse
 import dataclasses
