@@ -226,8 +226,8 @@ class EncoderTrainer:
         if is_best:
             self.best_loss, self.best_epoch = scores["loss"], epoch
         checkpoint = self.checkpoint(scores)
-        if is_best:
-            save_checkpoint(run.best, checkpoint)
+        if is_best:  # what a GAN starts from and others are given: nothing resumes from it
+            save_checkpoint(run.best, {part: value for part, value in checkpoint.items() if part != "optimizers"})
         every = self.settings.snapshot_interval
         if every and epoch % every == 0:
             save_checkpoint(run.numbered(epoch), checkpoint)
