@@ -197,6 +197,8 @@ def step_of(cfg: Config, encoder: str, batch_size: int, device: torch.device) ->
     # Layout, checkpointing and compilation, as the trainer sets them up.
     if cfg.TRAIN.ACCUMULATE > 1:
         raise ConfigError("TRAIN.ACCUMULATE: a single pass is timed here; leave it at 1")
+    if getattr(system.settings, "penalty_every", 1) > 1:
+        raise ConfigError("TRAIN.PENALTY_EVERY: every step here has its penalty; leave it at 1")
     if cfg.TRAIN.CHANNELS_LAST:
         use_channels_last(networks)
     noise = torch.randn(batch_size, generator.noise_dim, device=device)

@@ -51,6 +51,17 @@ def final_state(run):
     return {key: value for key, value in load_checkpoint(run / "checkpoints" / "last.pth").items() if key != "config"}
 
 
+def test_stats_are_written_where_tensorboard_cannot(tiny, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("training.progress.SummaryWriter", refuse)
+    assert train(tiny(), CPU) == 0
+    run = tmp_path / "output" / "00000-tiny-ssa_gan"
+    assert [line["step"] for line in stats_of(run)] == list(range(1, 11))
+    assert (run / "log.txt").read_text().count("TensorBoard's files cannot be written") == 1
+
+
 def test_a_run_leaves_everything_behind(tiny, tmp_path, capsys):
     assert train(tiny(("TRAIN.SAMPLE_EVERY", "4")), CPU) == 0
     run = tmp_path / "output" / "00000-tiny-ssa_gan"

@@ -101,7 +101,7 @@ class Progress:
 
     def log(self, step: int, epoch: float, values: Mapping[str, float], shown: tuple[str, ...] = ()) -> None:
         """Write all values under `step`; those named in `shown` also stand behind the bar."""
-        if self.run is None or self.board is None:
+        if self.run is None:
             return
 
         # stats.jsonl: JSON has no NaN, so null is written; the trainer stops at such a number.

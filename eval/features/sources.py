@@ -328,12 +328,9 @@ def _open_array(path: Path):
     if len(named) != 1:
         raise DataError(f"{path}: holds the arrays {', '.join(members) or '(none)'}; call that of the images `images`")
     about = archive.getinfo(named[0])
+    num_bytes = min(about.file_size, 1100 * about.compress_size)  # deflate packs 1 : 1032 at most
     try:
-        return (
-            archive.open(named[0]),
-            named[0],
-            min(about.file_size, 1100 * about.compress_size),
-        )  # deflate packs 1 : 1032
+        return archive.open(named[0]), named[0], num_bytes
     except (zipfile.BadZipFile, OSError, RuntimeError) as error:
         raise DataError(f"{path}: {named[0]} cannot be unpacked ({error}); copy it again") from None
 

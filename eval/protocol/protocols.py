@@ -5,6 +5,7 @@ eval/evaluate.py runs them.
 
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 from eval import METRICS
 from miscc.errors import ConfigError
@@ -82,9 +83,12 @@ class Protocol:
             raise ConfigError(f"protocol {self.name}: quantisation {self.quantisation}: images are scored as uint8")
 
 
-_LIGHT = {
-    **{"network": "efficientnet-lite0", "more_networks": ("efficientnet-lite2",), "resize": "clean"},
-    **{"kid_subset_size": 500, "num_real": 2000},
+_LIGHT: dict[str, Any] = {
+    "network": "efficientnet-lite0",
+    "more_networks": ("efficientnet-lite2",),
+    "resize": "clean",
+    "kid_subset_size": 500,
+    "num_real": 2000,
 }
 
 PROTOCOLS = {
