@@ -17,23 +17,20 @@ $(VENV)/installed: requirements.txt
 	$(RUN) -m pip install --quiet -r requirements.txt
 	touch $@
 
-# MINUTES bounds the whole demo, after installation, on a slow machine as on a fast one: a quarter for the encoders, the rest,
-# less half a minute for the last captions, for SSA-GAN. Each step goes on from what is there, so a stopped demo continues
-# where it was, and `make demo MINUTES=60` makes the birds of a finished one better (its encoders then learn on beside G).
+# MINUTES bounds the whole demo, after installation, on a slow machine as on a fast one; half of one is kept for the last
+# captions. Each step goes on from what is there, so a stopped demo continues where it was, and `make demo MINUTES=60` makes
+# the birds of a finished one better.
 MINUTES ?= 15
 
 demo: environment
 	@mkdir -p $(DEMO) && date +%s > $(DEMO)/started
-	@echo "1/4 drawing the birds"
+	@echo "1/3 drawing the birds"
 	@$(RUN) -m datasets.prepare toybirds --root $(DEMO)/data --image-size 64
-	@echo "2/4 training the text and image encoders"
-	@ls $(DEMO)/*/checkpoints/last.pth > /dev/null 2>&1 || $(RUN) pretrain_DAMSM.py --cfg cfg/DAMSM/demo.yml \
-		--out $(DEMO)/encoders --continue --set TRAIN.MAX_MINUTES $$(awk "BEGIN { print $(MINUTES) / 4 }") $(DEVICE)
-	@echo "3/4 training SSA-GAN; a picture of its state every 90 seconds in $(DEMO)/*/pictures: first colours, then bodies,"
-	@echo "    backgrounds and crisp masks, then heads, wings and legs"
+	@echo "2/3 training SSA-GAN beside the encoders in pretrained/toybirds-encoders; a picture of its state every 90 seconds in"
+	@echo "    $(DEMO)/*/pictures: first colours, then bodies and backgrounds, then heads, wings and legs"
 	@left=$$(awk "BEGIN { m = $(MINUTES) - 0.5 - ($$(date +%s) - $$(cat $(DEMO)/started)) / 60; print (m > 1 ? m : 1) }"); \
 	$(RUN) main.py --cfg cfg/demo.yml --continue --set TRAIN.MAX_MINUTES $$left $(DEVICE)
-	@echo "4/4 drawing test captions"
+	@echo "3/3 drawing test captions"
 	@$(RUN) main.py --cfg cfg/demo.yml --set B_VALIDATION True --num-images 24 --out $(DEMO)/samples --overwrite $(DEVICE)
 
 clean-demo:

@@ -49,6 +49,19 @@ def hinge_generator_loss(fake: Tensor) -> Tensor:
 
 
 @in_float32
+def mode_seeking_loss(images: Tensor, others: Tensor, noise: Tensor, other_noise: Tensor) -> Tensor:
+    """How little the images of the same captions differ for the difference of their noise (Mao et al. 2019, eq. 3).
+
+    mean |z1 - z2| / mean |x1 - x2|: the inverse of the ratio that the paper maximises, as its code has it.
+
+    images, others: (N, 3, H, W), of the same captions.
+    noise, other_noise: (N, Z), of which they were drawn.
+    """
+    ratio = (images - others).abs().mean() / (noise - other_noise).abs().mean()
+    return 1 / (ratio + 1e-5)
+
+
+@in_float32
 def binary_discriminator_loss(
     real: Tensor,
     fake: Tensor,

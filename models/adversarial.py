@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from miscc.augment import augmentation
 from miscc.batch import Batch
-from miscc.losses import hinge_discriminator_loss, hinge_generator_loss
+from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, mode_seeking_loss
 from models.damsm import matching_losses
 from models.projected import ProjectedDiscriminator
 from models.settings import AdversarialSettings
@@ -121,6 +121,21 @@ class AdversarialSystem(System):
             losses["projected_adversarial"] = self.settings.projected_weight * hinge_generator_loss(logits)
 
         return losses
+
+    def diversity_losses(self, fake_images: Tensor, noise: Tensor, text: TextFeatures) -> dict[str, Tensor]:
+        """{"diversity"}, weighted, where TRAIN.DIVERSITY asks for it: half of the captions are drawn from other noise, too.
+
+        fake_images: (N, 3, H, W), drawn from noise (N, Z) and the text, with G's graph.
+        """
+        weight = self.settings.diversity_weight
+        if not weight:
+            return {}
+
+        # The noise of the next caption is as good as new noise, and takes none from the run's generator.
+        half = slice(0, len(noise) // 2)
+        other_noise = noise.roll(-1, dims=0)[half]
+        others = self.networks["generator"](other_noise, text.select(half)).images[-1]
+        return {"diversity": weight * mode_seeking_loss(fake_images[half], others, noise[half], other_noise)}
 
     def damsm_losses(self, images: Tensor, text: TextFeatures, batch: Batch) -> dict[str, Tensor]:
         """DAMSM losses of images (N, 3, H, W) in [-1, 1] and their captions: {"words", "sentence"}, not weighted."""

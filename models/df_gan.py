@@ -112,7 +112,8 @@ class DFGAN(AdversarialSystem):
 
         # Generator: fake images up, through discriminators that take no gradient.
         with no_parameter_grad(*self.discriminators()):
-            yield Update("generator", self.adversarial_losses(seen, text.sentence))
+            losses = self.adversarial_losses(seen, text.sentence)
+            yield Update("generator", losses | self.diversity_losses(fake_images, noise, text))
 
     def discriminator_updates(self, seen: Seen, sentence: Tensor) -> Iterator[Update]:
         """The steps of the discriminators that there are; sentence (N, D) without a graph."""

@@ -159,7 +159,8 @@ class SEMA(DFGAN):
 
         # Generator: against all of them, which take no gradient.
         with no_parameter_grad(*self.discriminators(), *(self.networks[part] for part in ADVERSARIES)):
-            yield Update("generator", self.generator_losses(real_images, fake_images, text.sentence, seen))
+            losses = self.generator_losses(real_images, fake_images, text.sentence, seen)
+            yield Update("generator", losses | self.diversity_losses(fake_images, noise, text))
 
     def redescriber_losses(
         self, real_images: Tensor, fake_images: Tensor, sentence: Tensor

@@ -164,6 +164,11 @@ class DiscriminatorSettings:
     projected_weight: float = setting(
         "GAN.PROJECTED.LOSS_WEIGHT", 1.0, "weight of the projected discriminator in G's loss"
     )
+    diversity_weight: float = setting(
+        "TRAIN.DIVERSITY",
+        0.0,
+        "weight of the mode-seeking loss, against one image for all noise of a caption; 0: without",
+    )
     augment: str = setting(
         "TRAIN.AUGMENT",
         "",

@@ -284,6 +284,7 @@ class SSAGAN(AdversarialSystem):
         # Generator: fake images up, and matched to their words, through networks that take no gradient.
         with no_parameter_grad(*self.discriminators(), *self.encoders()):
             losses = self.adversarial_losses(seen, text.sentence)
+            losses |= self.diversity_losses(fake.images[-1], noise, text)
             if self.settings.whole_damsm_weight > 0:
                 damsm = self.damsm_losses(fake.images[-1], text, batch)
                 losses |= {name: self.settings.whole_damsm_weight * loss for name, loss in damsm.items()}

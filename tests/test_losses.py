@@ -11,6 +11,7 @@ from miscc.losses import (
     hinge_discriminator_loss,
     hinge_generator_loss,
     matching_aware_gradient_penalty,
+    mode_seeking_loss,
     semantic_distance,
     sentence_loss,
     word_attention,
@@ -43,6 +44,16 @@ def test_semantic_distance_by_hand():
     a = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     b = torch.tensor([[3.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])
     assert semantic_distance(a, b).tolist() == pytest.approx([0.0, 1.0, 2.0])
+
+
+def test_mode_seeking_by_hand():
+    images = torch.tensor([[1.0, 0.0], [0.5, 0.5]], requires_grad=True)
+    others, noise, other_noise = torch.zeros(2, 2), torch.tensor([[2.0], [0.0]]), torch.tensor([[-1.0], [1.0]])
+    loss = mode_seeking_loss(images, others, noise, other_noise)  # mean |x1 - x2| = 0.5, mean |z1 - z2| = 2
+    assert loss.item() == pytest.approx(4, rel=1e-4)
+    loss.backward()
+    assert images.grad[0, 0] < 0  # images that differ more have a smaller loss
+    assert mode_seeking_loss(others, others, noise, other_noise).item() == pytest.approx(1e5)  # one image for all noise
 
 
 def test_gradient_penalty_by_hand():

@@ -108,6 +108,25 @@ def test_a_lazy_penalty_comes_every_so_many_steps_and_weighs_as_much_more(kind):
     assert penalties(4, 8) == pytest.approx([4 * each_step], rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["ssa", "df"])
+def test_diversity_is_a_loss_of_the_generator_alone_and_off_by_default(kind):
+    batch, noise = make_batch(), torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+
+    def losses(**settings):
+        torch.manual_seed(0)
+        system = system_of(kind, "paper", **settings)
+        torch.manual_seed(1)  # of dropout and augmentation
+        return [(update.kind, dict(update.losses)) for update in system.updates(batch, noise)]
+
+    plain, diverse = losses(), losses(diversity_weight=0.5)
+    assert [kind for kind, _ in diverse if "diversity" in _] == ["generator"] == [plain[-1][0]]
+    value = diverse[-1][1].pop("diversity")
+    assert value > 0 and value.requires_grad
+    assert [(kind, sorted(both)) for kind, both in plain] == [(kind, sorted(both)) for kind, both in diverse]
+    assert all(torch.equal(plain[-1][1][name], diverse[-1][1][name]) for name in plain[-1][1])
+    assert losses(diversity_weight=1.0)[-1][1]["diversity"].item() == pytest.approx(2 * value.item(), rel=1e-5)
+
+
 def test_all_discriminators_and_both_steps_see_the_same_augmentation():
     system = system_of("ssa", "both", augment="translation,cutout")
     batch = make_batch()
