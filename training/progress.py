@@ -111,9 +111,10 @@ class Progress:
             stream.write(json.dumps({"step": step, "epoch": round(epoch, 4), **line}) + "\n")
 
         # TensorBoard, and the bar.
-        with self.optional("TensorBoard's files"):
-            for name, value in plain.items() if self.board is not None else ():
-                self.board.add_scalar(name, value, step)
+        if self.board is not None:
+            with self.optional("TensorBoard's files"):
+                for name, value in plain.items():
+                    self.board.add_scalar(name, value, step)
         if self.tracker is not None:
             self.tracker.log(plain, step)
         if self.bar is not None:
