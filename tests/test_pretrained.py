@@ -1,11 +1,17 @@
-"""The model that ships with the repository: it loads as it lies there, is small, and draws what captions say."""
+"""The model and the encoders that ship with the repository: they load as they lie there, are small, and do their work."""
 
 import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from datasets.toybirds.dataset import ToyBirds
+from miscc.checkpoint import load_checkpoint
+from miscc.vocabulary import encode_rows
+from sampling.encoders import load_encoders
 from sampling.pipeline import TextToImage
+from training.retrieval import retrieval_at
 
 MODEL = Path(__file__).parents[1] / "pretrained" / "toybirds-ssa"
 
@@ -30,3 +36,21 @@ def test_it_draws_the_colours_that_captions_name():
     redness = middle[:, 0] - middle[:, 2]
     assert redness[:4].min() > 40 and redness[4:].max() < -40
     assert len({image.tobytes() for image in drawn.images}) == 8
+
+
+def test_the_encoders_that_ship_find_the_captions_of_held_out_drawings():
+    path = MODEL.parent / "toybirds-encoders" / "best.pth"
+    checkpoint = load_checkpoint(path)
+    assert "optimizers" not in checkpoint and path.stat().st_size < 6_000_000
+    assert not any(text in repr(checkpoint["config"]) for text in ("/tmp", "/home", "/root", "/work"))
+
+    # 100 test drawings, whose combinations of colours were never trained.
+    encoders, birds = load_encoders(path), ToyBirds("test", 100, 32)
+    images = torch.from_numpy(np.stack([birds[n].image for n in range(100)])).permute(0, 3, 1, 2) / 127.5 - 1
+    tokens, lengths, _ = encode_rows(
+        [birds.captions(n)[0] for n in range(100)], encoders.vocabulary, encoders.max_words
+    )
+    with torch.no_grad():
+        codes = encoders.image_encoder(images)[1]
+        sentences = encoders.text_encoder(torch.from_numpy(tokens), torch.from_numpy(lengths)).sentence
+    assert retrieval_at(codes, sentences)["text_to_image_r5"] > 0.5
