@@ -94,7 +94,9 @@ def test_images_are_drawn_from_the_truncated_noise_of_their_indices(pipeline):
 def test_of_several_stages_the_last_is_drawn(pipeline):
     torch.manual_seed(2)
     stages = AttnGenerator(gf_dim=4, base_size=8, num_stages=2).eval()
-    drawn = TextToImage(stages, pipeline.text_encoder, pipeline.vocabulary).generate(CAPTIONS, with_attention=True)
+    attending = TextToImage(stages, pipeline.text_encoder, pipeline.vocabulary)
+    drawn = attending.generate(CAPTIONS, with_attention=True)
+    assert attending.attends and not pipeline.attends
     assert drawn.images.shape == (3, 16, 16, 3) and [maps.shape for maps in drawn.attention] == [(3, 18, 8, 8)]
     assert len(drawn.stages) == 1 and np.array_equal(drawn.stages[0], drawn.images)
 

@@ -305,6 +305,13 @@ def test_a_batch_larger_than_the_data_is_refused():
 # Loaders
 
 
+def test_captions_are_drawn_for_each_image_by_itself(records):
+    """Not one number for all images of an epoch."""
+    dataset = TextImageDataset(records, [32], seed=3)
+    numbers = [[dataset[epoch, index].caption_number for index in range(len(records))] for epoch in range(4)]
+    assert all(len(set(row)) > 1 for row in numbers) and len(set(map(tuple, numbers))) == 4
+
+
 @pytest.mark.parametrize("workers", [1, 4])
 def test_workers_change_nothing(records, workers):
     dataset = TextImageDataset(records, [32], max_words=10)
