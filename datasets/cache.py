@@ -208,9 +208,9 @@ def _build(
         box = None if records.boxes is None else records.boxes[index]
         try:
             return load_resized(records.image_paths[index], box, image_size)
-        except DataError:
+        except DataError as error:
             if not skip_broken:
-                raise
+                raise DataError(f"{error}, or leave such files out: --set SKIP_BROKEN True") from None
             return np.zeros((0, 0, 3), dtype=np.uint8)
 
     def write(stream: IO[bytes]) -> None:

@@ -1,6 +1,7 @@
 """Small real data for the tests: a drawn folder data set, prepared as a user would, and encoders for it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,26 @@ def tiny(tiny_yaml):
         return load_config(tiny_yaml, overrides)
 
     return load
+
+
+@pytest.fixture(scope="session")
+def trained(drawn_folder, encoders, tmp_path_factory) -> Path:
+    """The output folder of a run of three steps, with last.pth and previous.pth; tests get a copy of it, see `run`."""
+    from miscc.distributed import World
+    from training.trainer import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    yaml = folder / "tiny.yml"
+    yaml.write_text(GAN_YAML.format(data=drawn_folder, output=folder / "output", encoders=encoders))
+    changes = [("TRAIN.MAX_STEPS", "3"), ("TRAIN.LOG_EVERY", "1")]
+    train(load_config(yaml, changes), World(0, 1, torch.device("cpu")))
+    return folder / "output"
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of that run, where `tiny` looks for it."""
+    from training.run_dir import RunDir
+
+    shutil.copytree(trained, tmp_path / "output")
+    return RunDir(tmp_path / "output" / "00000-tiny-ssa_gan")

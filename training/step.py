@@ -255,6 +255,8 @@ def restore_adam(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> 
     # The averages of every parameter, in its shape.
     parameters, states = parameters_of(optimizer), dict(saved["state"])
     for index, parameter in enumerate(parameters):
+        if not isinstance(states[index], Mapping):  # a tensor would take the name for a list of indices
+            raise ValueError(f"the state of parameter {index} holds nothing by name")
         for name in ("exp_avg", "exp_avg_sq"):
             if states[index][name].shape != parameter.shape or not torch.isfinite(states[index][name].sum()):
                 raise ValueError(f"the {name} of parameter {index} has another shape, or is not finite")

@@ -105,6 +105,8 @@ class Case:
         before, self.saved = self.saved, self.place.step()
         if self.saved < before:
             return f"step {before} was saved, and --resume would go on from step {self.saved}"
+        if 0 in codes and self.saved < STEPS:
+            return f"exit code 0 after step {self.saved} of {STEPS}"
         logged = last_logged(self.place.runs())
         if codes[0] in fault.loses_nothing and self.saved != logged:
             return f"step {logged} was logged, step {self.saved} is saved, exit code {codes[0]}"

@@ -24,11 +24,7 @@ LOST = (
     r"error: process \d of 2: another process has ended, or cannot be reached \(.*\); the last checkpoint is kept, "
     r"go on with --resume"
 )
-BROKEN = (
-    r"error: \S+/train\d+\.png: .*?(, or leave such files out: --set SKIP_BROKEN True|; replace or remove it)("
-    + SAVED
-    + ")?"
-)
+BROKEN = rf"error: \S+/train\d+\.png: .*, or leave such files out: --set SKIP_BROKEN True({SAVED})?"
 KILLED_WORKER = (
     rf"error: WORKERS: a process that reads images was killed, .*--set WORKERS 0, which needs none({SAVED})?"
 )
@@ -324,7 +320,10 @@ def one_of_two(rng: Random, place: Place) -> Fault:
     """One of two processes that train together is killed: the other ends in one line."""
     lost = rng.randrange(2)
     return Fault(
-        some_moment(rng, ("step", "write", "replace")), send(signal.SIGKILL, lost), {-9: "", 2: LOST}, processes=2
+        some_moment(rng, ("step", "write", "replace")),
+        send(signal.SIGKILL, lost),
+        {-9: "", 2: LOST, 0: ""},
+        processes=2,
     )
 
 

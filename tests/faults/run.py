@@ -59,6 +59,7 @@ def main() -> int:
     parser.add_argument("--seed", type=not_negative, default=1, metavar="N", help="chooses kinds and moments")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND", help=f"of these alone: {', '.join(KINDS)}")
     parser.add_argument("--case", type=not_negative, metavar="N", help="run this case of the seed alone, again")
+    parser.add_argument("--minutes", type=positive, metavar="N", help="begin no further training after so many minutes")
     parser.add_argument("--each", action="store_true", help="apply each kind once, instead of --number")
     options = parser.parse_args()
     names, started = options.kinds or list(KINDS), time.monotonic()
@@ -81,6 +82,8 @@ def main() -> int:
                 print(f"seed {options.seed}, case {case} ({', '.join(o.kind for o in found)}): {wrong}")
                 print(f"  its files: {folder / f'case{case}'}", flush=True)
             if not options.each and sum(o.struck for o in outcomes) >= options.number:
+                break
+            if options.minutes and time.monotonic() - started > 60 * options.minutes:
                 break
 
     # What went well leaves nothing.

@@ -18,36 +18,15 @@ from miscc.distributed import World
 from miscc.errors import CheckpointError, ConfigError, DamagedError, DataError, TrainingError, UserError, WriteError
 from miscc.files import write_text
 from miscc.lock import FolderLock
-from sampling.convert import describe
 from sampling.pipeline import TextToImage
 from sampling.published import load_model
 from training.data import make_dataset, read_records
 from training.progress import Progress
 from training.run_dir import EncoderDir, RunDir, run_name
-from training.settings import load_config
 from training.trainer import Trainer, train
 
 CPU = World(0, 1, torch.device("cpu"))
 NAME = "00000-tiny-ssa_gan"
-
-
-@pytest.fixture(scope="module")
-def trained(drawn_folder, encoders, tmp_path_factory):
-    """The output folder of a run of three steps, with last.pth and previous.pth."""
-    from conftest import GAN_YAML
-
-    folder = tmp_path_factory.mktemp("trained")
-    yaml = folder / "tiny.yml"
-    yaml.write_text(GAN_YAML.format(data=drawn_folder, output=folder / "output", encoders=encoders))
-    train(load_config(yaml, [("TRAIN.MAX_STEPS", "3"), ("TRAIN.LOG_EVERY", "1")]), CPU)
-    return folder / "output"
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    """A copy of that run, where `tiny` looks for it."""
-    shutil.copytree(trained, tmp_path / "output")
-    return RunDir(tmp_path / "output" / NAME)
 
 
 @contextmanager
@@ -362,132 +341,6 @@ def test_resume_with_a_caption_is_refused(tiny_yaml):
             main(["--cfg", str(tiny_yaml), option, "--caption", "a bird"])
         with pytest.raises(ConfigError, match=f"{option}: goes on with a training"):
             main(["--cfg", str(tiny_yaml), option, "--set", "B_VALIDATION", "True"])
-
-
-# -- malformed checkpoints -----------------------------------------------------------------------------------------
-
-ODD = (None, "x", -1, 10**9, 0.5, [], {}, {1: 2}, [1], torch.zeros(2), torch.tensor(float("nan")),
-       torch.zeros(1).expand(10**6, 10**6))  # fmt: skip
-
-
-def places(tree, depth=4, path=()):
-    """The path of every value in nested dicts, the first and last two of each."""
-    names = list(tree) if isinstance(tree, dict) else []
-    for name in dict.fromkeys([*names[:2], *names[-2:]] if len(names) > 12 else names):
-        yield (*path, name)
-        if depth > 1:
-            yield from places(tree[name], depth - 1, (*path, name))
-
-
-def replaced(tree, path, value):
-    """A copy of a tree with another value at a path; `places` itself as the value: without it."""
-    copy = dict(tree)
-    if len(path) > 1:
-        copy[path[0]] = replaced(tree[path[0]], path[1:], value)
-    elif value is places:
-        del copy[path[0]]
-    else:
-        copy[path[0]] = value
-    return copy
-
-
-def odd_checkpoints(whole, rng):
-    """(place, value) of everything but the settings, each left out and replaced once; and of some settings."""
-    everywhere = [place for place in places(whole) if place[0] != "config"]
-    everywhere += [("config",), ("config", "TRAIN"), ("config", "TRAIN", "EVAL_EVERY"), ("config", "SEED")]
-    return [(place, value) for place in everywhere for value in (places, ODD[rng.integers(len(ODD))])]
-
-
-def tracebacks_of(cases, whole, run, cfg, path):
-    """Those cases in which `--resume`, NET_G, drawing or `models.released` end in no UserError; and how many do."""
-    from training.build import networks_from_files
-    from training.settings import StartSettings
-
-    start = StartSettings(**(vars(StartSettings()) | {"generator_file": str(path), "dataset": "folder"}))
-    fresh = Trainer(cfg, CPU).networks
-    odd, found, refused = RunDir(run.path), [], 0
-    odd.last = path
-    uses = {
-        "resume": lambda: Trainer(cfg, CPU, odd.load()),
-        "NET_G": lambda: networks_from_files(
-            start, {part: fresh[part] for part in ("generator", "discriminator")}, "ssa_gan"
-        ),
-        "drawing": lambda: TextToImage.load(path, "cpu"),
-        "released": lambda: describe(path),
-    }
-    for place, value in cases:
-        torch.save(replaced(whole, place, value), path)
-        for name, use in uses.items():
-            try:
-                use()
-            except UserError as error:
-                refused += 1
-                if "\n" in str(error) or len(str(error)) > 700:
-                    found.append((name, place, value, error))
-            except Exception as error:
-                found.append((name, place, value, repr(error)))
-    return found, refused
-
-
-def test_malformed_checkpoints_are_refused_in_one_line(run, tiny, tmp_path):
-    """A tenth of the cases; all of them by `-m slow`."""
-    whole = load_checkpoint(run.last)
-    cases = odd_checkpoints(whole, np.random.default_rng(11))[::20]
-    found, refused = tracebacks_of(cases, whole, run, tiny(), tmp_path / "odd.pth")
-    assert not found and refused > len(cases)
-
-
-@pytest.mark.slow
-def test_every_malformed_checkpoint_is_refused_in_one_line(run, tiny, tmp_path):
-    whole = load_checkpoint(run.last)
-    for seed in (11, 12):
-        cases = odd_checkpoints(whole, np.random.default_rng(seed))
-        found, refused = tracebacks_of(cases, whole, run, tiny(), tmp_path / "odd.pth")
-        assert not found and refused > len(cases)
-
-
-def test_an_empty_optimizer_state_is_refused(run, tiny):
-    checkpoint = run.load()
-    for part, value in (("state", {}), ("param_groups", [])):
-        odd = replaced(checkpoint, ("optimizers", "generator", part), value)
-        with pytest.raises(CheckpointError, match="optimizer 'generator' is missing, empty or another's"):
-            Trainer(tiny(), CPU, odd)
-
-
-def test_odd_weight_files_end_in_one_line(tmp_path):
-    """`python -m models.released`, the tool that is meant for odd files."""
-    from models.released_formats import FORMATS
-
-    rng, path, refused = np.random.default_rng(3), tmp_path / "odd.pth", 0
-    shapes = [(), (0,), (3,), (4, 3), (256, 100), (4, 3, 3, 3), (10**4, 1, 1, 1)]
-    for form in FORMATS:
-        for _ in range(12):
-            state = {name: torch.zeros(shapes[rng.integers(len(shapes))]) for name in form.signature}
-            state |= {
-                f"block{n}.{name}": torch.zeros(2) for n in range(rng.integers(3)) for name in ("a", "conv_r.0.weight")
-            }
-            if rng.random() < 0.2:
-                state[int(rng.integers(9))] = torch.zeros(1)
-            torch.save(state, path)
-            with pytest.raises(CheckpointError) as error:
-                describe(path)
-            one_line(error)
-            refused += 1
-    for content in (
-        {},
-        [],
-        3,
-        None,
-        {"netG": 3},
-        {"state_dict": {"a": None}},
-        {"networks": 3},
-        {"networks": {"generator": 1}},
-    ):
-        torch.save(content, path)
-        with pytest.raises(CheckpointError) as error:
-            describe(path)
-        one_line(error)
-    assert refused
 
 
 def test_half_a_line_of_stats_is_dropped(tmp_path):
