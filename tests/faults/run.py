@@ -69,6 +69,7 @@ def main() -> int:
     quicken()
     material = Material(folder / "shared", options.seed)
     outcomes: list[Outcome] = []
+    print(f"files of what goes wrong, and table.md with the counts so far: {folder}", flush=True)
     with small_disk(folder / "disk") as disk, ProgressBar(what="faults", total=options.number, unit="faults") as bar:
         for case, kinds in cases(options, names):
             rng = Random(f"{options.seed}-{case}-disk")
@@ -77,7 +78,8 @@ def main() -> int:
             outcomes += found
             bar.update(min(options.number, sum(o.struck for o in outcomes)) - bar.done)
 
-            # What is wrong, at once; and whether it is enough.
+            # The counts so far, for people who cannot wait; what is wrong, at once; and whether it is enough.
+            (folder / "table.md").write_text(table(outcomes) + "\n")
             if wrong := found[-1].wrong:
                 print(f"seed {options.seed}, case {case} ({', '.join(o.kind for o in found)}): {wrong}")
                 print(f"  its files: {folder / f'case{case}'}", flush=True)
