@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 
@@ -124,9 +125,10 @@ def _has_lost_worker(batches: object, error: Exception) -> bool:
     if not isinstance(error, (ConnectionError, FileNotFoundError, EOFError)):
         return False
     workers = getattr(batches, "_workers", [])
-    for worker in workers:
-        worker.join(0.1)  # a killed process takes a moment to end
-    return any(worker.exitcode is not None for worker in workers)
+    end = time.monotonic() + 5  # a killed process takes a moment to end
+    while not (lost := any(worker.exitcode is not None for worker in workers)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return lost
 
 
 def _start_worker(worker: int) -> None:

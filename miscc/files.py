@@ -33,7 +33,7 @@ def write_atomically(
 
     Raises WriteError on a full or read-only disk, and where the folder cannot be made.
     """
-    path = Path(path)
+    path, kept = Path(path), None
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         # Several processes may write the same file, each to a temporary one of its own.
@@ -48,37 +48,38 @@ def write_atomically(
                 stream.flush()
                 os.fsync(stream.fileno())
 
-        # What was there keeps a name of its own; then the new file takes its place.
-        if previous is not None and path.exists():
-            _keep_as(path, Path(previous))
+        # What was there gets a second name; the new file takes its place; then it replaces the one before it. At each moment
+        # `path` and `previous` are two files, so that damage to one leaves the other.
+        kept = _second_name(path, Path(previous)) if previous is not None and path.exists() else None
         os.replace(temporary, path)
+        if kept is not None and previous is not None:
+            os.replace(kept, previous)
+            _remove(kept)  # where both were names of one file already, that rename has done nothing
         if flush:
             _flush_folder(path.parent)
 
     # Also on Ctrl-C: leave no temporary file.
     except BaseException as error:
         _remove(temporary)
+        if kept is not None:
+            _remove(kept)
         if isinstance(error, RuntimeError) and isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None  # torch's zip writer cannot close half an archive, and raises that error instead
         if reason := _failed_write(error):
-            kept = "; what was there before is kept" if path.exists() else ""
-            raise WriteError(f"{path}: cannot be written ({reason}){kept}") from None
+            before = "; what was there before is kept" if path.exists() else ""
+            raise WriteError(f"{path}: cannot be written ({reason}){before}") from None
         raise
 
 
-def _keep_as(path: Path, previous: Path) -> None:
-    """Give the file at `path` a second name, without a moment at which either name has half a file or none."""
+def _second_name(path: Path, previous: Path) -> Path | None:
+    """Give a file a temporary name beside its own; None, with the file moved to `previous`, where there are no hard links."""
     temporary = previous.with_name(f".{previous.name}.{secrets.token_hex(4)}.tmp")
-
-    # A link under another name first: a rename replaces at once.
     try:
         os.link(path, temporary)
-    except OSError:  # a file system without hard links: for a moment the file has its second name alone
+    except OSError:  # for a moment the file has its second name alone
         os.replace(path, previous)
-    else:
-        os.replace(temporary, previous)
-        # After a kill between this and the next rename both names were one file already: then that rename does nothing.
-        _remove(temporary)
+        return None
+    return temporary
 
 
 def _failed_write(error: BaseException | None) -> str:

@@ -120,7 +120,7 @@ class Case:
         return ""
 
     def verdict_on_damage(self, fault: Fault) -> str:
-        """After damage to the newest checkpoint the one before it must be found, two steps earlier at most."""
+        """After damage to the newest checkpoint the one before it must be found, two checkpoints earlier at most."""
         saved, self.saved = self.saved, self.place.step()
         if not fault.newest_is_damaged:
             return (
@@ -128,9 +128,11 @@ class Case:
                 if self.saved == saved
                 else f"step {saved} was saved, and --resume would go on from step {self.saved}"
             )
+        if not self.saved:
+            return f"last.pth of step {saved} was damaged, and --resume would find nothing"
         run = self.place.newest()
         run.load()
-        if not 0 < saved - self.saved <= 2 or "goes on from" not in run.note:
+        if not 0 < saved - self.saved <= 4 or "goes on from" not in run.note:
             return (
                 f"last.pth of step {saved} was damaged, and --resume would go on from step {self.saved}: {run.note!r}"
             )

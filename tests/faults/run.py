@@ -36,11 +36,12 @@ from miscc.progress import ProgressBar  # noqa: E402
 def table(outcomes: list[Outcome]) -> str:
     """Markdown: faults by kind, how many came in time, how many were wrong."""
     rows = ["| kind | faults | came too late | wrong |", "|---|---|---|---|"]
-    counts = collections.Counter((o.kind, "wrong" if o.wrong else "fine" if o.struck else "late") for o in outcomes)
+    counts = collections.Counter((o.kind, o.struck, bool(o.wrong)) for o in outcomes)
     for kind in KINDS:
-        fine, late, wrong = (counts[kind, what] for what in ("fine", "late", "wrong"))
-        if fine + late + wrong:
-            rows.append(f"| {kind} | {fine + wrong} | {late} | {wrong} |")
+        struck, late = (counts[kind, struck, False] + counts[kind, struck, True] for struck in (True, False))
+        wrong = counts[kind, True, True] + counts[kind, False, True]
+        if struck + late:
+            rows.append(f"| {kind} | {struck} | {late} | {wrong} |")
     return "\n".join(rows)
 
 

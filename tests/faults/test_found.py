@@ -18,8 +18,25 @@ from training.trainer import train
 CPU = World(0, 1, torch.device("cpu"))
 
 
-def test_a_kill_between_both_renames_leaves_no_second_copy(tmp_path):
-    """Then both names are one file; a rename of one name of a file to another of its names does nothing, and says so."""
+def test_last_and_previous_are_two_files_at_each_moment(tmp_path, monkeypatch):
+    """They were one while a checkpoint took its place: a bit that flipped after a kill there damaged both."""
+    run, replace, seen = RunDir(tmp_path), os.replace, []
+
+    def watched(source, target):
+        replace(source, target)
+        seen.append(run.last.stat().st_ino != run.previous.stat().st_ino)
+
+    for step in (1, 2):
+        run.save({"networks": {}, "step": step})
+    monkeypatch.setattr(os, "replace", watched)
+    run.save({"networks": {}, "step": 3})
+    assert seen == [True, True]
+    assert sorted(path.name for path in run.last.parent.iterdir()) == ["last.pth", "previous.pth"]
+    assert [load_checkpoint(path)["step"] for path in (run.previous, run.last)] == [2, 3]
+
+
+def test_a_run_whose_last_and_previous_are_one_file_saves_without_leftovers(tmp_path):
+    """As kills of earlier versions left them: a rename of a file to another of its names does nothing, without an error."""
     run = RunDir(tmp_path)
     run.save({"networks": {}, "step": 1})
     os.link(run.last, run.previous)
