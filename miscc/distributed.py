@@ -19,6 +19,7 @@ from miscc.errors import ConfigError, TrainingError
 LONGEST_WAIT = timedelta(hours=4)
 
 Module = TypeVar("Module", bound=nn.Module)
+Shared = TypeVar("Shared")
 
 
 class World(NamedTuple):
@@ -158,6 +159,15 @@ def gather(value: Any, world: World) -> list[Any]:
     values: list[Any] | None = [None] * world.size if world.is_main else None
     dist.gather_object(value, values, dst=0)
     return values or []
+
+
+def share(value: Shared, world: World) -> Shared:
+    """The main process's value, in all processes; numbers and texts, not tensors of a GPU."""
+    if world.size == 1:
+        return value
+    values: list[Any] = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def wait_for_all(world: World) -> None:

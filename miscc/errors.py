@@ -33,6 +33,17 @@ class TrainingError(UserError):
     """Training cannot go on, e.g. because a loss is no longer finite."""
 
 
+class CollapseError(TrainingError):
+    """A training has failed, and going on would not mend it.
+
+    kind: of failure, see training/watch.py; "finite": losses or weights are not.
+    """
+
+    def __init__(self, message: str, kind: str = "finite"):
+        super().__init__(message)
+        self.kind = kind
+
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 _SHORT.maxlevel = 2

@@ -79,6 +79,10 @@ class AdversarialSystem(System):
         """The discriminators of this run."""
         return [self.networks[part] for part in DISCRIMINATORS if part in self.networks]
 
+    def duels(self) -> dict[str, tuple[str, str]]:
+        kinds = {"discriminator": ("real", "fake"), "projected": ("projected_real", "projected_fake")}
+        return {part: pair for part, pair in kinds.items() if part in self.networks}
+
     def seen(self, batch: Batch, fake_images: Tensor) -> Seen:
         """Inputs of the discriminators: the batch's images and G's, (N, 3, H, W) in [-1, 1], augmented."""
         augment = augmentation(self.settings.augment_kinds, self.seed, self.step, batch.indices.tolist())

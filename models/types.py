@@ -223,6 +223,7 @@ class System:
     NETWORKS: {part: class} of the networks that are built, trained and saved, "generator" and "discriminator" among them.
     DEFAULTS: {key: value} of the loops' settings that this system has otherwise.
     SHOWN: logged values that also stand behind the progress bar.
+    PENALTY: name of the loss that is a gradient penalty, where there is one.
     settings: the objective's arguments.
     networks: by part; the encoders beside those of NETWORKS.
     image_sizes: of the real images that a step needs, pixels, coarse to fine.
@@ -235,6 +236,7 @@ class System:
     NETWORKS: ClassVar[Mapping[str, type[Network]]] = {}
     DEFAULTS: ClassVar[Mapping[str, Any]] = {}
     SHOWN: ClassVar[tuple[str, ...]] = ()
+    PENALTY: ClassVar[str] = "penalty"
 
     settings: Any
     networks: dict[str, Any]  # each system has properties that say which kind its networks are
@@ -263,6 +265,13 @@ class System:
     def optimizers(self) -> Mapping[str, OptimizerSpec]:
         """The optimizers that `updates` names."""
         raise NotImplementedError
+
+    def duels(self) -> Mapping[str, tuple[str, str]]:
+        """{discriminator: (X, Y)} where logits/X and logits/Y are logged: its mean logits of real and of fake images.
+
+        sign/X and sign/Y beside them are the means of the logits' signs. The watch on the training reads them.
+        """
+        return {}
 
     def train(self) -> None:
         """Put every network in the mode that it trains in."""

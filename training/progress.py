@@ -81,6 +81,27 @@ class Progress:
         if self.handler is not None:
             self.handler.emit(logging.LogRecord("training", logging.INFO, "", 0, text, None, None))
 
+    def warn(self, text: str) -> None:
+        """One line in the log and on stderr, also with --quiet."""
+        if self.run is None:
+            return
+        with suppress(OSError):
+            write(text, sys.stderr)
+        if self.handler is not None:
+            self.handler.emit(logging.LogRecord("training", logging.WARNING, "", 0, text, None, None))
+
+    def rewind(self, step: int) -> None:
+        """Go on from an earlier step: what was written of later ones goes, as when a run is resumed."""
+        self.end_epoch()
+        if self.run is None:
+            return
+        with self.optional("stats.jsonl"):
+            self.run.truncate_stats(step)
+        with self.optional("TensorBoard's files"):
+            if self.board is not None:
+                self.board.close()
+            self.board = SummaryWriter(self.run.path / "tensorboard", purge_step=step + 1)
+
     def start_epoch(self, title: str, done: int, total: int) -> None:
         """A new epoch: `done` of `total` steps are over already."""
         if self.run is None:

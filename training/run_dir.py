@@ -36,7 +36,7 @@ class RunDir:
         self.path = Path(path)
         self.note = ""
         self._lock: FolderLock | None = None
-        self._last_is_whole = True  # or the next `save` must not put it in previous.pth's place
+        self.last_is_good = True  # or the next `save` must not put it in previous.pth's place
         self.config = self.path / "config.yml"
         self.log = self.path / "log.txt"
         self.stats = self.path / "stats.jsonl"
@@ -131,9 +131,9 @@ class RunDir:
         return self.last.is_file() or self.previous.is_file()
 
     def save(self, checkpoint: dict[str, Any]) -> None:
-        """Write last.pth; the checkpoint that it replaces is kept as previous.pth. Raises WriteError."""
-        save_checkpoint(self.last, checkpoint, self.previous if self._last_is_whole else None)
-        self._last_is_whole = True
+        """Write last.pth; the checkpoint that it replaces is kept as previous.pth, if it was good. Raises WriteError."""
+        save_checkpoint(self.last, checkpoint, self.previous if self.last_is_good else None)
+        self.last_is_good = bool(checkpoint.get("watch", {}).get("good", True))
 
     def load(self) -> dict[str, Any]:
         """The checkpoint to go on from: last.pth or, where that is damaged or gone, the newest older one with everything.
@@ -143,12 +143,14 @@ class RunDir:
         reason = f"{self.last}: is not there"
         try:
             if self.last.is_file():
-                return self._load_whole(self.last)
+                checkpoint = self._load_whole(self.last)
+                self.last_is_good = bool(checkpoint.get("watch", {}).get("good", True))
+                return checkpoint
         except DamagedError as error:
             reason = str(error)
 
         # Older ones: numbered ones for drawing are of no use.
-        self._last_is_whole = False
+        self.last_is_good = False
         for path in self._older():
             try:
                 checkpoint = self._load_whole(path)
@@ -158,6 +160,16 @@ class RunDir:
                 self.note = f"{reason.partition(';')[0]}; goes on from {path.name}, step {checkpoint.get('step')}"
                 return checkpoint
         raise CheckpointError(f"{reason.partition(';')[0]}, and there is no older checkpoint to go on from; start anew")
+
+    def whole_checkpoints(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """last.pth and older checkpoints that are whole and hold everything."""
+        for path in (self.last, *self._older()):
+            try:
+                checkpoint = self._load_whole(path)
+            except CheckpointError:
+                continue
+            if "optimizers" in checkpoint:
+                yield path, checkpoint
 
     def newest_whole(self) -> Path:
         """The file that `load` would read, or last.pth where none is whole; to draw with."""

@@ -22,6 +22,7 @@ from models.settings import (
 )
 from sampling.encoders import ENCODERS
 from sampling.settings import SamplingSettings
+from training.watch import WatchSettings
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,7 @@ class PretrainingSettings(FormerEncodersSettings, GammaSettings, BetasSettings, 
 
 GAN_PARTS = [
     RunSettings, OutputSettings, DataSettings, StartSettings, TrainerSettings, EvaluationSettings, SamplingSettings,
+    WatchSettings,
 ]  # fmt: skip
 ENCODER_PARTS = [RunSettings, DataSettings, PretrainingSettings, TextEncoder.Settings]
 

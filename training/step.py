@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from miscc import distributed
 from miscc.batch import Batch
 from miscc.distributed import World, global_damsm
-from miscc.errors import ConfigError, TrainingError
+from miscc.errors import CollapseError, ConfigError
 from models.types import OptimizerSpec, Update
 
 Objective = Callable[[Batch, Tensor], Iterator[Update]]  # a system's `updates`
@@ -210,25 +210,29 @@ class FiniteCheck:
             known = self.first_bad.setdefault(name, torch.full((), -1, device=self.device))
             self.first_bad[name] = torch.where((known < 0) & ~torch.isfinite(loss.detach()), step, known)
 
-    def check(self) -> None:
-        """Raise TrainingError, naming loss and step, if a loss was not finite."""
+    def check(self, world: World | None = None) -> None:
+        """Raise CollapseError, naming loss and step, if a loss was not finite; world: or one of another process."""
         bad = {name: int(step) for name, step in self.first_bad.items() if step >= 0}
+        anywhere = bool(bad) if world is None else distributed.any_process(bool(bad), world)
+        message = "a loss was not finite in another process"
         if bad:
             name = min(bad, key=lambda loss: bad[loss])
-            raise TrainingError(
-                f"the loss `{name}` was not finite at step {bad[name]}; the last good checkpoint is kept. Lower the "
-                f"learning rates or raise TRAIN.BATCH_SIZE, then go on with --resume"
+            message = f"the loss `{name}` was not finite at step {bad[name]}"
+        if anywhere:
+            raise CollapseError(
+                f"{message}; the last good checkpoint is kept. Lower the learning rates or raise TRAIN.BATCH_SIZE, then go "
+                f"on with --resume"
             )
 
 
 def check_finite_weights(networks: Mapping[str, nn.Module], step: int) -> None:
-    """Raise TrainingError, naming the network, if a weight is not finite; step: the one that was taken last."""
+    """Raise CollapseError, naming the network, if a weight is not finite; step: the one that was taken last."""
     for part, network in networks.items():
         # One sum a tensor: it is finite only if all its values are.
         tensors = [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
         sums = torch.stack([tensor.float().sum() for tensor in tensors])
         if not torch.isfinite(sums).all():
-            raise TrainingError(
+            raise CollapseError(
                 f"the weights of the {part} are not finite at step {step}; the last good checkpoint is kept. "
                 f"Lower the learning rates, then go on with --resume"
             )

@@ -18,6 +18,7 @@ from miscc.batch import Batch
 from miscc.checkpoint import save_checkpoint
 from miscc.config import Config, to_plain, to_yaml
 from miscc.distributed import World
+from miscc.errors import CollapseError
 from miscc.pictures import save_image
 from miscc.progress import note
 from miscc.randomness import noise_for, seed_everything
@@ -34,11 +35,12 @@ from training.compute import checkpoint_activations, compile_networks, peak_memo
 from training.data import batches_from, fixed_captions, make_dataset, next_batch
 from training.ema import EMA
 from training.evaluation import Evaluation, split_records
+from training.guard import Guard, go_back, rate_factor, rollbacks_in, seed_after
 from training.progress import Progress, StopSignal, introduction
 from training.resume import changed_settings, check_resumable, check_same_data, fingerprint, restore_state
 from training.run_dir import RunDir, run_name
 from training.schedule import Budget, learning_rate_factor, set_learning_rates
-from training.settings import EvaluationSettings, StartSettings, TrainerSettings
+from training.settings import EvaluationSettings, StartSettings, TrainerSettings, keys_read
 from training.step import (
     FiniteCheck,
     Stepper,
@@ -48,6 +50,7 @@ from training.step import (
     make_optimizers,
 )
 from training.tracker import Tracker, find_tracker
+from training.watch import WatchSettings
 
 CHECK_STOP_EVERY = 10  # steps, where several processes train
 DRAWING = ("generator", "generator_ema", "text_encoder")  # what a checkpoint for drawing holds
@@ -81,7 +84,14 @@ def train(cfg: Config, world: World, resume: bool = False, resume_if_exists: boo
     progress = Progress(run, trainer.step, Tracker(package, run, cfg) if package and run is not None else None)
     try:
         with distributed.naming_lost_processes(world):
-            return trainer.run_to_the_end(run, progress)
+            while True:
+                try:
+                    return trainer.run_to_the_end(run, progress)
+                except CollapseError as error:
+                    start = go_back(trainer, error, run, progress)
+                del trainer  # or two would be in memory at once
+                trainer = Trainer(cfg, world, *start)
+                progress.rewind(trainer.step)
     finally:
         progress.close()
         if run is not None:
@@ -92,13 +102,17 @@ def train(cfg: Config, world: World, resume: bool = False, resume_if_exists: boo
 class Trainer:
     """All that a run consists of: networks, system, optimizers, average, data, evaluation, and the step it has reached."""
 
-    def __init__(self, cfg: Config, world: World, checkpoint: dict | None = None):
+    def __init__(self, cfg: Config, world: World, checkpoint: dict | None = None, carried: dict | None = None):
+        """checkpoint: to go on from. carried: parts of a checkpoint that hold instead of its own, see `go_back`."""
         # Settings: of each part. The configuration as a whole is for checkpoints alone.
         self.config, self.seed = to_plain(cfg), cfg.SEED
         self.settings = from_config(TrainerSettings, cfg)
         self.data_settings = from_config(DataSettings, cfg)
         self.evaluation_settings = from_config(EvaluationSettings, cfg)
         self.chosen = chosen_system(cfg)
+        kept = (checkpoint or {}) | (carried or {})
+        num_rollbacks = len(rollbacks_in(kept.get("watch")))
+        self.order_seed, self.rate_factor = seed_after(self.seed, num_rollbacks), rate_factor(num_rollbacks)
         self.world, self.device = world, world.device
 
         # Checks, then everything that takes time.
@@ -108,15 +122,19 @@ class Trainer:
             check_resumable(checkpoint, cfg)
         self._build_networks(checkpoint, from_config(StartSettings, cfg))
         self._build_data()
+        watched = (self.system, self.pictured_captions, self.vocabulary, self.seed, world, keys_read(self.chosen.name))
+        self.guard = Guard(from_config(WatchSettings, cfg), *watched)
 
         # Where the run stands, and where it ends.
         self.step, self.changes = 0, []
         if checkpoint is not None:
             self._restore(checkpoint)
+        self.guard.restore(kept.get("watch"))
+        if self.evaluation is not None:
+            self.evaluation.restore(kept.get("evaluation"))
         all_epochs = self.settings.max_epoch * self.steps_per_epoch
         self.last_step = min(all_epochs, self.settings.max_steps or all_epochs)
-        used = checkpoint.get("seconds", 0.0) if checkpoint is not None else 0.0
-        self.budget = Budget(self.last_step, self.settings.max_minutes, used)
+        self.budget = Budget(self.last_step, self.settings.max_minutes, kept.get("seconds", 0.0))
 
     # -- build ---------------------------------------------------------------------------------------------------
 
@@ -142,7 +160,7 @@ class Trainer:
         # The objective around them.
         self.system = build_system(self.chosen, self.networks)
         self.system.train()
-        self.system.seed = self.seed
+        self.system.seed = self.order_seed
         if settings.activation_checkpointing:
             checkpoint_activations(self.system.generator)
         if settings.compile:
@@ -151,7 +169,7 @@ class Trainer:
         # What takes its steps.
         specs = self.system.optimizers()
         self.optimizers = make_optimizers(specs)
-        self.base_rates = {name: spec.lr for name, spec in specs.items()}
+        self.base_rates = {name: spec.lr * self.rate_factor for name, spec in specs.items()}
         options = (settings.precision, settings.accumulate, settings.global_damsm)
         self.stepper = Stepper(self.system.updates, self.optimizers, self.world, *options)
         self.finite = FiniteCheck(self.device)
@@ -162,7 +180,7 @@ class Trainer:
         share = self.evaluation_settings.held_out_share
         self.records, held_out = split_records(data, share, self.seed, self.vocabulary)
         max_words = self.system.text_encoder.max_words
-        self.dataset = make_dataset(data, self.records, self.system.image_sizes, self.seed, True, max_words)
+        self.dataset = make_dataset(data, self.records, self.system.image_sizes, self.order_seed, True, max_words)
         self.pictured_captions = fixed_captions(data, self.vocabulary, self.records, NUM_PICTURED)
 
         # Built once here for its checks: of the batch against the data and the processes.
@@ -183,7 +201,7 @@ class Trainer:
         settings = self.settings
         for line in introduction(self, run):
             progress.say(line)
-        order = (settings.batch_size, self.seed, self.step)
+        order = (settings.batch_size, self.order_seed, self.step)
         batches, epoch = iter(batches_from(self.dataset, *order, self.data_settings.workers, self.world)), -1
         seconds, timed_from = 0.0, self.step
         self.budget.start()
@@ -206,14 +224,15 @@ class Trainer:
                 if self.agrees():
                     self.budget.agree(self.world)
                 if wants_log or self.device.type == "cpu":
-                    self.finite.check()
+                    self.finite.check(self.world)
+                self.guard.look(self.step, progress)
 
                 # Log, draw, evaluate, save: each at its own intervals.
                 if wants_log:
                     values["images_per_second"] = settings.batch_size * (self.step - timed_from) / seconds
                     seconds, timed_from = 0.0, self.step
                     shown = (*self.system.SHOWN, "images_per_second")
-                    progress.log(self.step, self.step / self.steps_per_epoch, values, shown)
+                    progress.log(self.step, self.step / self.steps_per_epoch, values | self.guard.latest, shown)
                 waited = self.budget.seconds - pictured
                 is_due = settings.sample_every and self.step % settings.sample_every == 0
                 if run is not None and (is_due or 0 < 60 * settings.sample_minutes <= waited):
@@ -239,9 +258,9 @@ class Trainer:
     def train_step(self, batch: Batch, epoch: int, wants_log: bool = False) -> dict[str, float]:
         """One training step: every update of the system, then the average. Returns the values to log, if wanted."""
         # Randomness depends on seed, epoch and image alone: a resumed run draws the same.
-        seed_everything(self.seed, self.step, self.world.rank)  # dropout, where encoders are fine-tuned with it
+        seed_everything(self.order_seed, self.step, self.world.rank)  # dropout, where encoders are fine-tuned with it
         noise_dim = self.system.generator.noise_dim
-        noise = noise_for(self.seed, epoch, batch.indices.tolist(), noise_dim).to(self.device, non_blocking=True)
+        noise = noise_for(self.order_seed, epoch, batch.indices.tolist(), noise_dim).to(self.device, non_blocking=True)
 
         # Learning rates: by the share of the budget that is used up.
         factor = learning_rate_factor(self.budget.share(self.step), self.settings.lr_decay_from)
@@ -252,6 +271,7 @@ class Trainer:
         values: dict[str, Tensor] = {}
         for update in self.stepper.steps(batch, noise):
             self.finite.record(update.losses, self.step + 1)
+            self.guard.record(update)
             if wants_log:
                 values |= log_values(update, self.optimizers[update.optimizer])
         if self.average is not None:
@@ -300,7 +320,7 @@ class Trainer:
         if not every or step or epoch % every:
             return
 
-        self.check_finite()
+        self.check_finite(self.world)
         if self.evaluation is not None and run is not None:
             with self._pipeline() as pipeline:
                 value = self.evaluation.measure(pipeline)
@@ -317,11 +337,12 @@ class Trainer:
         """Write last.pth and the numbered checkpoints that the settings ask for at this step."""
         epoch_ended, every = self.step % self.steps_per_epoch == 0, self.settings.save_every
         within = every > 0 and self.step % every == 0
-        if not (within or epoch_ended or self.budget.is_over(self.step) or stopped):
+        is_last = self.budget.is_over(self.step) or stopped
+        if not (is_last or ((within or epoch_ended) and not self.guard.withholds)):
             return
 
         # Only what can be trained further: what is there stays as it is otherwise.
-        self.check_finite()
+        self.check_finite(self.world)
         distributed.wait_for_all(self.world)
         if run is None:
             return
@@ -333,23 +354,23 @@ class Trainer:
             if due:
                 save_checkpoint(run.numbered(epoch), self.checkpoint(due))
         finally:
-            run.save(self.checkpoint())
+            run.save(self.checkpoint(scheduled=within or epoch_ended))
 
     def save(self, run: RunDir) -> None:
         """Write last.pth now."""
         self.check_finite()
-        run.save(self.checkpoint())
+        run.save(self.checkpoint(scheduled=False))
 
-    def check_finite(self) -> None:
-        """Raises TrainingError where a loss or a weight, the average's included, is not finite."""
-        self.finite.check()
+    def check_finite(self, world: World | None = None) -> None:
+        """Raises CollapseError where a loss (world: of any process) or a weight, the average's too, is not finite."""
+        self.finite.check(world)
         check_finite_weights(self.networks_and_average(), self.step)
 
     def networks_and_average(self) -> dict[str, Any]:
         """All networks that a checkpoint holds, by part."""
         return self.networks | ({"generator_ema": self.average.module} if self.average is not None else {})
 
-    def checkpoint(self, contents: str = "full") -> dict[str, Any]:
+    def checkpoint(self, contents: str = "full", scheduled: bool = True) -> dict[str, Any]:
         """Everything ("full"), all but the optimizers ("networks"), or G, its average and the text encoder ("drawing")."""
         networks = self.networks_and_average()
         if contents == "drawing":
@@ -370,6 +391,7 @@ class Trainer:
             content["evaluation"] = self.evaluation.state()
         if contents == "full":
             content["optimizers"] = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+            content["watch"] = self.guard.state(scheduled)
             content["num_averaged"] = self.average.num_updates if self.average is not None else 0
         return content
 
@@ -377,7 +399,5 @@ class Trainer:
         """Go on where the checkpoint was written. The networks have their weights already, see `_build_networks`."""
         check_same_data(checkpoint, self.records, self.data_settings.data_dir)
         restore_state(self.optimizers, self.average, checkpoint)
-        if self.evaluation is not None:
-            self.evaluation.restore(checkpoint.get("evaluation"))
         self.step = checkpoint["step"]
         self.changes = changed_settings(checkpoint["config"], self.config)
