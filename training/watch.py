@@ -49,7 +49,10 @@ class WatchSettings:
         "TRAIN.WATCH.VARIETY", 0.25, "G has collapsed where images of one caption differ by less of the usual", below=1
     )
     variety_floor: float = setting(
-        "TRAIN.WATCH.VARIETY_FLOOR", 0.01, "or by less than this: root mean square of pixels in [-1, 1]", maximum=2
+        "TRAIN.WATCH.VARIETY_FLOOR",
+        0.01,
+        "or by less than this, once they differed by more: root mean square of pixels in [-1, 1]",
+        maximum=2,
     )
     penalty: float = setting(
         "TRAIN.WATCH.PENALTY", 100.0, "the gradient penalty has exploded where loss/penalty is higher", above=0
@@ -131,23 +134,21 @@ class Watch:
         share = "" if accuracy is None else f", and it tells {100 * accuracy:.1f} % of the images apart"
         return Finding(
             "discriminator",
-            f"the {name} discriminator wins outright: its logits of real and fake images lie {duel.gap:.3g} apart "
+            f"D wins outright ({name}): its logits of real and fake images lie {duel.gap:.3g} apart "
             f"(TRAIN.WATCH.LOGIT_GAP {settings.logit_gap:g}){share}",
         )
 
     def _of_variety(self, variety: float | None) -> Finding | None:
-        if variety is None:
+        if variety is None or len(self.varieties) < FEWEST_LOOKS:
             return None
 
-        # Against what was usual, and against the smallest difference that one sees.
-        usual = median(self.varieties) if len(self.varieties) >= FEWEST_LOOKS else None
-        seen = f"the generator collapses: images of one caption differ by {variety:.3g}"
-        if usual is not None and variety < self.settings.variety * usual:
-            return Finding(
-                "variety", f"{seen}, usual are {usual:.3g} (TRAIN.WATCH.VARIETY {self.settings.variety:g} of it)"
-            )
-        if variety < self.settings.variety_floor:
-            return Finding("variety", f"{seen} (TRAIN.WATCH.VARIETY_FLOOR {self.settings.variety_floor:g})")
+        # Below a share of what was usual, or below what one sees; an untrained G may start there, and has not collapsed.
+        usual, settings = median(self.varieties), self.settings
+        seen = f"the generator collapses: images of one caption differ by {variety:.3g}, usual are {usual:.3g}"
+        if variety < settings.variety * usual:
+            return Finding("variety", f"{seen} (TRAIN.WATCH.VARIETY {settings.variety:g} of it)")
+        if variety < settings.variety_floor <= usual:
+            return Finding("variety", f"{seen} (TRAIN.WATCH.VARIETY_FLOOR {settings.variety_floor:g})")
         return None
 
     def _of_penalty(self, penalty: float | None) -> Finding | None:
