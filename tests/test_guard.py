@@ -291,3 +291,18 @@ def test_what_a_rollback_has_given_up_is_not_chosen_and_what_led_to_a_failure_co
     assert chosen([back], last=whole(20)) == "last"
     assert chosen([back], last=whole(25), previous=whole(10)) == "previous"  # between 20 and 30, given up
     assert chosen([back], last=whole(25, [back]), previous=whole(20)) == "last"  # after the rollback
+
+
+def test_two_processes_go_back_together(tiny_yaml, tmp_path):
+    """The main process looks and chooses; both start again from the same checkpoint, and end."""
+    from test_distributed import torchrun
+
+    settings = dict((*WATCH, *PENALTY_EXPLODES, ("TRAIN.WATCH.PENALTY", "1"), ("TRAIN.ON_COLLAPSE", "rollback")))
+    settings |= {"TRAIN.WATCH.EVERY": "3", "TRAIN.WATCH.PATIENCE": "1", "TRAIN.MAX_STEPS": "5"}
+    settings |= {"TRAIN.WATCH.ROLLBACKS": "1", "TRAIN.SAVE_EVERY": "2", "TRAIN.DISCRIMINATOR_LR": "0.02"}
+    pairs = [text for pair in settings.items() for text in pair]
+    output = torchrun("main.py", "--cfg", tiny_yaml, "--gpu", "-1", "--set", *pairs)
+    assert output.count("finished at step 5") == 1
+    run = run_of(tmp_path)
+    assert [line for line in warnings_of(run) if "rollback 1 of 1, to step 2 (last.pth)" in line]
+    assert load_checkpoint(run.last)["watch"]["rollbacks"] == [[3, 2, "penalty"]]
