@@ -267,6 +267,12 @@ def rate_factor(num_rollbacks: int) -> float:
     return 0.5**num_rollbacks
 
 
+def after_rollbacks(seed: int, state: Mapping[str, Any] | None) -> tuple[int, float]:
+    """`seed_after` and `rate_factor` of a checkpoint's "watch"; seed: the run's. Raises CheckpointError as `rollbacks_in`."""
+    num_rollbacks = len(rollbacks_in(state))
+    return seed_after(seed, num_rollbacks), rate_factor(num_rollbacks)
+
+
 def is_before(checkpoint: Mapping[str, Any], rollbacks: Sequence[Rollback]) -> bool:
     """Whether a checkpoint is a state that this run has come through: not one that a rollback has given up."""
     own = rollbacks_in(checkpoint.get("watch"))

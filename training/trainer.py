@@ -35,7 +35,7 @@ from training.compute import checkpoint_activations, compile_networks, peak_memo
 from training.data import batches_from, fixed_captions, make_dataset, next_batch
 from training.ema import EMA
 from training.evaluation import Evaluation, split_records
-from training.guard import Guard, go_back, rate_factor, rollbacks_in, seed_after
+from training.guard import Guard, after_rollbacks, go_back
 from training.progress import Progress, StopSignal, introduction
 from training.resume import changed_settings, check_resumable, check_same_data, fingerprint, restore_state
 from training.run_dir import RunDir, run_name
@@ -100,10 +100,9 @@ def train(cfg: Config, world: World, resume: bool = False, resume_if_exists: boo
 
 
 class Trainer:
-    """All that a run consists of: networks, system, optimizers, average, data, evaluation, and the step it has reached."""
+    """All that a run consists of; checkpoint: to go on from; carried: parts that replace the checkpoint's, see `go_back`."""
 
     def __init__(self, cfg: Config, world: World, checkpoint: dict | None = None, carried: dict | None = None):
-        """checkpoint: to go on from. carried: parts of a checkpoint that hold instead of its own, see `go_back`."""
         # Settings: of each part. The configuration as a whole is for checkpoints alone.
         self.config, self.seed = to_plain(cfg), cfg.SEED
         self.settings = from_config(TrainerSettings, cfg)
@@ -111,8 +110,7 @@ class Trainer:
         self.evaluation_settings = from_config(EvaluationSettings, cfg)
         self.chosen = chosen_system(cfg)
         kept = (checkpoint or {}) | (carried or {})
-        num_rollbacks = len(rollbacks_in(kept.get("watch")))
-        self.order_seed, self.rate_factor = seed_after(self.seed, num_rollbacks), rate_factor(num_rollbacks)
+        self.order_seed, self.rate_factor = after_rollbacks(self.seed, kept.get("watch"))
         self.world, self.device = world, world.device
 
         # Checks, then everything that takes time.
@@ -337,8 +335,8 @@ class Trainer:
         """Write last.pth and the numbered checkpoints that the settings ask for at this step."""
         epoch_ended, every = self.step % self.steps_per_epoch == 0, self.settings.save_every
         within = every > 0 and self.step % every == 0
-        is_last = self.budget.is_over(self.step) or stopped
-        if not (is_last or ((within or epoch_ended) and not self.guard.withholds)):
+        is_due = (within or epoch_ended) and not self.guard.withholds
+        if not (is_due or self.budget.is_over(self.step) or stopped):
             return
 
         # Only what can be trained further: what is there stays as it is otherwise.
@@ -383,8 +381,7 @@ class Trainer:
             "epoch": self.step // self.steps_per_epoch,
             "data": fingerprint(self.records),
         }
-        if self.encoders_hash:  # runs of former versions have none
-            content["encoders_hash"] = self.encoders_hash
+        content |= {"encoders_hash": self.encoders_hash} if self.encoders_hash else {}  # runs of former versions have none
         if self.settings.max_minutes:
             content["seconds"] = self.budget.seconds
         if self.evaluation is not None:
