@@ -80,7 +80,6 @@ def train(cfg: Config, world: World, resume: bool = False, resume_if_exists: boo
     run = run if world.is_main else None
     if run is not None:
         run.remove_unfinished()
-
     progress = Progress(run, trainer.step, Tracker(package, run, cfg) if package and run is not None else None)
     try:
         with distributed.naming_lost_processes(world):
@@ -381,7 +380,7 @@ class Trainer:
             "epoch": self.step // self.steps_per_epoch,
             "data": fingerprint(self.records),
         }
-        content |= {"encoders_hash": self.encoders_hash} if self.encoders_hash else {}  # runs of former versions have none
+        content |= {"encoders_hash": self.encoders_hash} if self.encoders_hash else {}  # former runs have none
         if self.settings.max_minutes:
             content["seconds"] = self.budget.seconds
         if self.evaluation is not None:
