@@ -35,12 +35,6 @@ def weight_file(path: str | Path) -> Path:
 
 def load_model(path: str | Path) -> dict[str, Any]:
     """The checkpoint in a file of ours, or in the folder of a published model. Raises CheckpointError."""
-    # A folder must be a published model's.
-    if Path(path).is_dir() and not is_published(path):
-        raise CheckpointError(
-            f"{path}: a folder without {CONFIG} and {WEIGHTS}; name the .pth in it, or a folder that "
-            f"`python -m sampling.publish` wrote"
-        )
     checkpoint = read_published(path) if Path(path).is_dir() else load_checkpoint(path)
     validate(checkpoint, path)
     return checkpoint
@@ -102,6 +96,13 @@ def read_published(folder: str | Path) -> dict[str, Any]:
 
     Raises CheckpointError where a file is missing, damaged, or of a newer format.
     """
+    # A device in the place of the weights would be read without end.
+    if not is_published(folder):
+        raise CheckpointError(
+            f"{folder}: a folder without {CONFIG} and {WEIGHTS}; name the .pth in it, or a folder that "
+            f"`python -m sampling.publish` wrote"
+        )
+
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
     try:

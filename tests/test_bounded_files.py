@@ -15,6 +15,7 @@ from miscc.byte_pairs import read_merges
 from miscc.errors import CheckpointError, DataError
 from miscc.files import MOST_BYTES, read_json
 from models.clip_files import cached_folders, read_description
+from sampling.convert import describe
 from sampling.published import load_model
 
 
@@ -49,6 +50,16 @@ def test_a_vocabulary_that_is_a_pipe_or_a_device_is_refused(model, make):
     with pytest.raises(CheckpointError, match="vocabulary.json: .*it is no ordinary file") as error:
         load_model(model)
     one_line(error)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_device_in_the_place_of_weights_or_settings_is_refused_by_all_readers(model, name):
+    (model / name).unlink()
+    (model / name).symlink_to("/dev/zero")
+    for read in (load_model, describe):
+        with pytest.raises(CheckpointError, match="a folder without config.json and model.safetensors") as error:
+            read(model)
+        one_line(error)
 
 
 @pytest.mark.parametrize("name", ["config.json", "vocabulary.json"])

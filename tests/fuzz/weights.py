@@ -159,7 +159,7 @@ def damage(rng: random.Random, tree: dict[str, Any]) -> None:
         else:
             others = list(_places(tree))
             other, its_name = rng.choice(others)
-            at[name] = other[its_name]
+            at[name] = _copy(other[its_name])  # a copy: no value may hold itself
         if not tree:
             return
 
