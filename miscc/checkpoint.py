@@ -147,13 +147,13 @@ def check_tensors(state: Any, what: str) -> None:
     for name, tensor in state.items():
         # Its type, and as many numbers in the file as the shape says.
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise CheckpointError(f"{what} holds {_brief(tensor)} under {name}, not a plain tensor; {RESTORE}")
+            raise CheckpointError(f"{what} holds {_brief(tensor)} under {name[:80]}, not a plain tensor; {RESTORE}")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise CheckpointError(f"{what} holds fewer numbers of {name} than {tuple(tensor.shape)}; {RESTORE}")
+            raise CheckpointError(f"{what} holds fewer numbers of {name[:80]} than {tuple(tensor.shape)}; {RESTORE}")
         # One sum: finite only if all values are.
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float64)):
             raise CheckpointError(
-                f"{what} is not finite (NaN or infinite numbers in {name}): it has diverged; use an earlier checkpoint"
+                f"{what} is not finite (NaN or infinite numbers in {name[:80]}): it has diverged; use an earlier checkpoint"
             )
 
 

@@ -179,9 +179,9 @@ def _check_fit(form: Format, actual: State, expected: State) -> None:
     wrong = [name for name in expected if name in actual and actual[name].shape != expected[name].shape]
 
     if missing:
-        raise CheckpointError(f"{form.title}: {len(missing)} tensors are missing, for example {missing[0]}")
+        raise CheckpointError(f"{form.title}: {len(missing)} tensors are missing, for example {missing[0][:80]}")
     if surplus:
-        raise CheckpointError(f"{form.title}: {len(surplus)} tensors are not its own, for example {surplus[0]}")
+        raise CheckpointError(f"{form.title}: {len(surplus)} tensors are not its own, for example {surplus[0][:80]}")
     if wrong:
         name = wrong[0]
         shapes = f"{tuple(actual[name].shape)} instead of {tuple(expected[name].shape)}"
@@ -197,7 +197,7 @@ def rename(name: str, form: Format) -> str:
 
 def _first(value: Mapping) -> str:
     """The first three names, for an error message."""
-    return ", ".join(str(name) for name in list(value)[:3]) or "nothing"
+    return ", ".join(str(name)[:80] for name in list(value)[:3]) or "nothing"
 
 
 if __name__ == "__main__":

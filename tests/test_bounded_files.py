@@ -6,12 +6,14 @@ import os
 import signal
 
 import pytest
+import torch
 from fuzz.run import LIMIT
 from fuzz.weights import published_files
 
 from eval.R_precision import CandidateLists
 from eval.report import Run
 from miscc.byte_pairs import read_merges
+from miscc.checkpoint import check_tensors
 from miscc.errors import CheckpointError, DataError
 from miscc.files import MOST_BYTES, read_json
 from models.clip_files import cached_folders, read_description
@@ -136,4 +138,15 @@ def test_a_runs_settings_have_bounds_in_the_report(tmp_path, content):
     (tmp_path / "config.yml").write_text(content, encoding="latin-1")
     with pytest.raises(DataError, match="config.yml: (cannot be read|holds no settings)") as error:
         Run(tmp_path)
+    one_line(error)
+
+
+def test_names_of_tensors_are_cut_in_messages(tmp_path):
+    for value in (torch.zeros(2), torch.tensor(float("nan")), None):
+        torch.save({"x" * 5000: value, "y": torch.zeros(1)}, tmp_path / "netG.pth")
+        with pytest.raises(CheckpointError) as error:
+            describe(tmp_path / "netG.pth")
+        one_line(error)
+    with pytest.raises(CheckpointError) as error:
+        check_tensors({"x" * 5000: None}, "a file")
     one_line(error)
