@@ -1,7 +1,7 @@
 """Frozen image networks of which a discriminator sees the features: weights from a file, cut into four stages.
 
-A new one is a function from a weight file to a Backbone, and one line in BACKBONES. Their weights never train and are in no
-state dict: a checkpoint names them by their hash.
+A new one is a function from a weight file to its Stages and state dict, and one line in BACKBONES. Their weights never train
+and are in no state dict: a checkpoint names them by their hash.
 """
 
 import importlib
