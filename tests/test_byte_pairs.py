@@ -109,11 +109,12 @@ def test_as_transformers():
 
 
 def test_metadata_gives_captions_as_they_were_written(tmp_path, caplog):
-    from test_datasets import CLASSES, write_cub, write_metadata
+    from dataset_samples import CUB_CLASSES, write_cub
+    from test_datasets import write_metadata
 
     from datasets import load_records
 
-    write_cub(tmp_path, CLASSES)
+    write_cub(tmp_path, CUB_CLASSES)
     write_metadata(tmp_path, {"001.Finch/Finch_0000": [[2, 3], [1, 3]], "003.Jay/Jay_0001": [[5, 4, 2], [3]]}, {})
     written = tmp_path / "text" / "001.Finch" / "Finch_0000.txt"
     written.write_text("A Red bird, isn't it?\n\n!?\nthe Bird's 2 wings.\na third one\n")
