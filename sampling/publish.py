@@ -86,11 +86,17 @@ def example_captions(pipeline: TextToImage, number: int = NUM_EXAMPLES) -> list[
     carried = pipeline.origin.get("examples") or []
     if carried:
         return carried[:number]
+
+    # Of the data that the checkpoint names, if they are here; its settings may be anything.
     config = pipeline.origin.get("config") or {}
-    try:
-        records, _ = load_records(config["DATASET_NAME"], config["DATA_DIR"], "test", pipeline.vocabulary)
-    except (KeyError, DataError):
+    name, data_dir = config.get("DATASET_NAME"), config.get("DATA_DIR")
+    if not isinstance(name, str) or not isinstance(data_dir, str):
         return []
+    try:
+        records, _ = load_records(name, data_dir, "test", pipeline.vocabulary)
+    except DataError:
+        return []
+
     # Evenly spaced: neighbours in a data set often show the same class.
     count = min(number, len(records))
     positions = [round(i * (len(records) - 1) / max(1, count - 1)) for i in range(count)]

@@ -14,6 +14,7 @@ from miscc.errors import CheckpointError, UserError
 from miscc.files import hash_of_file
 from sampling.convert import describe
 from sampling.pipeline import TextToImage
+from sampling.publish import example_captions
 from sampling.publish import main as publish_command
 from sampling.published import load_model, weight_file
 from sampling.side_by_side import side_by_side
@@ -175,3 +176,10 @@ def test_a_published_folder_is_described_like_a_checkpoint(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "model", examples=CAPTIONS)
     lines = describe(tmp_path / "model")
     assert "checkpoint of this project, step 7" in lines[0] and "generator: ssa_gan" in "".join(lines)
+
+
+@pytest.mark.parametrize("value", [1.5, torch.zeros(2), None])
+def test_a_checkpoint_whose_data_folder_is_no_text_has_no_example_captions(value):
+    pipeline = tiny_pipeline()
+    pipeline.origin = {**pipeline.origin, "config": {"DATASET_NAME": "toybirds", "DATA_DIR": value}}
+    assert example_captions(pipeline) == []
