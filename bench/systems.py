@@ -1,7 +1,8 @@
 """The systems side by side: `python -m bench.systems`: parameters, operations an image, memory, images a second.
 
 A file of settings a system (default: cfg/toybirds_*.yml), each with fresh weights and random images: what a training
-step and a drawn image cost. Steps take turns, so that a busy machine slows all of them.
+step and a drawn image cost. Steps take turns, so that a busy machine slows all of them. `--each KEY VALUE ...` compares
+values of one key, e.g. `--cfg cfg/toybirds_ssa.yml --each GAN.DISCRIMINATOR paper projected both`.
 """
 
 from collections.abc import Mapping
@@ -67,9 +68,13 @@ def table(results: dict) -> str:
         "# The systems side by side",
         "",
         f"{common.machine_line(results['machine'])}. Batch {results['batch']}, image encoder {results['encoder']} for those "
-        f"that have one, float32, medians of {results['rounds']} rounds in turns; operations: 2 a multiply-add.",
+        f"that have one, float32 unless a file says otherwise, medians of {results['rounds']} rounds in turns; operations: 2 a "
+        "multiply-add.",
         "",
     ]
+    if results["set"]:
+        pairs = ", ".join(f"`{key} {value}`" for key, value in results["set"])
+        lines[-1:] = [f"Beside the files: {pairs}.", ""]
 
     # A row a system.
     header = ["settings", "px", "G, M", "D and others, M", "GFLOP an image: step", "drawing", "peak, MiB",
@@ -94,21 +99,36 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cfg", nargs="+", metavar="FILE", help="settings to compare (default: cfg/toybirds_*.yml)")
     parser.add_argument("--batch-size", "--batch", dest="batch", type=int, default=24)
     parser.add_argument("--encoder", default="small", choices=sorted(DAMSM_ENCODERS))
+    parser.add_argument(
+        "--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="any setting; may be repeated"
+    )
+    parser.add_argument(
+        "--each", nargs="+", metavar=("KEY", "VALUE"), help="each file with each of these values of a key"
+    )
     options = parser.parse_args(arguments)
+    if options.each and len(options.each) < 2:
+        parser.error("--each: a key and its values, e.g. --each GAN.DISCRIMINATOR paper projected both")
 
     # Which settings are compared.
     paths = options.cfg or sorted(Path("cfg").glob("toybirds_*.yml"))
     if not paths:
         raise ConfigError("there is no cfg/toybirds_*.yml here; start this in the project's folder, or give --cfg")
+    key, *values = options.each or ("",)
+    configs = {}
+    for path in paths:
+        name = Path(path).stem
+        variants = {f"{name}, {value}": [(key, value)] for value in values} or {name: []}
+        for variant, changed in variants.items():
+            configs[variant] = load_config(path, [*map(tuple, options.set), *changed])
 
     # All of them in one process, so that they can take turns.
     device = common.start(options)
-    configs = {Path(path).stem: load_config(path) for path in paths}
     results = {
         "machine": common.machine(device),
         "batch": options.batch,
         "encoder": options.encoder,
         "rounds": options.rounds,
+        "set": options.set,
         "systems": measure(configs, options.encoder, options.batch, options.rounds, device),
     }
     common.report(options, results, table(results))

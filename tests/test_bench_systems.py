@@ -31,6 +31,23 @@ def test_the_table_of_two_systems(tmp_path, capsys):
         assert figures["images_per_second"]["drawing"] > 0
 
 
+def test_the_values_of_one_key_side_by_side(tmp_path, capsys):
+    arguments = ["--gpu", "-1", "--rounds", "1", "--batch", "2", "--cfg", str(tiny(tmp_path, "ssa_gan"))]
+    arguments += ["--set", "GAN.PROJECTED.INPUT", "32", "--set", "GAN.PROJECTED.WIDTH", "2"]
+    systems.main([*arguments, "--each", "GAN.DISCRIMINATOR", "paper", "both", "--json", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text())["systems"]
+    assert list(found) == ["ssa_gan, paper", "ssa_gan, both"]
+    assert "projected" not in found["ssa_gan, paper"]["parameters"]
+    assert found["ssa_gan, both"]["parameters"]["projected"] > 0
+    assert "Beside the files: `GAN.PROJECTED.INPUT 32`, `GAN.PROJECTED.WIDTH 2`." in capsys.readouterr().out
+
+
+def test_each_needs_a_value(capsys):
+    with pytest.raises(SystemExit):
+        systems.main(["--each", "GAN.DISCRIMINATOR"])
+    assert "--each: a key and its values" in capsys.readouterr().err
+
+
 def test_operations_of_drawing_are_those_of_the_layers(tmp_path):
     """Beside the text encoder's: 2 a weight of each linear layer, and 2 a weight and pixel of each convolution."""
     cfg = load_config(tiny(tmp_path, "ssa_gan"))
