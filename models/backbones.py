@@ -5,6 +5,7 @@ and are in no state dict: a checkpoint names them by their hash.
 """
 
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -16,28 +17,47 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from miscc.checkpoint import hash_tensors, load_file
 from miscc.errors import CheckpointError
+from models.clip_features import DEVIATION, MEAN, TransformerBlock, to_map
+from models.clip_files import load_clip_weights
 
 STRIDES = (4, 8, 16, 32)  # of the stages' features
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation that torchvision's weights expect
 TENSORFLOW = ((127 / 255,) * 3, (128 / 255,) * 3)  # of EfficientNet-lite, converted from TensorFlow
+# The names in DINO's and timm's Vision Transformers -> those of models.clip_features.TransformerBlock.
+DINO_NAMES = (
+    (r"norm([12])\.", r"ln_\1."),
+    (r"attn\.qkv\.", "attn.in_proj_"),
+    (r"attn\.proj\.", "attn.out_proj."),
+    (r"mlp\.fc1\.", "mlp.c_fc."),
+    (r"mlp\.fc2\.", "mlp.c_proj."),
+)
+
+
+def unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 class Stages(NamedTuple):
-    """A network cut at its strides.
+    """A network cut into four.
 
-    stages: four modules, each continues from the one before; images (N, 3, H, W) go into the first, features of stride 4,
-        8, 16 and 32 come out.
+    stages: four modules, each continues from the one before; images (N, 3, H, W) go into the first.
     channels: of their features.
     normalisation: (mean, deviation) of each colour channel, for images in [0, 1].
+    strides: pixels of the image to one of the features.
+    image_size: the only size that it reads, pixels; 0: every multiple of the last stride.
+    as_map: what makes a feature map (N, C, h, w) of a stage's output.
     """
 
     stages: Sequence[nn.Module]
     channels: Sequence[int]
     normalisation: tuple[Sequence[float], Sequence[float]]
+    strides: Sequence[int] = STRIDES
+    image_size: int = 0
+    as_map: Callable[[Tensor], Tensor] = unchanged
 
 
 class Backbone(nn.Module):
-    """A frozen network: images (N, 3, H, W) in [-1, 1] -> features of stride 4, 8, 16 and 32.
+    """A frozen network: images (N, 3, H, W) in [-1, 1] -> features of four depths, at `strides`.
 
     name: in BACKBONES; weights: the file, "": the one that comes with the package.
     Its tensors are buffers outside the state dict, and it is always in eval mode. Raises CheckpointError for weights that
@@ -51,6 +71,7 @@ class Backbone(nn.Module):
         super().__init__()
         stages, state = self._stages_and_state(name, weights)
         self.name, self.channels, self.weights_hash = name, tuple(stages.channels), hash_tensors(state)
+        self.strides, self.image_size, self.as_map = tuple(stages.strides), stages.image_size, stages.as_map
         self.stages = nn.ModuleList(stages.stages)
 
         # (x + 1) / 2 brings [-1, 1] to [0, 1]; with the network's own normalisation that is one affine map.
@@ -72,12 +93,12 @@ class Backbone(nn.Module):
         """Always in eval mode."""
         return super().train(False)
 
-    def forward(self, images: Tensor) -> list[Tensor]:  # (N, 3, H, W) -> (N, C, H / 4, W / 4) to (N, C, H / 32, W / 32)
+    def forward(self, images: Tensor) -> list[Tensor]:  # (N, 3, H, W) -> (N, C, H / stride, W / stride), four of them
         x = ((images - self.mean) / self.deviation).contiguous(memory_format=torch.channels_last)
         features = []
         for stage in self.stages:
             x = stage(x)
-            features.append(x)
+            features.append(self.as_map(x))
         return features
 
 
@@ -97,6 +118,28 @@ class StridedDepthwise(nn.Module):
             return self.conv(x)
         with torch.autocast("cpu", enabled=False):
             return self.conv(x.float()).to(x.dtype)
+
+
+class PatchTokens(nn.Module):
+    """The start of a Vision Transformer: images -> the class token and the patches, with their positions.
+
+    conv: a patch to a token of C channels.
+    class_token: (C,).
+    positions: (1 + patches, C).
+    norm: of the sum.
+    """
+
+    conv: nn.Conv2d
+
+    def __init__(self, conv: nn.Conv2d, class_token: Tensor, positions: Tensor, norm: nn.Module):
+        super().__init__()
+        self.conv, self.norm = conv, norm
+        self.class_token, self.positions = nn.Parameter(class_token.detach()), nn.Parameter(positions.detach())
+
+    def forward(self, images: Tensor) -> Tensor:  # (N, 3, H, W) -> (N, 1 + patches, C)
+        patches = self.conv(images).flatten(2).transpose(1, 2)
+        class_token = self.class_token.to(patches.dtype).expand(len(patches), 1, -1)
+        return self.norm(torch.cat([class_token, patches], dim=1) + self.positions)
 
 
 def freeze(module: nn.Module, device: torch.device) -> None:
@@ -133,11 +176,37 @@ def resnet50(weights: str) -> tuple[Stages, dict[str, Tensor]]:
     return _resnet("resnet50", weights, (256, 512, 1024, 2048))
 
 
+def clip(weights: str) -> tuple[Stages, dict[str, Tensor]]:
+    """The image encoder of a CLIP with a ViT, of OpenAI, Hugging Face or open_clip, at its own size: a width of channels."""
+    _want_file(weights, "a CLIP, a file or a folder (OpenAI's ViT-B-16.pt, or as Hugging Face keeps one)")
+    visual = load_clip_weights(weights)[0].visual
+    tokens = PatchTokens(visual.conv1, visual.class_embedding, visual.positional_embedding, visual.ln_pre)
+    normalisation = (MEAN, DEVIATION)
+    return _vision_transformer(tokens, list(visual.transformer.resblocks), normalisation), visual.state_dict()
+
+
+def dino(weights: str) -> tuple[Stages, dict[str, Tensor]]:
+    """DINO's Vision Transformers (Caron et al. 2021), or timm's of the same names, at their own size: a width of channels."""
+    _want_file(
+        weights,
+        "a DINO (dino_deitsmall16_pretrain.pth or dino_vitbase16_pretrain.pth, from github.com/facebookresearch/dino)",
+    )
+    state: Any = load_file(weights)
+    try:
+        tokens, blocks = _dino_parts(state)
+    except (KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
+        reason = str(error).splitlines()[-1].strip()[:160]
+        raise CheckpointError(f"{weights}: are not the weights of a DINO's Vision Transformer ({reason})") from None
+    return _vision_transformer(tokens, blocks, IMAGENET), state
+
+
 BACKBONES: dict[str, Callable[[str], tuple[Stages, dict[str, Tensor]]]] = {
     "efficientnet-lite0": efficientnet_lite0,
     "efficientnet-lite2": efficientnet_lite2,
     "resnet18": resnet18,
     "resnet50": resnet50,
+    "clip": clip,
+    "dino": dino,
 }
 
 
@@ -191,11 +260,7 @@ def _efficientnet_lite(name: str, weights: str) -> tuple[Stages, dict[str, Tenso
 
 
 def _resnet(name: str, weights: str, channels: Sequence[int]) -> tuple[Stages, dict[str, Tensor]]:
-    if not weights:
-        raise CheckpointError(
-            f"GAN.PROJECTED.WEIGHTS: is empty, and nothing is downloaded; name the file of torchvision's {name} "
-            f"({name}-*.pth, from https://download.pytorch.org/models/)"
-        )
+    _want_file(weights, f"torchvision's {name} ({name}-*.pth, from https://download.pytorch.org/models/)")
     network = getattr(torchvision.models, name)(weights=None).eval()
     state = load_weights(network, weights, f"torchvision's {name}")
     fold(network, "conv1", "bn1")
@@ -207,6 +272,60 @@ def _resnet(name: str, weights: str, channels: Sequence[int]) -> tuple[Stages, d
             fold(module.downsample, "0", "1")
     stem = nn.Sequential(network.conv1, network.relu, network.maxpool, network.layer1)
     return Stages([stem, network.layer2, network.layer3, network.layer4], channels, IMAGENET), state
+
+
+def _want_file(weights: str, what: str) -> None:
+    if not weights:
+        raise CheckpointError(f"GAN.PROJECTED.WEIGHTS: is empty, and nothing is downloaded; name the file of {what}")
+
+
+def _vision_transformer(
+    tokens: PatchTokens, blocks: Sequence[nn.Module], normalisation: tuple[Sequence[float], Sequence[float]]
+) -> Stages:
+    """Four groups of blocks, as even as can be; every one's output is a map of all patches, without the class token."""
+    num_blocks, grid_size = len(blocks), round((len(tokens.positions) - 1) ** 0.5)
+    if num_blocks < 4:
+        raise CheckpointError(
+            f"GAN.PROJECTED.WEIGHTS: a Vision Transformer of {num_blocks} blocks; four are the fewest"
+        )
+    ends = [num_blocks * part // 4 for part in range(5)]
+    groups = [list(blocks[start:end]) for start, end in zip(ends, ends[1:], strict=False)]
+
+    patch_size, channels = tokens.conv.kernel_size[0], tokens.conv.out_channels
+    return Stages(
+        [nn.Sequential(tokens, *groups[0]), *(nn.Sequential(*group) for group in groups[1:])],
+        [channels] * 4,
+        normalisation,
+        [patch_size] * 4,
+        grid_size * patch_size,
+        lambda x: to_map(x[:, 1:], grid_size),
+    )
+
+
+def _dino_parts(state: dict[str, Tensor]) -> tuple[PatchTokens, list[nn.Module]]:
+    """(tokens, blocks) of a DINO's state dict. Raises KeyError, RuntimeError and the like for another one."""
+    # The start; sizes are those of the tensors.
+    weight = state["patch_embed.proj.weight"]
+    width, patch_size = weight.shape[0], weight.shape[-1]
+    conv = nn.Conv2d(3, width, patch_size, stride=patch_size)
+    conv.load_state_dict({"weight": weight, "bias": state["patch_embed.proj.bias"]})
+    tokens = PatchTokens(conv, state["cls_token"].flatten(), state["pos_embed"].squeeze(0), nn.Identity())
+
+    # The blocks, by number, each with all its tensors and no others.
+    parts: dict[int, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        if found := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+            inner = found[2]
+            for pattern, replacement in DINO_NAMES:
+                inner = re.sub(f"^{pattern}", replacement, inner)
+            parts.setdefault(int(found[1]), {})[inner] = value
+    blocks: list[nn.Module] = []
+    for number in range(len(parts)):
+        block = TransformerBlock(width, "gelu", mlp_width=len(parts[number]["mlp.c_fc.bias"]))
+        block.load_state_dict(parts[number])
+        block.ln_1.eps = block.ln_2.eps = 1e-6
+        blocks.append(block)
+    return tokens, blocks
 
 
 def fold(module: nn.Module, conv: str, norm: str) -> None:

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from miscc.errors import CheckpointError, ConfigError
 from miscc.settings import setting
-from models.backbones import BACKBONES, STRIDES, Backbone
+from models.backbones import BACKBONES, Backbone
 from models.settings import SentenceSettings
 from models.types import Discriminator
 
@@ -124,7 +124,7 @@ class ProjectedDiscriminator(Discriminator):
         input_size: int = setting(
             "GAN.PROJECTED.INPUT",
             224,
-            "pixels that images are resized to for it, a multiple of 32; 224 as published, less for CPUs",
+            "pixels that images are resized to for it, a multiple of 32; 224 as published, less for CPUs; a ViT's own",
             above=0,
             maximum=8192,
         )
@@ -148,11 +148,17 @@ class ProjectedDiscriminator(Discriminator):
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
         settings = self.settings
-        if settings.input_size % STRIDES[-1]:
-            raise ConfigError(f"GAN.PROJECTED.INPUT: must be a multiple of {STRIDES[-1]}, not {settings.input_size}")
 
-        # What is frozen.
+        # What is frozen, and reads images of this size.
         self.backbone = Backbone(settings.backbone, settings.weights)
+        strides, image_size = self.backbone.strides, self.backbone.image_size
+        if image_size and settings.input_size != image_size:
+            raise ConfigError(
+                f"GAN.PROJECTED.INPUT: must be {image_size} for {settings.backbone} with these weights, not "
+                f"{settings.input_size}"
+            )
+        if settings.input_size % strides[-1]:
+            raise ConfigError(f"GAN.PROJECTED.INPUT: must be a multiple of {strides[-1]}, not {settings.input_size}")
         if settings.weights_hash not in ("", self.backbone.weights_hash):
             raise CheckpointError(
                 f"GAN.PROJECTED.WEIGHTS: the discriminator was trained on {settings.backbone} with the hash "
@@ -167,7 +173,7 @@ class ProjectedDiscriminator(Discriminator):
         options = (widths[-1], settings.sentence_dim, settings.batch_statistic)
         self.heads = nn.ModuleList(
             Head(channels, settings.input_size // stride, *options)
-            for channels, stride in zip(widths, STRIDES, strict=True)
+            for channels, stride in zip(widths, strides, strict=True)
         )
 
     def project(self, images: Tensor) -> list[Tensor]:

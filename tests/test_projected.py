@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_clip import tiny_clip
 from torch import nn
+from torchvision.models import VisionTransformer
 
 from miscc.errors import CheckpointError, ConfigError
-from models.backbones import BACKBONES, STRIDES, Backbone, Stages
+from models.backbones import BACKBONES, IMAGENET, STRIDES, Backbone, Stages
 from models.projected import BatchStatistic, Head, ProjectedDiscriminator, RandomMixing
 
 
@@ -62,6 +64,81 @@ def test_torchvision_networks_from_a_local_file(name, tmp_path):
         x = network.maxpool(network.relu(network.bn1(network.conv1(x))))
         x = network.layer4(network.layer3(network.layer2(network.layer1(x))))
     assert torch.allclose(ours, x, rtol=1e-3, atol=1e-4)
+
+
+def test_clip_from_a_local_file(tmp_path):
+    """Features after every quarter of the blocks are those of GALIP's reader of the same file."""
+    clip = tiny_clip(layers=(1, 4, 6, 9))
+    tensors = {f"visual.{name}": value for name, value in clip.visual.state_dict().items()}
+    torch.save(tensors | dict(clip.text_encoder.state_dict()), tmp_path / "clip.pt")
+    images = torch.rand(2, 3, 56, 56) * 2 - 1
+
+    backbone = Backbone("clip", str(tmp_path / "clip.pt"))
+    ours = backbone(images)
+
+    assert (backbone.strides, backbone.image_size, backbone.channels) == ((8,) * 4, 56, (64,) * 4)
+    for mine, theirs in zip(ours, clip.visual.patches(images), strict=True):
+        assert mine.shape == (2, 64, 7, 7) and torch.allclose(mine, theirs, atol=1e-4)
+
+
+def torchvision_vit(tmp_path) -> nn.Module:
+    """torchvision's Vision Transformer of four blocks, and vit.pth: its tensors under DINO's names."""
+    torch.manual_seed(0)
+    network = VisionTransformer(32, 8, num_layers=4, num_heads=2, hidden_dim=128, mlp_dim=160).eval()
+    for parameter in network.parameters():  # zeros would hide mistakes
+        nn.init.normal_(parameter, std=0.1)
+    names = [("conv_proj", "patch_embed.proj"), ("class_token", "cls_token"), ("encoder.pos_embedding", "pos_embed")]
+    names += [(r"encoder.layers.encoder_layer_", "blocks."), (".ln_1.", ".norm1."), (".ln_2.", ".norm2.")]
+    names += [("self_attention.in_proj_", "attn.qkv."), ("self_attention.out_proj", "attn.proj")]
+    names += [("mlp.0.", "mlp.fc1."), ("mlp.3.", "mlp.fc2."), ("encoder.ln.", "norm.")]
+    tensors = {}
+    for name, value in network.state_dict().items():
+        for theirs, dinos in names:
+            name = name.replace(theirs, dinos)
+        tensors[name] = value
+    torch.save(tensors, tmp_path / "vit.pth")
+    return network
+
+
+def test_dino_from_a_local_file(tmp_path):
+    network = torchvision_vit(tmp_path)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+
+    backbone = Backbone("dino", str(tmp_path / "vit.pth"))
+    ours = backbone(images)
+
+    assert (backbone.strides, backbone.image_size, backbone.channels) == ((8,) * 4, 32, (128,) * 4)
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in IMAGENET)
+    with torch.no_grad():
+        patches = network._process_input(((images + 1) / 2 - mean) / deviation)
+        x = torch.cat([network.class_token.expand(2, -1, -1), patches], dim=1) + network.encoder.pos_embedding
+        for mine, block in zip(ours, network.encoder.layers, strict=True):
+            x = block(x)
+            assert torch.allclose(mine, x[:, 1:].transpose(1, 2).reshape(2, 128, 4, 4), atol=1e-4)
+
+
+def test_a_discriminator_on_a_vision_transformer(tmp_path):
+    """Four heads on maps of one size; gradients reach the images; another size of INPUT is refused."""
+    torchvision_vit(tmp_path)
+    arguments = {"backbone": "dino", "weights": str(tmp_path / "vit.pth"), "width": 4, "sentence_dim": 8}
+    network = ProjectedDiscriminator(input_size=32, **arguments)
+    images = torch.rand(2, 3, 64, 64, requires_grad=True)
+
+    logits = network(images, torch.rand(2, 8))
+    logits.sum().backward()
+
+    assert logits.shape == (2, 4 * 16) and images.grad.abs().sum() > 0
+    with pytest.raises(ConfigError, match="GAN.PROJECTED.INPUT: must be 32 for dino with these weights, not 224"):
+        ProjectedDiscriminator(input_size=224, **arguments)
+
+
+@pytest.mark.parametrize("name", ["clip", "dino"])
+def test_a_vision_transformer_of_another_file_is_refused(name, tmp_path):
+    torch.save({"cls_token": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"other\.pth: .*not the (tensors|weights)"):
+        Backbone(name, str(tmp_path / "other.pth"))
+    with pytest.raises(CheckpointError, match="GAN.PROJECTED.WEIGHTS: is empty"):
+        Backbone(name)
 
 
 def test_nothing_of_the_backbone_trains_or_is_saved():
