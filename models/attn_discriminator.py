@@ -13,7 +13,7 @@ from models.layers import num_upsamples
 from models.settings import SpectralSettings, StageSettings
 from models.types import Discriminator
 
-ENCODER_STEPS = 4  # stride-2 convolutions in which the channels grow to 8·df_dim; larger images take more of them
+ENCODER_STEPS = 4  # stride-2 convolutions of the encoder, in which the channels grow to 8·df_dim
 
 
 class StageDiscriminator(Discriminator):
@@ -56,10 +56,10 @@ class StageDiscriminator(Discriminator):
         further = [width * 2**step for step in range(max(0, num_downsamples - ENCODER_STEPS) + 1)]
         pairs = list(zip(further, further[1:], strict=False))
         self.down = nn.Sequential(*(_with_norm(_conv_down(narrow, wide)) for narrow, wide in pairs))
-        self.back = nn.Sequential(*(_with_norm(_conv3x3(wide, narrow)) for narrow, wide in reversed(pairs)))
+        self.back = nn.Sequential(*(_with_norm(conv3x3(wide, narrow)) for narrow, wide in reversed(pairs)))
 
         # The heads: with the sentence, and without.
-        self.joint = _with_norm(_conv3x3(width + sentence_dim, width))
+        self.joint = _with_norm(conv3x3(width + sentence_dim, width))
         self.conditional_head = nn.Conv2d(width, 1, 4)
         self.unconditional_head = nn.Conv2d(width, 1, 4) if self.judges_alone else None
 
@@ -78,7 +78,7 @@ class StageDiscriminator(Discriminator):
         return self.conditional_head(self.joint(torch.cat([features, replicated], dim=1))).flatten()
 
     def unconditional(self, features: Tensor) -> Tensor:  # (N, C, 4, 4) -> (N,)
-        assert self.unconditional_head is not None  # callers ask judges_alone
+        assert self.unconditional_head is not None  # callers check judges_alone first
         return self.unconditional_head(features).flatten()
 
     def forward(self, images: Tensor, sentence: Tensor) -> Tensor:  # (N, 3, H, W), (N, D) -> (N,)
@@ -94,7 +94,7 @@ class AttnDiscriminator(Discriminator):
     """
 
     slow_start = True
-    compiled_methods = ()  # the stages'
+    compiled_methods = ()  # each stage compiles its own
     has_stages = True
     judges_alone: ClassVar[bool] = True
     every_stage: ClassVar[bool] = True
@@ -123,7 +123,7 @@ class AttnDiscriminator(Discriminator):
     def with_stages(self, stages: Sequence[Discriminator]) -> "AttnDiscriminator":
         """A network like this one made of existing stages; stages of other image sizes are left out.
 
-        Raises ValueError where a size is missing, or the stages have other arguments than each other.
+        Raises ValueError where a size is missing, or where the stages' arguments differ.
         """
         # One stage for each of our sizes.
         by_size = {stage.image_size: stage for stage in stages if isinstance(stage, StageDiscriminator)}
@@ -138,7 +138,7 @@ class AttnDiscriminator(Discriminator):
         if any(arguments != shared[0] for arguments in shared) or chosen[0].judges_alone != self.judges_alone:
             raise ValueError("the discriminators are not of one training of this system")
 
-        # Their arguments win over ours, so that a checkpoint rebuilds the network as it is.
+        # With their arguments, not ours, so that a checkpoint rebuilds the network as it is.
         theirs = {name: shared[0][name] for name in ("df_dim", "sentence_dim", "spectral_normalisation")}
         with torch.device("meta"):  # allocates nothing: these stages are replaced
             network = type(self)(**(self.arguments | theirs))
@@ -170,7 +170,8 @@ def _conv_down(channels_in: int, channels_out: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, 4, stride=2, padding=1, bias=False)
 
 
-def _conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
+def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
+    """The 3×3 convolution of AttnGAN's networks: (N, C, H, W) -> (N, C', H, W), without bias."""
     return nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
 
 

@@ -16,18 +16,14 @@ from miscc.batch import Batch
 from miscc.losses import binary_discriminator_loss, binary_generator_loss, kl_to_standard_normal
 from miscc.settings import setting
 from models.adversarial import AdversarialSystem
-from models.attn_discriminator import AttnDCDiscriminator, AttnDiscriminator, StageDiscriminator, initialise
+from models.attn_discriminator import AttnDCDiscriminator, AttnDiscriminator, StageDiscriminator, conv3x3, initialise
 from models.kernels import Upsample2x, conv_after_upsample_2x
 from models.layers import num_upsamples
 from models.modes import no_parameter_grad
 from models.settings import AdversarialSettings, DamsmSettings, NoiseSettings, StageSettings
 from models.types import Generator, GeneratorOutput, Network, TextFeatures, Update
 
-MAX_MULTIPLIER = 16  # of gf_dim, for the channels at 4×4: their number at the published 64 px
-
-
-def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+MAX_MULTIPLIER = 16  # of gf_dim: most channels at 4×4, which the published first stage of 64 px has
 
 
 class UpBlock(nn.Sequential):
@@ -182,7 +178,7 @@ class AttnGenerator(Generator):
         """Images of every stage that draws, coarse to fine.
 
         noise: (N, noise_dim), z and the ε of the conditioning augmentation; or (N, z_dim), z alone.
-        augmentation_noise: (N, condition_dim), ε; None: taken from `noise`, or drawn here where `noise` is z alone.
+        augmentation_noise: (N, condition_dim), ε; None: taken from `noise`, or sampled here where `noise` is z alone.
         """
         z, rest = noise[:, : self.z_dim], noise[:, self.z_dim :]
         if augmentation_noise is None:
