@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from miscc.batch import Batch
 from miscc.losses import hinge_discriminator_loss, matching_aware_gradient_penalty
 from models.adversarial import AdversarialSystem, Seen, logit_stats
-from models.layers import FusionBlock, OneWayDiscriminator, num_upsamples
+from models.layers import FusionBlock, OneWayDiscriminator, last_multipliers, num_upsamples
 from models.modes import full_precision, no_parameter_grad
 from models.projected import ProjectedDiscriminator
 from models.settings import AdversarialSettings, DiscriminatorSettings, GeneratorSettings, PenaltySettings
@@ -40,10 +40,9 @@ class DFGenerator(Generator):
         nf, z_dim, sentence_dim = self.settings.nf, self.settings.z_dim, self.settings.sentence_dim
         self.z_dim, self.noise_dim, self.image_size = z_dim, z_dim, self.settings.image_size
 
-        # Channels before the first block and after each: the last of CHANNELS, or more at its widest for larger images.
+        # Channels before the first block and after each.
         num_blocks = num_upsamples(self.image_size)
-        multipliers = ([CHANNELS[0]] * num_blocks + list(CHANNELS))[-num_blocks - 1 :]
-        channels = [nf * multiplier for multiplier in multipliers]
+        channels = [nf * multiplier for multiplier in last_multipliers(CHANNELS, num_blocks + 1)]
 
         # noise -> 4×4 features -> blocks, under noise and sentence -> image.
         self.fc = nn.Linear(z_dim, channels[0] * 4 * 4)

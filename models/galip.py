@@ -22,7 +22,7 @@ from models.adversarial import AdversarialSystem, logit_stats
 from models.clip_features import ClipImageEncoder, Transformer, to_map
 from models.df_gan import CHANNELS
 from models.kernels import Conv2d, LeakyReLU
-from models.layers import AffineFusion, FusionBlock
+from models.layers import AffineFusion, FusionBlock, last_multipliers
 from models.modes import full_precision, no_parameter_grad
 from models.settings import (
     AdversarialSettings,
@@ -35,9 +35,9 @@ from models.settings import (
 )
 from models.types import Discriminator, Generator, GeneratorOutput, Network, TextFeatures, Update
 
-GRID = 7  # patches of a row: what G starts from and D's head ends with
+GRID = 7  # height and width of CLIP's patch features, of G's first features and of what D's head reads
 CODE_CHANNELS, MIDDLE_CHANNELS, NUM_MAPPING_BLOCKS = 64, 32, 4
-MAPPED_WEIGHT = 0.1  # of the ViT's output beside the bridge
+MAPPED_WEIGHT = 0.1  # of the ViT's output, which is added to the bridge features
 
 
 class MappingBlock(nn.Module):
@@ -79,31 +79,36 @@ class PromptedViT(nn.Module):
 
     @property
     def is_filled(self) -> bool:
-        scale = self.ln_pre.weight  # a norm without scale gives nothing
+        scale = self.ln_pre.weight  # zeros until the ViT is filled
         return not scale.is_meta and bool(scale.any())
 
     def fill(self, encoder: ClipImageEncoder) -> None:
         """Take an image tower's weights, without a copy: they are in memory and in a checkpoint once. Raises ValueError."""
-        given = encoder.state_dict()
+        tensors = encoder.state_dict()
         for name, own in self.state_dict().items():
-            if name not in given or given[name].shape != own.shape:
+            if name not in tensors or tensors[name].shape != own.shape:
                 raise ValueError(f"GALIP's generator was made for another CLIP than this one ({name} differs)")
             module, _, last = name.rpartition(".")
-            setattr(self.get_submodule(module), last, given[name])
+            setattr(self.get_submodule(module), last, tensors[name])
 
     def equals(self, encoder: ClipImageEncoder) -> bool:
         """Whether these are an image tower's weights."""
-        given = encoder.state_dict()
-        return all(name in given and torch.equal(given[name], own) for name, own in self.state_dict().items())
+        tensors = encoder.state_dict()
+        return all(name in tensors and torch.equal(tensors[name], own) for name, own in self.state_dict().items())
 
     def forward(self, bridge: Tensor, prompts: Tensor) -> Tensor:
-        """bridge (N, C, 7, 7), prompts (N, P, C), one for each of the blocks 1 to P -> patch features (N, C, 7, 7)."""
+        """bridge (N, C, 7, 7), prompts (N, P, C) -> patch features (N, C, 7, 7).
+
+        Blocks are counted from 0. Blocks 1 to P get a prompt each, as one more token that is dropped after the block.
+        """
+        # Tokens: the class token, then the bridge features as patches.
         class_token = self.class_embedding.to(bridge.dtype).expand(bridge.shape[0], 1, -1)
         x = torch.cat([class_token, bridge.flatten(2).transpose(1, 2)], dim=1)  # (N, 50, C)
         x = self.ln_pre(x + self.positional_embedding)
-        for number, block in enumerate(self.transformer.resblocks):
-            if 1 <= number <= prompts.shape[1]:
-                prompt = prompts[:, number - 1, None].to(x.dtype)
+
+        for index, block in enumerate(self.transformer.resblocks):
+            if 1 <= index <= prompts.shape[1]:
+                prompt = prompts[:, index - 1, None].to(x.dtype)  # (N, 1, C)
                 x = block(torch.cat([x, prompt], dim=1))[:, :-1]
             else:
                 x = block(x)
@@ -111,13 +116,15 @@ class PromptedViT(nn.Module):
 
 
 class GALIPGenerator(Generator):
-    """noise and sentence -> image: bridge features that a frozen, prompted ViT carries on, then fusion blocks of growing size.
+    """noise and sentence -> image: bridge features, a frozen ViT with prompts on top of them, then fusion blocks of growing size.
 
     nf: base number of channels.
-    image_size: what CLIP reads, above 8.
+    z_dim, sentence_dim: lengths of noise and sentence features.
+    image_size: pixels, as CLIP reads; above 8. ValueError otherwise.
     width, num_blocks: of CLIP's ViT, which must cut images into 7×7 patches.
     num_prompts: blocks that get a prompt.
-    Images are not bounded to [-1, 1]: what is drawn is clamped.
+
+    Without a tanh: the images may leave [-1, 1]; values outside are clamped when images become uint8.
     """
 
     slow_start = True  # a state dict fills all its tensors
@@ -134,19 +141,19 @@ class GALIPGenerator(Generator):
         z_dim = self.z_dim = self.noise_dim = self.settings.z_dim
         image_size = self.image_size = self.settings.image_size
         condition_dim = z_dim + self.settings.sentence_dim
-        self.sizes = block_sizes(image_size)
-        num_blocks_out = len(self.sizes)
-        multipliers = ([CHANNELS[0]] * num_blocks_out + list(CHANNELS))[-num_blocks_out - 1 :]
-        channels = [nf * multiplier for multiplier in multipliers]
 
-        # Noise and sentence to features that look like patches to the ViT, and the prompts beside them.
+        # The size after each fusion block; channels before the first block and after each.
+        self.sizes = block_sizes(image_size)
+        channels = [nf * multiplier for multiplier in last_multipliers(CHANNELS, len(self.sizes) + 1)]
+
+        # noise and sentence -> bridge features, which take the place of the ViT's patches, and its prompts.
         self.fc = nn.Linear(z_dim, CODE_CHANNELS * GRID**2)
         self.mapping_blocks = nn.ModuleList(MappingBlock(condition_dim) for _ in range(NUM_MAPPING_BLOCKS))
         self.bridge = nn.Conv2d(CODE_CHANNELS, width, 5, padding=2)
         self.prompt = nn.Linear(condition_dim, num_prompts * width)
         self.vit = PromptedViT(width, self.settings.num_blocks)
 
-        # From there to the image.
+        # Bridge features and the ViT's output -> image.
         self.adapter = nn.Conv2d(width, channels[0], 5, padding=2)
         self.blocks = nn.ModuleList(
             FusionBlock(a, b, condition_dim) for a, b in zip(channels, channels[1:], strict=False)
@@ -166,10 +173,10 @@ class GALIPGenerator(Generator):
         return self.prompt(condition).unflatten(1, (self.settings.num_prompts, -1))
 
     def forward(self, noise: Tensor, text: TextFeatures) -> GeneratorOutput:  # (N, z_dim) -> images (N, 3, H, W)
-        condition = torch.cat([noise, text.sentence], dim=1)
+        condition = torch.cat([noise, text.sentence], dim=1)  # (N, z_dim + sentence_dim)
         bridge = self.bridge_features(noise, condition)
         mapped = self.vit(bridge, self.prompts(condition))
-        x = self.adapter(bridge + MAPPED_WEIGHT * mapped)  # (N, 8nf, 7, 7)
+        x = self.adapter(bridge + MAPPED_WEIGHT * mapped)  # (N, C, 7, 7)
         for block, size in zip(self.blocks, self.sizes, strict=True):
             x = block(x, condition, size=size)
         return GeneratorOutput(images=[self.to_rgb(x)])
@@ -200,9 +207,9 @@ class GALIPDiscriminator(Discriminator):
 
     width: channels of the maps.
     num_maps: how many there are.
-    channels: of the joined features.
-    sentence_dim: of the sentence.
-    head_channels: within the head.
+    channels: of the features that are joined with the sentence.
+    sentence_dim: length of the sentence features.
+    head_channels: channels within the head.
     """
 
     compiled_methods = ("features", "logits")
@@ -240,7 +247,7 @@ class GALIPDiscriminator(Discriminator):
         replicated = sentence[:, :, None, None].expand(-1, -1, GRID, GRID)
         return self.head(torch.cat([features, replicated], dim=1)).flatten()
 
-    def forward(self, maps: Sequence[Tensor], sentence: Tensor) -> Tensor:
+    def forward(self, maps: Sequence[Tensor], sentence: Tensor) -> Tensor:  # as `features` and `logits` -> (N,)
         return self.logits(self.features(maps), sentence)
 
 
@@ -257,10 +264,9 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 class GALIP(AdversarialSystem):
-    """The objective: matching-aware hinge and MA-GP on CLIP's features in one step of D; then D's and CLIP's opinion for G.
+    """The objective: matching-aware hinge and MA-GP on CLIP's features in one step of D; hinge and CLIP similarity for G.
 
-    networks: generator, discriminator, text_encoder (CLIP's, frozen), image_encoder (CLIP's, frozen). similarity_weight: of the
-    mean cosine of a fake image's CLIP embedding and its sentence.
+    networks: generator, discriminator, text_encoder (CLIP's, frozen), image_encoder (CLIP's, frozen).
     """
 
     SHOWN: ClassVar[tuple[str, ...]] = ("loss/hinge", "loss/penalty", "loss/adversarial", "similarity", "logits/real",
@@ -292,7 +298,7 @@ class GALIP(AdversarialSystem):
         generator, image_encoder = self.generator, self.image_encoder
         self.image_sizes = [self.settings.real_size or generator.image_size]
 
-        # A fresh generator's ViT, and one that is the same, are the encoder's: in memory once.
+        # A ViT without values, or with the encoder's, shares the encoder's tensors: they are in memory once.
         if not generator.vit.is_filled or generator.vit.equals(image_encoder):
             try:
                 generator.vit.fill(image_encoder)
@@ -301,7 +307,7 @@ class GALIP(AdversarialSystem):
         if image_encoder.image_size != generator.image_size:
             raise ConfigError(
                 f"TREE.BASE_SIZE: is {generator.image_size}, but this CLIP reads images of {image_encoder.image_size} pixels; "
-                f"set it so"
+                f"set it to {image_encoder.image_size}"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""Layers that at least two systems use: the one-way discriminator, affine fusion blocks, the number of upsamplings."""
+"""What at least two systems use: the one-way discriminator, affine fusion blocks, numbers of channels and upsamplings."""
 
 import math
 from collections.abc import Sequence
@@ -103,17 +103,8 @@ class ConditionalAffine(nn.Module):
 
     def __init__(self, channels: int, condition_dim: int, hidden: int):
         super().__init__()
-        self.gamma = self._head(channels, condition_dim, hidden, start=1.0)
-        self.beta = self._head(channels, condition_dim, hidden, start=0.0)
-
-    @staticmethod
-    def _head(channels: int, condition_dim: int, hidden: int, start: float) -> nn.Sequential:
-        first, last = nn.Linear(condition_dim, hidden), nn.Linear(hidden, channels)
-
-        # Zero weights: until the head is trained, it predicts the same value for every condition.
-        nn.init.zeros_(last.weight)
-        nn.init.constant_(last.bias, start)
-        return nn.Sequential(first, nn.ReLU(), last)
+        self.gamma = affine_head(condition_dim, hidden, channels, start=1.0)
+        self.beta = affine_head(condition_dim, hidden, channels, start=0.0)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # (N, C, H, W), (N, D) -> (N, C, H, W)
         gamma, beta = self.gamma(condition)[:, :, None, None], self.beta(condition)[:, :, None, None]  # (N, C, 1, 1)
@@ -161,10 +152,26 @@ class FusionBlock(nn.Module):
         if size is not None and not upsample:
             fused, shortcut = (F.interpolate(part, size=size, mode="nearest") for part in (fused, shortcut))
 
-        # At the block's own size from here on.
+        # From here on at the size of the output.
         residual = conv_after_upsample_2x(self.conv1, fused) if upsample else self.conv1(fused)
         residual = self.conv2(self.fusion2(residual, condition))
         return (upsample_2x(shortcut) if upsample else shortcut) + residual
+
+
+def affine_head(condition_dim: int, hidden: int, channels: int, start: float) -> nn.Sequential:
+    """The MLP that predicts γ or β from a condition: (N, condition_dim) -> (N, channels).
+
+    start: what it predicts for every condition until it is trained, as the last layer's weights are zero.
+    """
+    first, last = nn.Linear(condition_dim, hidden), nn.Linear(hidden, channels)
+    nn.init.zeros_(last.weight)
+    nn.init.constant_(last.bias, start)
+    return nn.Sequential(first, nn.ReLU(), last)
+
+
+def last_multipliers(multipliers: Sequence[int], count: int) -> list[int]:
+    """The last `count` channel multipliers of a paper, wide to narrow. Larger images need more: then the first is repeated."""
+    return ([multipliers[0]] * count + list(multipliers))[-count:]
 
 
 def num_upsamples(image_size: int) -> int:

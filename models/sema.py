@@ -9,7 +9,7 @@
 
 **Ours**, as the training code was never released and the exact distance and weights are not public
 - The distance, SEM(a, b) = 1 − cos(a, b), with weight 1 in G's loss for both.
-- The margin: R's loss on fake images is max(0, margin − SEM(R(x̂), s)), and has no effect beyond it.
+- The margin: R's loss on fake images is max(0, margin − SEM(R(x̂), s)), which is 0 beyond the margin.
 - The layers of R and F; their learning rate, which is D's; the order of the steps.
 - D: DF-GAN's in the same early form as the generator (channels up to 16·nf), with its hinge and MA-GP.
 """
@@ -27,7 +27,7 @@ from miscc.losses import semantic_distance
 from miscc.settings import setting
 from models.adversarial import Seen
 from models.df_gan import CHANNELS, DFGAN, DFGenerator
-from models.layers import FusionBlock, OneWayDiscriminator, num_upsamples
+from models.layers import FusionBlock, OneWayDiscriminator, last_multipliers, num_upsamples
 from models.modes import no_parameter_grad
 from models.projected import ProjectedDiscriminator
 from models.sema_modules import FeatureExtractor, Redescriber
@@ -56,7 +56,7 @@ class SEMAGenerator(Generator):
 
         # Channels before the first block and after each; one block more than DF-GAN, at 4×4.
         num_blocks = num_upsamples(self.image_size) + 1
-        multipliers = ([CHANNELS[0]] * num_blocks + list(CHANNELS))[-num_blocks:]
+        multipliers = last_multipliers(CHANNELS, num_blocks)
         channels = [nf * multiplier for multiplier in [multipliers[0], *multipliers]]
 
         # noise -> 4×4 features -> blocks, under noise and sentence -> image.

@@ -29,7 +29,7 @@ class ImageTrunk(nn.Sequential):
     def __init__(self, nf: int, image_size: int):
         layers, channels = [nn.Conv2d(3, nf, 3, padding=1), nn.LeakyReLU(0.2)], nf
 
-        # Downsample by 2 until 8×8 is left: once less than down to 4×4.
+        # Downsample by 2 to 8×8: one step fewer than to 4×4.
         for index in range(num_upsamples(image_size) - 1):
             wider = nf * MULTIPLIERS[min(index, len(MULTIPLIERS) - 1)]
             layers += [nn.Conv2d(channels, wider, 4, stride=2, padding=1), nn.GroupNorm(1, wider), nn.LeakyReLU(0.2)]

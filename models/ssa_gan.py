@@ -17,7 +17,7 @@ from miscc.losses import hinge_discriminator_loss, matching_aware_gradient_penal
 from miscc.settings import setting
 from models.adversarial import AdversarialSystem, Seen, logit_stats
 from models.kernels import batch_norm_before_upsample_2x, masked_affine, upsample_2x
-from models.layers import OneWayDiscriminator, num_upsamples
+from models.layers import OneWayDiscriminator, affine_head, last_multipliers, num_upsamples
 from models.modes import full_precision, no_parameter_grad
 from models.projected import ProjectedDiscriminator
 from models.settings import (
@@ -45,17 +45,10 @@ class SSCBN(nn.Module):
         super().__init__()
         self.form = form
         self.norm = nn.BatchNorm2d(channels, affine=False)
-        self.gamma = self._head(sentence_dim, channels)
-        self.beta = self._head(sentence_dim, channels)
-
-    @staticmethod
-    def _head(sentence_dim: int, channels: int) -> nn.Sequential:
-        first, last = nn.Linear(sentence_dim, 256), nn.Linear(256, channels)
 
         # γ = β = 0 at first: form "code" starts as a plain batch norm.
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        return nn.Sequential(first, nn.ReLU(), last)
+        self.gamma = affine_head(sentence_dim, 256, channels, start=0.0)
+        self.beta = affine_head(sentence_dim, 256, channels, start=0.0)
 
     def forward(self, x: Tensor, sentence: Tensor, mask: Tensor) -> Tensor:
         # (N, C, H, W) or (N, C, H/2, W/2), (N, D), (N, 1, H, W) -> (N, C, H, W)
@@ -142,9 +135,9 @@ class SSAGenerator(Generator):
         nf, z_dim, image_size = self.settings.nf, self.settings.z_dim, self.settings.image_size
         self.z_dim, self.noise_dim, self.image_size = z_dim, z_dim, image_size
 
-        # Channels before the first block and after each: the last of CHANNELS, or more at its widest for larger images.
+        # Channels before the first block and after each.
         num_blocks = num_upsamples(image_size) + 1
-        multipliers = ([CHANNELS[0]] * num_blocks + list(CHANNELS))[-num_blocks:]
+        multipliers = last_multipliers(CHANNELS, num_blocks)
         channels = [nf * multiplier for multiplier in [multipliers[0], *multipliers]]
 
         # noise -> 4×4 features -> blocks -> image. Each block's output gives the mask of the next.
@@ -177,7 +170,7 @@ class SSAGenerator(Generator):
                 x = self._upsample_before_block(x)
                 mask_logits = F.interpolate(mask_logits, scale_factor=2, mode="bilinear", align_corners=True)
 
-            # Under its mask; its output gives the next one.
+            # The block, under its mask. Its output gives the next block's mask.
             masks.append(torch.ones_like(mask_logits) if self.settings.mask == "ones" else torch.sigmoid(mask_logits))
             x = block(x, text.sentence, masks[-1])
             mask_logits = block.mask_predictor(x) if block.mask_predictor is not None else mask_logits
@@ -214,11 +207,11 @@ class SSAGAN(AdversarialSystem):
         finetune_encoders: bool = setting(
             "TRAIN.FINETUNE_ENCODERS", False, "train the encoders along with G and D (SSA-GAN, section 3.4)"
         )
-        finetune_lr: float = setting("TRAIN.FINETUNE_LR", 4e-5, "Adam's learning rate for that")
+        finetune_lr: float = setting("TRAIN.FINETUNE_LR", 4e-5, "Adam's learning rate of the encoders in fine-tuning")
         finetune_mode: str = setting(
             "TRAIN.FINETUNE_MODE",
             "eval",
-            "mode of the encoders meanwhile; train: with dropout and batch statistics, as the authors did",
+            "mode of the encoders in fine-tuning; train: with dropout and batch statistics, as the authors did",
             ("eval", "train"),
         )
 
@@ -303,8 +296,9 @@ class SSAGAN(AdversarialSystem):
     def _discriminator_losses(
         self, real_images: Tensor, fake_images: Tensor, sentence: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """({"hinge"}, values for the log): images (N, 3, H, W), sentence (N, D), both without a graph."""
         discriminator = self.discriminator
-        features = discriminator.features(real_images)
+        features = discriminator.features(real_images)  # (N, C, 4, 4)
         real_logits = discriminator.logits(features, sentence)
 
         # Mismatched pairs: each real image but the last with the caption of the next one.
@@ -315,6 +309,7 @@ class SSAGAN(AdversarialSystem):
         return {"hinge": hinge}, logit_stats(logits)
 
     def _penalty(self, real_images: Tensor, sentence: Tensor) -> Tensor:
+        """MA-GP of real pairs, in full precision: images (N, 3, H, W), sentence (N, D) -> scalar."""
         real_images = real_images.detach().requires_grad_()
         sentence = sentence.detach().to(real_images.dtype).requires_grad_()
         with full_precision(real_images.device):
