@@ -46,7 +46,7 @@ def load_discriminator(state_dict: Mapping[str, Any]) -> Discriminator:
 def load_discriminator_files(path: str | Path, like: Discriminator) -> Discriminator:
     """The authors' discriminator in a file, as a network like `like`.
 
-    path: where `like` has stages (AttnGAN's), the first of netD0.pth, netD1.pth, ...; the others are read beside it.
+    path: the file; where `like` has stages (AttnGAN's), the first of netD0.pth, netD1.pth, ..., beside which the others are.
 
     Raises CheckpointError where a file is broken or a stage is missing.
     """
@@ -57,7 +57,7 @@ def load_discriminator_files(path: str | Path, like: Discriminator) -> Discrimin
     if not like.has_stages:
         return first
 
-    # The files of the other stages.
+    # The files of the other stages, and the network made of all of them.
     stages = [first]
     while (beside := path.with_name(re.sub(r"D0(?=\D)", f"D{len(stages)}", path.name))).is_file() and beside != path:
         with naming(beside):
@@ -151,9 +151,9 @@ def _load(state_dict: Mapping[str, Any], part: str) -> Network:
     if form is None or form.part != part:
         article = "an" if form and form.title.startswith("A") else "a"
         what = f"of {article} {form.title}" if form else f"unknown (the first: {_first(state)})"
-        raise CheckpointError(f"a {part} is wanted, but the tensors are {what}; give the {part}'s own file")
+        raise CheckpointError(f"expected a {part}, but the tensors are {what}; name the {part}'s own file")
 
-    # Its sizes, compared before there is memory for any tensor.
+    # Its sizes, compared on the meta device, before any memory is taken.
     kind = networks_of(part)[form.network]
     try:
         arguments = form.arguments(state)

@@ -114,10 +114,7 @@ def _df_discriminator_arguments(state: State) -> dict[str, Any]:
 def _galip_generator_arguments(state: State) -> dict[str, Any]:
     z_dim = state["fc_code.weight"].shape[1]
     width, _, _, patch_size = state["mapping.CLIP_ViT.conv1.weight"].shape
-    num_prompts, condition_dim = (
-        state["mapping.fc_prompt.weight"].shape[0] // width,
-        state["mapping.fc_prompt.weight"].shape[1],
-    )
+    prompts_dim, condition_dim = state["mapping.fc_prompt.weight"].shape  # num_prompts · width, z_dim + sentence_dim
 
     # The ViT has a position for each patch of the image, and one for the class token.
     return {
@@ -127,7 +124,7 @@ def _galip_generator_arguments(state: State) -> dict[str, Any]:
         "sentence_dim": condition_dim - z_dim,
         "width": width,
         "num_blocks": _count(state, r"mapping\.CLIP_ViT\.transformer\.resblocks\.(\d+)\."),
-        "num_prompts": num_prompts,
+        "num_prompts": prompts_dim // width,
     }
 
 

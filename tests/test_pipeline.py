@@ -325,7 +325,7 @@ def test_encoders_of_the_authors_without_an_image_encoder(released):
     encoders = load_encoders(folder / "text_encoder200.pth", max_words=12)
     assert encoders.vocabulary is None and encoders.image_encoder is None and encoders.max_words == 12
     with pytest.raises(
-        CheckpointError, match="text_encoder200.pth: a generator is wanted, but the tensors are of a DAMSM"
+        CheckpointError, match="text_encoder200.pth: expected a generator, but the tensors are of a DAMSM"
     ):
         TextToImage.from_released(folder / "text_encoder200.pth", folder / "text_encoder200.pth", folder, "cpu")
 

@@ -126,7 +126,7 @@ def test_parts_that_do_not_belong_together_are_refused(files, tmp_path):
         pickle.dump([[], [], dict(enumerate(WORDS[:5])), {}], stream)
     with pytest.raises(CheckpointError, match="knows 9 words, the vocabulary has 5"):
         convert(files / "netG.pth", files / "text_encoder.pth", tmp_path / "data", out)
-    with pytest.raises(CheckpointError, match="a discriminator is wanted"):
+    with pytest.raises(CheckpointError, match="expected a discriminator"):
         converted(files, out, discriminator_path=files / "netG.pth")
     assert not out.exists()
     converted(files, out, discriminator_path=None)
@@ -149,7 +149,7 @@ def test_the_command_says_it_in_one_line(files, tmp_path):
     assert done.returncode == 2 and done.stderr.strip() == f"error: {tmp_path / 'gone.pth'}: no such weight file"
     torch.save({"joint_conv.weight": torch.zeros(2)}, tmp_path / "half.pth")
     done = run(tmp_path / "half.pth")
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path / 'half.pth'}: a generator is wanted")
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path / 'half.pth'}: expected a generator")
     done = run(files / "netG.pth", "--convert", tmp_path / "out.pth")
     assert done.returncode == 2 and "--encoder and --data" in done.stderr
 
