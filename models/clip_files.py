@@ -1,6 +1,6 @@
 """CLIP's weights and tokenizer on this disk: OpenAI's, Hugging Face's and open_clip's files. Nothing is downloaded.
 
-A weight file, a folder, or a name in Hugging Face's cache is taken; what is missing is named with where it belongs.
+The user names a weight file, a folder, or a model in Hugging Face's cache.
 """
 
 import importlib.util
@@ -58,8 +58,10 @@ HUGGING_FACE = (
 class ClipFiles(NamedTuple):
     """Where a CLIP lies, and what the shapes of its tensors do not say.
 
-    merges: of its tokenizer, None where there is none.
-    activation: of its towers; image_heads, text_heads: of their attention, 0: width/64.
+    weights: the weight file.
+    merges: the tokenizer's file; None where there is none.
+    activation: of both towers.
+    image_heads, text_heads: attention heads of the towers; 0: width/64.
     """
 
     weights: Path
@@ -70,10 +72,13 @@ class ClipFiles(NamedTuple):
 
 
 def find_clip(name: str | Path) -> ClipFiles:
-    """The files of a CLIP: `name` is a weight file, a folder, or owner/name in Hugging Face's cache. Raises CheckpointError."""
+    """The files of a CLIP. Raises CheckpointError with all places that were searched.
+
+    name: a weight file, a folder, or owner/name of a model in Hugging Face's cache.
+    """
     path = Path(name).expanduser()
 
-    # A file itself; what describes it lies beside it.
+    # A weight file, with its tokenizer and description beside it.
     if path.is_file():
         return ClipFiles(path, find_merges(path.parent), **read_description(path.parent))
 
@@ -84,7 +89,7 @@ def find_clip(name: str | Path) -> ClipFiles:
             if (folder / file).is_file():
                 return ClipFiles(folder / file, find_merges(folder), **read_description(folder))
 
-    # Nothing found: name all places that were searched.
+    # Nothing found.
     what = "a folder without a CLIP's weights" if path.is_dir() else "no such file or folder"
     places = ", ".join(str(folder) for folder in folders[1:])
     raise CheckpointError(f"{name}: {what}{f', and not in {places}' if places else ''}; nothing is downloaded: {WHERE}")
@@ -138,16 +143,16 @@ def cached_folders(name: str) -> list[Path]:
 
 def find_merges(folder: Path) -> Path | None:
     """The tokenizer's merges in a folder, else those that an installed open_clip or clip brings along; None without any."""
-    # Packages are searched, not imported: that takes seconds.
+    # Packages are searched, not imported: an import takes seconds.
     packages = [importlib.util.find_spec(package) for package in ("open_clip", "clip")]
     installed = [Path(place) for spec in packages if spec for place in spec.submodule_search_locations or ()]
     return next((place / file for place in (folder, *installed) for file in FILES if (place / file).is_file()), None)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """{"activation", "image_heads", "text_heads"} as a folder's own description has them, {} without one."""
+    """{"activation", "image_heads", "text_heads"} from Hugging Face's or open_clip's description in a folder; {} without one."""
     for file, read in (("config.json", _hugging_face), ("open_clip_config.json", _open_clip)):
-        # Descriptions are optional, so a damaged one is passed over.
+        # Descriptions are optional: a damaged one is ignored.
         try:
             return read(read_json(folder / file))
         except (OSError, ValueError, TypeError, AttributeError):
@@ -177,7 +182,7 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_safetensors(path)
 
-        # OpenAI's own files: code is loaded with them, but not called.
+        # OpenAI's own files contain code, too: it is loaded, but not called.
         if _is_torchscript(path):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch.jit's future: OpenAI's files are what they are
@@ -190,16 +195,16 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
     content = load_file(path)
     content = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{path}: holds something else than the tensors of a network")
+        raise CheckpointError(f"{path}: holds something else than the tensors of a network; name CLIP's weight file")
     return {name.removeprefix("module."): value for name, value in content.items()}
 
 
 def openai_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Tensors with Hugging Face's names, with OpenAI's; open_clip's have OpenAI's already."""
+    """The tensors under OpenAI's names: Hugging Face's are renamed, open_clip's have these names already."""
     if not any(name.startswith("vision_model.") for name in state):
         return state
 
-    # Join query, key and value; transpose the projections, which are linear layers there.
+    # Join query, key and value, once for all three; transpose the projections, which are linear layers there.
     joined: dict[str, Any] = {}
     for name, value in state.items():
         found = re.fullmatch(r"(.*\.self_attn\.)([qkv])_proj\.(weight|bias)", name)

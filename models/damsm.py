@@ -59,7 +59,7 @@ class TextEncoder(CaptionEncoder):
         """TextFeatures of N captions; features of padding are 0.
 
         captions: (N, T) int64, padded with 0.
-        lengths: (N,) from 1 to T; on the CPU they cost no wait for the GPU.
+        lengths: (N,) from 1 to T; best on the CPU, where reading them does not wait for the GPU.
         """
         # Packed, so that the backward direction starts at each caption's last word, not at its padding.
         embedded = self.dropout(self.embedding(captions))  # (N, T, embedding_dim)
@@ -67,7 +67,7 @@ class TextEncoder(CaptionEncoder):
         outputs, state = self.rnn(packed)
         hidden = state[0] if isinstance(state, tuple) else state  # LSTM: (h, c); GRU: h; (2, N, D/2)
 
-        # words (N, T, D), as long as the captions came, and what of it is padding.
+        # words (N, T, D), with the T of the captions, and the mask of their padding.
         words, _ = nn.utils.rnn.pad_packed_sequence(outputs, batch_first=True, total_length=captions.shape[1])
         positions = torch.arange(captions.shape[1], device=captions.device)
         mask = positions >= lengths.to(captions.device, non_blocking=True)[:, None]
@@ -92,7 +92,7 @@ class InceptionEncoder(ImageEncoder):
         super().__init__(*arguments, **named)
         text_dim = self.settings.text_dim
 
-        # Without its classifier. The weights come from a file, so that none are drawn.
+        # Without its classifier, and not initialised: the weights come from a file.
         trunk = inception_v3(weights=None, transform_input=False, aux_logits=False, init_weights=False)
         del trunk.fc
         self.trunk = trunk.requires_grad_(False)

@@ -1,8 +1,8 @@
-"""Hand-written derivatives and rewritten operations, each beside its plain form, which computes the same with torch's own.
+"""Hand-written derivatives and rewritten operations, each beside its plain form, which computes the same with torch's own ones.
 
 tests/test_kernels.py holds both equal in value, gradient and, where a gradient penalty needs it, second gradient. "Gain"
 in a docstring is the time of a whole training step without the kernel over the time with it (SSA-GAN where no other is
-named; one thread). Some gain less than 5 % and stay: a plain form rounds otherwise than the pinned float32 steps.
+named; one thread). Some gain less than 5 % and stay: without them the pinned float32 steps would round differently.
 
 Compilers get the plain forms: they fuse them themselves and never see a second derivative (models.modes.full_precision).
 """
@@ -277,7 +277,7 @@ def conv_after_upsample_2x(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     (N, C, H, W) -> (N, C', 2H, 2W).
     Gain: ×1.12 at 64 px (DF-GAN).
     """
-    if min(x.shape[2:]) < 8:  # too small to pay
+    if min(x.shape[2:]) < 8:  # too small for a gain
         return conv_after_upsample_2x_plain(convolution, x)
 
     # The 9 weights meet only 4 pixels of x; weights that meet the same pixel are summed.
@@ -301,7 +301,7 @@ def masked_affine_plain(x: Tensor, gamma: Tensor, beta: Tensor, mask: Tensor) ->
 
 
 def masked_affine(x: Tensor, gamma: Tensor, beta: Tensor, mask: Tensor) -> Tensor:
-    """`masked_affine_plain` with a backward pass that reads the images less often and keeps less.
+    """`masked_affine_plain` with a backward pass that reads the features less often and keeps fewer tensors.
 
     Autograd would keep γ·x + β; here sums over pixels and channels are matrix products, and of features that are
     upsampled only those of the smaller size are kept and computed with. Differentiable once.

@@ -2,8 +2,8 @@
 
 The paper's: 0.5·LSTM + 0.5·BERT, where BERT's part is the mean of its last hidden states under the attention mask.
 
-Ours: a frozen projection where the two widths differ; and BERT reads the words of the vocabulary, not the raw caption. The
-word pieces of each word thus come from a table in the checkpoint, which draws without BERT's own files.
+Ours: a frozen projection where the two widths differ; and BERT reads the words of the vocabulary, not the raw caption. So
+the word pieces of each word are a table in the checkpoint, which does not need BERT's own files.
 """
 
 import json
@@ -54,7 +54,7 @@ class MixedTextEncoder(CaptionEncoder):
         module = _untrained(transformer) if module is None else module
         self.transformer = module.eval().requires_grad_(False)
 
-        # Word pieces of each word, (vocabulary, longest), -1 behind them. The arguments hold them already: not persistent.
+        # Word pieces of each word, (vocabulary, longest), -1 behind them. Not in the state dict: the arguments have them.
         self.first, self.last = self.settings.first, self.settings.last
         longest = max(map(len, pieces), default=0)
         table = [[*row, *[-1] * (longest - len(row))] for row in pieces]
@@ -104,9 +104,9 @@ class MixedTextEncoder(CaptionEncoder):
 
         # Close the gaps: a stable sort moves them behind the pieces, whose order it keeps.
         gaps = pieces < 0
-        to_the_left = gaps.long().argsort(dim=1, stable=True)
+        order = gaps.long().argsort(dim=1, stable=True)
         longest = int((~gaps).sum(dim=1).max())
-        pieces = pieces.gather(1, to_the_left)[:, :longest]
+        pieces = pieces.gather(1, order)[:, :longest]
         return pieces.clamp_min(0), (pieces >= 0).long()
 
 
@@ -135,15 +135,16 @@ def mixed_text_encoder(text_encoder: CaptionEncoder, words: Sequence[str], folde
 
     # Word pieces of each word; `<end>` has none. A caption of up to 49 words must give the same pieces as its words do.
     pieces = [[], *tokenizer(list(words[1:]), add_special_tokens=False)["input_ids"]]
-    some = list(range(1, min(len(words), 50)))
-    whole = tokenizer(" ".join(words[i] for i in some))["input_ids"]
+    checked = list(range(1, min(len(words), 50)))
+    whole = tokenizer(" ".join(words[i] for i in checked))["input_ids"]
     first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
-    if first is None or whole != [first, *(piece for i in some for piece in pieces[i]), last]:
+    if first is None or whole != [first, *(piece for i in checked for piece in pieces[i]), last]:
         raise CheckpointError(
             f"TEXT.TRANSFORMER: the tokenizer in {folder} does not cut captions word by word between [CLS] and [SEP]; "
             f"take a BERT"
         )
 
+    # Both as one encoder.
     recurrent = text_encoder.recurrent if isinstance(text_encoder, MixedTextEncoder) else text_encoder
     config = json.loads(module.config.to_json_string())
     mixed = MixedTextEncoder(

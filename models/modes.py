@@ -24,7 +24,10 @@ def no_tf32() -> Iterator[None]:
 
 @contextmanager
 def no_parameter_grad(*modules: nn.Module) -> Iterator[None]:
-    """`with no_parameter_grad(D):` its parameters take no gradient: G's step then skips D's weight gradients (bit-identical)."""
+    """`with no_parameter_grad(D):` D's parameters take no gradient inside.
+
+    G's step then does not compute D's weight gradients; G's own gradients are the same bit for bit.
+    """
     # Parameters that were frozen before stay frozen afterwards.
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     for parameter in parameters:
@@ -40,7 +43,8 @@ def no_parameter_grad(*modules: nn.Module) -> Iterator[None]:
 def full_precision(device: torch.device) -> Iterator[None]:
     """`with full_precision(images.device):` no autocast and nothing compiled inside.
 
-    For what is differentiated twice, which compilers cannot, and for penalties, whose high power amplifies rounding.
+    For what is differentiated twice, which compiled code does not support, and for penalties, whose high power amplifies
+    rounding.
     """
     kind = "cpu" if device.type == "meta" else device.type  # autocast knows no meta device
     with torch.autocast(kind, enabled=False), torch.compiler.set_stance("force_eager"):

@@ -1,4 +1,4 @@
-"""Projected discriminator (Sauer et al., NeurIPS 2021, arXiv 2111.01007): D sees the features of a frozen network alone.
+"""Projected discriminator (Sauer et al., NeurIPS 2021, arXiv 2111.01007): D sees only the features of a frozen network.
 
 Departures from the paper: mixing across scales by 1×1 convolutions before the upsampling (the two commute), at the size of
 each scale's own features; heads with GroupNorm, so that an image's logits do not depend on its batch; hinge over all logits.
@@ -21,15 +21,15 @@ from models.settings import SentenceSettings
 from models.types import Discriminator
 
 SCALE_WIDTHS = (1, 2, 4, 8)  # of `width`: channels after mixing, fine to coarse
-NUM_MATCHING = 64  # maps whose inner product with the sentence says whether they match
-LARGEST_MAP = 7  # heads halve their maps down to this size
-GROUP = 4  # images whose deviation the batch statistic tells
+NUM_MATCHING = 64  # maps of a head whose inner product with the sentence is part of the logit
+LARGEST_MAP = 7  # pixels; heads downsample larger maps, by 2 each time
+GROUP = 4  # images over which the batch statistic is computed
 
 
 class RandomMixing(nn.Module):
-    """Random projections that never train: 1×1 across the channels of each scale, then top down across the scales.
+    """Random projections that never train: 1×1 across the channels of each scale, then from coarse to fine across the scales.
 
-    Each scale gets what the coarser ones see, in combinations that hide no part of the backbone's features from D.
+    Each scale thus contains the coarser ones. Mixing dilutes prominent features, so that D makes use of all of them.
     """
 
     def __init__(self, channels: Sequence[int], widths: Sequence[int], seed: int):
@@ -37,7 +37,7 @@ class RandomMixing(nn.Module):
         generator = torch.Generator().manual_seed(seed)
 
         def projection(channels_in: int, channels_out: int) -> Tensor:
-            # Variance 1 / channels_in keeps the features' scale.
+            # Variance 1 / channels_in keeps the features' scale. Drawn on the CPU: the same values on every device.
             with torch.device("cpu"):
                 weight = torch.randn(channels_out, channels_in, 1, 1, generator=generator) / math.sqrt(channels_in)
             return weight.to(torch.get_default_device())
@@ -57,9 +57,9 @@ class RandomMixing(nn.Module):
 
 
 class BatchStatistic(nn.Module):
-    """Minibatch standard deviation (Karras et al. 2018, ProGAN, section 3): shows D how much the images of a group differ.
+    """Minibatch standard deviation (Karras et al. 2018, ProGAN, section 3): shows D how much images differ.
 
-    One more map: the deviation over groups of up to GROUP images, averaged over channels and pixels.
+    One more map: the deviation within groups of up to GROUP images, averaged over channels and pixels.
     """
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, h, w) -> (N, C + 1, h, w)
@@ -71,15 +71,20 @@ class BatchStatistic(nn.Module):
 
 
 class Head(nn.Module):
-    """The discriminator of one scale: a map of logits, each a free part plus the match with the sentence.
+    """The discriminator of one scale: a map of logits, each an unconditional part plus the match with the sentence.
 
-    logit = m_0 + ⟨m_1…64, W·s⟩ / √64 of its 65 maps m (Miyato and Koyama 2018, as Projected GAN has it).
+    logit = m_0 + ⟨m_1…64, W·s⟩ / √64 of its 65 maps m (Miyato and Koyama 2018, as in Projected GAN).
+
+    channels, size: of the features that it reads; size in pixels.
+    most_channels: limit of its channels, which double with each downsampling.
+    sentence_dim: length of the sentence features.
+    batch_statistic: whether it has a BatchStatistic.
     """
 
     def __init__(self, channels: int, size: int, most_channels: int, sentence_dim: int, batch_statistic: bool):
         super().__init__()
 
-        # Half the size with each layer, until the map is small enough.
+        # Downsample until the map is small enough.
         layers: list[nn.Module] = []
         while size > LARGEST_MAP:
             wider = min(2 * channels, most_channels)
@@ -89,7 +94,7 @@ class Head(nn.Module):
         if batch_statistic:
             layers.append(BatchStatistic())
 
-        # What the sentence is matched with.
+        # The maps, and the sentence for the match with them.
         layers += [spectral_norm(nn.Conv2d(channels + batch_statistic, most_channels, 3, padding=1)), nn.LeakyReLU(0.2)]
         self.trunk = nn.Sequential(*layers)
         self.maps = spectral_norm(nn.Conv2d(most_channels, 1 + NUM_MATCHING, 1))
@@ -106,8 +111,10 @@ class Head(nn.Module):
 class ProjectedDiscriminator(Discriminator):
     """Independent heads on four scales of a frozen backbone's features, mixed at random.
 
-    weights_hash: of the weights that a checkpoint was trained with; "": any. seed: of the random projections.
-    Raises ConfigError for an input size that is no multiple of 32, CheckpointError for weights that are missing or others.
+    weights_hash: of the backbone's weights that a checkpoint was trained with; "": any.
+    seed: of the random projections.
+
+    Raises ConfigError for an input size that the backbone does not read, CheckpointError for weights that are missing or others.
     """
 
     @dataclass(frozen=True)
@@ -119,12 +126,14 @@ class ProjectedDiscriminator(Discriminator):
             tuple(BACKBONES),
         )
         weights: str = setting(
-            "GAN.PROJECTED.WEIGHTS", "", "its weight file; empty: the one in its package, where there is one"
+            "GAN.PROJECTED.WEIGHTS",
+            "",
+            "weight file of that frozen network; empty: the one in its package, where there is one",
         )
         input_size: int = setting(
             "GAN.PROJECTED.INPUT",
             224,
-            "pixels that images are resized to for it, a multiple of 32; 224 as published, less for CPUs; a ViT's own",
+            "pixels that images are resized to for that network, a multiple of 32; 224 as published, less for CPUs; a ViT's own",
             above=0,
             maximum=8192,
         )
@@ -149,7 +158,7 @@ class ProjectedDiscriminator(Discriminator):
         super().__init__(*arguments, **named)
         settings = self.settings
 
-        # What is frozen, and reads images of this size.
+        # The frozen part. A ViT reads images of one size only.
         self.backbone = Backbone(settings.backbone, settings.weights)
         strides, image_size = self.backbone.strides, self.backbone.image_size
         if image_size and settings.input_size != image_size:
@@ -169,7 +178,7 @@ class ProjectedDiscriminator(Discriminator):
         widths = [settings.width * factor for factor in SCALE_WIDTHS]
         self.mixing = RandomMixing(self.backbone.channels, widths, settings.seed)
 
-        # What trains.
+        # The trained part.
         options = (widths[-1], settings.sentence_dim, settings.batch_statistic)
         self.heads = nn.ModuleList(
             Head(channels, settings.input_size // stride, *options)
@@ -177,16 +186,16 @@ class ProjectedDiscriminator(Discriminator):
         )
 
     def project(self, images: Tensor) -> list[Tensor]:
-        """What does not train: images (N, 3, H, W) in [-1, 1] -> mixed features (N, width, h, w), fine to coarse."""
+        """The frozen part: images (N, 3, H, W) in [-1, 1] -> mixed features (N, width, h, w), fine to coarse."""
         size = self.settings.input_size
         if images.shape[-1] != size:
             shrinks = images.shape[-1] > size
-            wide = images.to(torch.promote_types(images.dtype, torch.float32))  # smooth shrinking knows no bf16
+            wide = images.to(torch.promote_types(images.dtype, torch.float32))  # antialiasing does not support bfloat16
             images = F.interpolate(wide, (size, size), mode="bilinear", align_corners=False, antialias=shrinks)
         return self.mixing(self.backbone(images))
 
     def features(self, projected: Sequence[Tensor]) -> list[Tensor]:
-        """What trains, without the sentence: mixed features -> maps (N, 65, h', w') of each head."""
+        """The trained part, without the sentence: mixed features -> maps (N, 65, h', w') of each head."""
         return [head(scale) for head, scale in zip(self.heads, projected, strict=True)]
 
     def logits(self, features: Sequence[Tensor], sentence: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def from_state(entry: Mapping[str, Any], registry: Mapping[str, type[Network]]) 
 
 
 def _check_sizes(kind: type[Network], entry: Mapping[str, Any]) -> None:
-    """Raises ValueError where a network of these arguments has other sizes than its tensors: it may be larger than memory."""
+    """Raise ValueError where the arguments mean other sizes than the tensors have: that network could be larger than memory."""
     # Built without values, for its sizes alone.
     try:
         with torch.device("meta"):
@@ -53,7 +53,7 @@ def _check_sizes(kind: type[Network], entry: Mapping[str, Any]) -> None:
     for name, tensor in expected.items():
         actual = entry["state"].get(name)
         if actual is not None and actual.shape != tensor.shape:
-            raise ValueError(f"{name} is {tuple(actual.shape)}, its arguments say {tuple(tensor.shape)}")
+            raise ValueError(f"{name} is {tuple(actual.shape)}, its arguments mean {tuple(tensor.shape)}")
 
 
 def skip_init(kind: type[Network], arguments: Mapping[str, Any]) -> Network:
