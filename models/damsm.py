@@ -12,6 +12,7 @@ from miscc.batch import Batch
 from miscc.distributed import all_gather_with_grad
 from miscc.losses import sentence_loss, word_loss
 from miscc.settings import setting
+from models.layers import resize
 from models.settings import sentence_dim_setting
 from models.types import CaptionEncoder, ImageEncoder, TextFeatures
 
@@ -176,14 +177,7 @@ class SmallImageEncoder(ImageEncoder):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (N, 3, H, W) in [-1, 1] -> regions (N, text_dim, 8, 8), code (N, text_dim)."""
-        # Antialiased when images get smaller, or fine detail would turn into noise.
-        if images.shape[-1] != self.image_size:
-            size = (self.image_size, self.image_size)
-            shrinks = images.shape[-1] > self.image_size
-            wide = images.to(torch.promote_types(images.dtype, torch.float32))  # antialiasing does not support bfloat16
-            images = F.interpolate(wide, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
-
-        x = self.trunk(images)
+        x = self.trunk(resize(images, self.image_size))
         return self.region_head(x), self.code_head(self.global_trunk(x).mean(dim=(2, 3)))
 
 

@@ -22,7 +22,7 @@ from models.adversarial import AdversarialSystem, logit_stats
 from models.clip_features import ClipImageEncoder, Transformer, to_map
 from models.df_gan import CHANNELS
 from models.kernels import Conv2d, LeakyReLU
-from models.layers import AffineFusion, FusionBlock, last_multipliers
+from models.layers import AffineFusion, FusionBlock, at_least_float32, last_multipliers
 from models.modes import full_precision, no_parameter_grad
 from models.settings import (
     AdversarialSettings,
@@ -256,11 +256,6 @@ def block_sizes(image_size: int) -> list[int]:
     if image_size <= 8:
         raise ValueError(f"GALIP's images must be larger than 8 pixels, not {image_size}")
     return [2**power for power in range(3, (image_size - 1).bit_length())] + [image_size]
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """16-bit values are widened, others stay as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class GALIP(AdversarialSystem):

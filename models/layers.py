@@ -1,4 +1,4 @@
-"""What at least two systems use: the one-way discriminator, affine fusion blocks, numbers of channels and upsamplings."""
+"""What at least two systems use: the one-way discriminator, affine fusion blocks, channels, sizes, resizing."""
 
 import math
 from collections.abc import Sequence
@@ -172,6 +172,20 @@ def affine_head(condition_dim: int, hidden: int, channels: int, start: float) ->
 def last_multipliers(multipliers: Sequence[int], count: int) -> list[int]:
     """The last `count` channel multipliers of a paper, wide to narrow. Larger images need more: then the first is repeated."""
     return ([multipliers[0]] * count + list(multipliers))[-count:]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """16-bit values are widened, others stay as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """(N, C, H, W) -> (N, C, size, size), bilinear; antialiased when images get smaller, or fine detail would turn into noise."""
+    if images.shape[-1] == size:
+        return images
+    shrinks = images.shape[-1] > size
+    wide = at_least_float32(images)  # antialiasing does not support bfloat16
+    return F.interpolate(wide, size=(size, size), mode="bilinear", align_corners=False, antialias=shrinks)
 
 
 def num_upsamples(image_size: int) -> int:

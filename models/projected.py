@@ -17,6 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from miscc.errors import CheckpointError, ConfigError
 from miscc.settings import setting
 from models.backbones import BACKBONES, Backbone
+from models.layers import resize
 from models.settings import SentenceSettings
 from models.types import Discriminator
 
@@ -187,12 +188,7 @@ class ProjectedDiscriminator(Discriminator):
 
     def project(self, images: Tensor) -> list[Tensor]:
         """The frozen part: images (N, 3, H, W) in [-1, 1] -> mixed features (N, width, h, w), fine to coarse."""
-        size = self.settings.input_size
-        if images.shape[-1] != size:
-            shrinks = images.shape[-1] > size
-            wide = images.to(torch.promote_types(images.dtype, torch.float32))  # antialiasing does not support bfloat16
-            images = F.interpolate(wide, (size, size), mode="bilinear", align_corners=False, antialias=shrinks)
-        return self.mixing(self.backbone(images))
+        return self.mixing(self.backbone(resize(images, self.settings.input_size)))
 
     def features(self, projected: Sequence[Tensor]) -> list[Tensor]:
         """The trained part, without the sentence: mixed features -> maps (N, 65, h', w') of each head."""
