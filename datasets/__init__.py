@@ -36,11 +36,15 @@ def check_name(name: str) -> None:
 def load_records(
     name: str, root: str | Path, split: str, vocabulary: Vocabulary | None = None
 ) -> tuple[Records, Vocabulary]:
-    """One split ("train", "test", where there is one "val") of a data set, and the vocabulary of its captions.
+    """One split of a data set, and the vocabulary of its captions.
 
-    AttnGAN's metadata comes first, with its vocabulary, so that released encoders fit; else our common layout. With
-    `vocabulary`, a checkpoint's for instance, captions are encoded with that one. Raises DataError when neither is
-    there, with the command that makes it.
+    name: in DATASETS.
+    root: folder of the data set.
+    split: "train", "test" or, where there is one, "val".
+    vocabulary: encodes the captions, e.g. a checkpoint's; None: the data set's own.
+
+    AttnGAN's metadata is preferred, whose vocabulary fits the released encoders, to our common layout. Raises DataError
+    when neither is there, with the command that makes the layout.
     """
     # Which of the two forms is there.
     check_name(name)
@@ -49,7 +53,7 @@ def load_records(
     if metadata and layout:
         logger.warning(
             "%s holds AttnGAN's %s and a vocabulary.json: the pickle and its vocabulary are used; "
-            "remove or rename it to use vocabulary.json",
+            "remove or rename the pickle to use vocabulary.json",
             *(root, metadata.name),
         )
 
@@ -79,9 +83,9 @@ def _not_there(name: str, root: Path, split: str) -> str:
 
 def _check_images(records: Records) -> None:
     """Raise DataError for a moved or missing image folder before training starts, by looking for three of the images."""
-    some = [records.image_paths[index] for index in (0, len(records) // 2, -1)]
-    if not any(path.is_file() for path in some):
+    samples = [records.image_paths[index] for index in (0, len(records) // 2, -1)]
+    if not any(path.is_file() for path in samples):
         raise DataError(
-            f"{some[0]}: no such image; the data set {records.name} lists it in its split {records.split!r}: "
+            f"{samples[0]}: no such image; the data set {records.name} lists it in its split {records.split!r}: "
             f"put the images there, or prepare the data set again"
         )

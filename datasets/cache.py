@@ -64,7 +64,7 @@ class ImageCache:
         image_size: the largest of the training's
         folder: of the cache file
         skip_broken: store a broken image as broken; `read` raises for it
-        progress: whether to show any
+        progress: whether to show a progress bar
 
         A second process that opens the same cache waits until the first has built it. Raises DataError when an image
         cannot be read or the disk is full.
@@ -98,7 +98,7 @@ class ImageCache:
             raise DataError(f"{self._records.image_paths[index]}: cannot be read as an image; replace or remove it")
         pixels = self._pixels[offset : offset + height * width * 3].reshape(height, width, 3)
 
-        # Once in each process: a tenth of a millisecond.
+        # Compared once in each process, as that takes a tenth of a millisecond.
         if not self._checked[index]:
             if zlib.crc32(pixels.data) != checksum:
                 return self._from_file(index)
@@ -174,7 +174,7 @@ def _is_current(path: Path, fingerprint: bytes) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of this cache, waiting for it if need be, and remove the unfinished files of killed processes.
+    """Hold the lock of this cache, if necessary after waiting for it, and remove the unfinished files of killed processes.
 
     Where files cannot be locked, two processes build the same cache, each in its own file, and the later one stays.
     """
@@ -238,7 +238,7 @@ def _build(
 
 
 def _check_space(folder: Path, still_needed: int) -> None:
-    """Raise DataError before the disk is full. still_needed: bytes."""
+    """Raise DataError where the disk has less room than is still needed, in bytes."""
     free = shutil.disk_usage(folder).free
     if still_needed > free:
         raise DataError(

@@ -42,8 +42,12 @@ def load_captions_pickle(path: str | Path) -> tuple[list, list, Vocabulary]:
 
 
 class EncodedCaptions(NamedTuple):
-    """Captions as the text encoder takes them: tokens (N, T) int64, padded with 0; lengths (N,) int64 from 1
-    to T; unknown: for each caption the words that were left out."""
+    """Captions as the text encoder takes them.
+
+    tokens: (N, T) int64, padded with 0
+    lengths: (N,) int64, from 1 to T
+    unknown: for each caption the words that were left out
+    """
 
     tokens: torch.Tensor
     lengths: torch.Tensor

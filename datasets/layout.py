@@ -37,7 +37,7 @@ class Entry:
     key: its name, unique
     image: its path from the data set's root, with slashes
     captions: as written, at least one
-    class_id: a class, or a number of its own
+    class_id: of its class; where there are no classes, a number that no other image has
     box: x, y, width, height in pixels, or None
     """
 
@@ -49,7 +49,7 @@ class Entry:
 
 
 def metadata_file(root: Path, split: str) -> Path | None:
-    """AttnGAN's captions.pickle, if it and the names that belong to it are there."""
+    """AttnGAN's captions.pickle, if it and the split's filenames.pickle, which belongs to it, are there."""
     if not (root / split / "filenames.pickle").is_file():
         return None
     return next((root / name for name in METADATA_NAMES if (root / name).is_file()), None)
@@ -109,7 +109,7 @@ def read_layout(name: str, root: Path, split: str, vocabulary: Vocabulary | None
 
     Raises DataError, naming file and line.
     """
-    own = Vocabulary.load(root / VOCABULARY_NAME) if vocabulary is None else vocabulary
+    vocabulary = Vocabulary.load(root / VOCABULARY_NAME) if vocabulary is None else vocabulary
     entries = _read_entries(root / f"{split}.jsonl")
 
     # Boxes for all images or for none.
@@ -125,9 +125,9 @@ def read_layout(name: str, root: Path, split: str, vocabulary: Vocabulary | None
         split=split,
         keys=[entry.key for entry in entries],
         image_paths=[root / entry.image for entry in entries],
-        captions=_encode(texts, own, f"{name}, {split}"),
+        captions=_encode(texts, vocabulary, f"{name}, {split}"),
         class_ids=np.array([entry.class_id for entry in entries], dtype=np.int64),
-        vocabulary=own,
+        vocabulary=vocabulary,
         texts=texts,
         boxes=boxes,
     )
@@ -135,6 +135,7 @@ def read_layout(name: str, root: Path, split: str, vocabulary: Vocabulary | None
 
 
 def _read_entries(path: Path) -> list[Entry]:
+    """The lines of a {split}.jsonl. Raises DataError for one that is no entry, or has the key of another."""
     entries: dict[str, Entry] = {}
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -144,7 +145,7 @@ def _read_entries(path: Path) -> list[Entry]:
                     raise ValueError(f"the key {shown(entry.key)} is there twice")
             except (ValueError, TypeError) as error:
                 reason = str(error)[:200]
-                raise DataError(f"{path}, line {number}: is no record of ours ({reason}); run prepare again") from None
+                raise DataError(f"{path}, line {number}: is not a valid record ({reason}); run prepare again") from None
     if not entries:
         raise DataError(f"{path}: holds no record; run prepare again")
     return list(entries.values())
@@ -191,7 +192,7 @@ def read_metadata(name: str, root: Path, split: str, vocabulary: Vocabulary | No
     own, keys, captions = _read_captions(captions_path, root / split / "filenames.pickle", split)
     paths, boxes = locate(root, keys)
 
-    # Captions in the caller's vocabulary: spelled out with the pickle's, or as their authors wrote them, and encoded anew.
+    # In the caller's vocabulary: the captions as texts, decoded or as their authors wrote them, are encoded again.
     texts = None
     if vocabulary is not None and vocabulary != own:
         texts = [[own.decode(caption) for caption in group] for group in captions]
@@ -245,14 +246,14 @@ def _read_captions(captions_path: Path, names_path: Path, split: str) -> tuple[V
     return vocabulary, keys, [captions[start : start + each] for start in range(0, len(captions), each)]
 
 
-def _as_written(root: Path, keys: Sequence[str], spelled: list[list[str]]) -> list[list[str]]:
-    """The captions in text/<key>.txt, one a line, where AttnGAN's words come from; what is spelled out where they are not.
+def _as_written(root: Path, keys: Sequence[str], decoded: list[list[str]]) -> list[list[str]]:
+    """The captions as their authors wrote them, from text/<key>.txt, one a line; those in `decoded` where that lacks some.
 
-    The pickle has the words alone, in lower case and without signs.
+    decoded: for each image its captions as the pickle has them: only the words, in lower case, without punctuation
     """
     # An image's file is used only if it has at least as many captions as the pickle.
     texts, missing = [], []
-    for key, group in zip(keys, spelled, strict=True):
+    for key, group in zip(keys, decoded, strict=True):
         path = root / "text" / f"{key}.txt"
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
         written = [line.strip() for line in lines if tokenize(line)][: len(group)]
@@ -262,8 +263,8 @@ def _as_written(root: Path, keys: Sequence[str], spelled: list[list[str]]) -> li
 
     if missing:
         logger.warning(
-            "%s: captions of %d of %d images are read from captions.pickle, without capitals and signs, since they are not "
-            "in text/ (%s)",
+            "%s: captions of %d of %d images are read from captions.pickle, without capitals and punctuation, since "
+            "text/ does not have them (%s)",
             *(root, len(missing), len(keys), ", ".join(missing[:3])),
         )
     return texts
@@ -295,7 +296,7 @@ def _class_ids(path: Path, keys: Sequence[str]) -> np.ndarray:
 
 
 def _encode(texts: Sequence[Sequence[str]], vocabulary: Vocabulary, name: str) -> Captions:
-    """Captions as indices, a list for each image; a warning says which words the vocabulary lacks. name: for it."""
+    """Captions as indices, a list for each image; a warning, which starts with `name`, says which words are unknown."""
     # Each different caption once: data sets repeat them.
     encoded: dict[str, np.ndarray] = {}
     unknown: Counter[str] = Counter()

@@ -77,9 +77,9 @@ class EpochBatches(Sampler):
 
         while True:
             order = stream(self.seed, "order", epoch).permutation(self.num_samples)
-            for number in range(batch, self.batches_per_epoch):
-                start = number * self.batch_size + self.rank * share
-                yield [(epoch, int(index)) for index in order[start : start + share]]
+            for index in range(batch, self.batches_per_epoch):
+                start = index * self.batch_size + self.rank * share
+                yield [(epoch, int(image)) for image in order[start : start + share]]
             epoch, batch = epoch + 1, 0
 
 
@@ -100,7 +100,7 @@ class _Loader(DataLoader):
             yield from batches
             return
 
-        # A worker has ended: PyTorch has seen it, or its batch, which it hands over through a socket, cannot be had any more.
+        # A worker has ended. Either PyTorch has noticed that, or the worker's batch can no longer be received from it.
         except (RuntimeError, OSError, EOFError) as error:
             if "DataLoader worker" not in str(error) and not _has_lost_worker(batches, error):
                 raise
@@ -116,7 +116,7 @@ class _Loader(DataLoader):
 
             # PyTorch's frame and this error hold each other, and the workers, which then end only after a time limit.
             traceback.clear_frames(error.__traceback__)
-        batches = None  # nor may this frame hold them
+        batches = None  # so that this frame does not hold the workers either
         raise DataError(message)
 
 
@@ -173,6 +173,6 @@ def _loader(dataset: TextImageDataset, workers: int, **options) -> DataLoader:
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # or the seeds drawn for workers, unused here, would move the global one on
+        generator=torch.Generator(),  # for the workers' seeds, which are not used here; else the global one would change
         **options,
     )

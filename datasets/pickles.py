@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-try:  # numpy 2 moved its internals; pickles of either age name the one or the other
+try:  # numpy 2 moved its internals; a pickle names those of the numpy that wrote it
     from numpy._core import multiarray, numeric
 except ImportError:  # numpy 1
     from numpy.core import multiarray, numeric
@@ -30,7 +30,7 @@ def _encode(text: str, encoding: str = "latin1", errors: str = "strict") -> byte
 
 
 def _bytes(data: bytes = b"") -> bytes:
-    """`bytes` of bytes: of a number it would take as much memory."""
+    """`bytes`, of bytes alone: `bytes(n)` would allocate n bytes."""
     return b"" + data
 
 
@@ -40,7 +40,7 @@ def _bytearray(text: str = "", encoding: str = "latin1") -> bytearray:
 
 
 def _text(value: str = "") -> str:
-    """`str` of a text: of lists in lists it could take any time."""
+    """`str`, of a text alone: of nested lists it could take very long."""
     return "" + value
 
 
@@ -49,12 +49,12 @@ class _NdArray:
 
 
 def _reconstruct(kind: type, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An empty array, which its state fills; of another shape it would take as much memory."""
+    """An empty array, which the pickle's state then fills. `shape` is ignored, as it could ask for any amount of memory."""
     return np.ndarray((0,), "b")
 
 
 def _scalar(dtype: np.dtype, data: bytes) -> Any:
-    """A number; without data it could take any memory."""
+    """A number. `data` is required here: without it numpy would allocate what `dtype` declares."""
     return multiarray.scalar(dtype, data)
 
 
@@ -82,6 +82,8 @@ class _NotPlainError(Exception):
 
 
 class _PlainUnpickler(pickle.Unpickler):
+    """An unpickler that knows no other names than those in _ALLOWED."""
+
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _ALLOWED[module, name]
@@ -91,14 +93,14 @@ class _PlainUnpickler(pickle.Unpickler):
 
 # -- memory --------------------------------------------------------------------------------------------------------
 
-# The unpickler takes the memory that a pickle declares before it reads on: nine bytes can ask for gigabytes. So the
-# pickle is walked first: by the lengths of pickletools, runs of short operations at once, and memo numbers below 2^24.
+# The unpickler allocates what a pickle declares before it reads on: nine bytes can ask for gigabytes. So the operations
+# are checked first, with their lengths from pickletools: every count must fit the file, every memo index be below 2^24.
 _MEMOS = {"PUT": rb"p[0-9]{1,7}\n", "LONG_BINPUT": rb"r[\x00-\xff]{3}\x00"}
-_COUNT_BYTES = {-2: 1, -3: 4, -4: 4, -5: 8}  # of operations with a count, by pickletools' marks
+_COUNT_BYTES = {-2: 1, -3: 4, -4: 4, -5: 8}  # bytes of an operation's count, by pickletools' constants
 
 
 def _short_operations() -> re.Pattern[bytes]:
-    """Matches some operations that are no STOP and have no count."""
+    """Matches up to 4,000 operations in a row that have no count; STOP is none of them."""
     by_length: dict[int, bytes] = {}
     lines = b""
     for one in pickletools.opcodes:

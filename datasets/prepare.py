@@ -38,20 +38,18 @@ _ONLY_FOR = {  # options that mean nothing for the others
     "test_size": ("toybirds",),
     "image_size": ("toybirds",),
 }
-
-
-_SETTINGS = {  # of the encoders and of the GAN, in cfg/; others take the folder's
+_SETTINGS = {  # files in cfg/, of the encoders and of the GAN; other data sets use those of `folder`
     "birds": ("bird", "bird"),
     "coco": ("coco", "coco"),
     "folder": ("folder", "folder"),
     "toybirds": ("toybirds", "toybirds_ssa"),
 }
 LINK = "linked_images"  # in the root, to images outside it
-SMALL = 60  # training images, a twentieth of which is held out: fewer do not fill the encoders' batch of 48
+SMALL = 60  # training images; a twentieth is held out, and with fewer the rest may not fill the encoders' batch of 48
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the arguments, build the data set, print a summary. Raises DataError for all that the user can mend."""
+    """Read the arguments, build the data set, print a summary. Raises DataError for what the user can correct."""
     # Options that belong to another data set are refused.
     args = _parse(argv)
     check_name(args.name)
@@ -165,8 +163,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(prog="python -m datasets.prepare", description=__doc__.partition("\n")[0])
     parser.add_argument("name", metavar="NAME", help=", ".join(DATASETS))
     add_data_dir_option(parser, "the folder of the data set (default: data/NAME)", "--root")
-    parser.add_argument("--verify", action="store_true", help="open every image, which takes a while, and name the bad")
-    parser.add_argument("--drop-broken", action="store_true", help="as --verify, but leave the bad ones out")
+    parser.add_argument("--verify", action="store_true", help="open every image, and list those that cannot be read")
+    parser.add_argument("--drop-broken", action="store_true", help="as --verify, but leave them out")
     parser.add_argument(
         "--allow-partial", action="store_true", default=None, help="birds, coco: prepare what is there, with a warning"
     )

@@ -57,7 +57,7 @@ def box_edges(width: int, height: int, box: Sequence[float]) -> tuple[int, int, 
     Raises DataError for a box that is empty or outside.
     """
     x, y, box_width, box_height = box
-    if not all(abs(number) < 1e9 for number in box):  # NaN neither
+    if not all(abs(number) < 1e9 for number in box):  # false for NaN, too
         raise DataError(f"bounding box {tuple(box)} holds something that is no number of pixels")
     half = int(max(box_width, box_height) * 0.75)
     center_x, center_y = int((2 * x + box_width) / 2), int((2 * y + box_height) / 2)
@@ -80,7 +80,7 @@ def load_resized(path: str | Path | BytesIO, box: Sequence[float] | None, image_
         try:
             left, top, right, bottom = box_edges(pixels.shape[1], pixels.shape[0], box)
         except DataError as error:
-            raise DataError(f"{path}: {error}; mend it in bounding_boxes.txt") from None
+            raise DataError(f"{path}: {error}; correct it in bounding_boxes.txt") from None
         pixels = pixels[top:bottom, left:right]
 
     # Scale, bilinear with antialiasing as torchvision's Resize. torch on uint8 is three times as fast as PIL and differs
@@ -129,7 +129,7 @@ class TextImageDataset(Dataset):
         """
         records: a split
         image_sizes: in pixels; the crop has the largest, the others are scaled from it
-        max_words: captions are shortened to
+        max_words: of a caption; longer ones are shortened
         seed: of crops, flips and captions
         augment: random caption, crop and horizontal flip; else caption 0 (or the number given), the middle, no flip
         cache: an ImageCache of the same records and largest size
@@ -182,6 +182,7 @@ class TextImageDataset(Dataset):
         raise DataError(f"{self.records.name}: not one image of the split {self.records.split!r} can be read")
 
     def _sample(self, epoch: int, index: int, number: int | None) -> Sample:
+        """Image `index` as this epoch crops and flips it, with its caption `number` or, for None, one that is drawn."""
         images = self._images(epoch, index)
         tokens, number = self._caption(epoch, index, number)
         caption = np.zeros(self.max_words, dtype=np.int64)
@@ -218,6 +219,7 @@ class TextImageDataset(Dataset):
             box = None if boxes is None else boxes[index]
             pixels = load_resized(self.records.image_paths[index], box, max(self.image_sizes))
 
+        # One crop, of the largest size; smaller images are scaled from it.
         crop = self._crop(pixels, epoch, index)
         scales = [_to_tensor(crop, size) for size in self.image_sizes]
         return scales if self.as_bytes else [from_uint8(scale) for scale in scales]

@@ -160,7 +160,7 @@ RECORD = {"key": "k9", "image": "images/0.jpg", "captions": ["a bird"], "class_i
 def test_a_layout_edited_by_hand_names_file_and_line(layout, changed):
     with (layout / "train.jsonl").open("a") as file:
         file.write(json.dumps(RECORD | changed) + "\n")
-    with pytest.raises(DataError, match="train.jsonl, line 3: is no record of ours") as error:
+    with pytest.raises(DataError, match="train.jsonl, line 3: is not a valid record") as error:
         load_records("folder", layout, "train")
     assert len(str(error.value)) < 500 and "\n" not in str(error.value)
 

@@ -178,7 +178,7 @@ def test_classes_from_a_column(root):
         ("image,caption\ncat.jpg,a\n", {"caption_columns": ("x",)}, "--caption-column x"),
         ("image,caption\ncat.jpg,a\n", {"class_column": "x"}, "--class-column x"),
         ("cat.jpg,a cat\ndog.png,a dog\n", {}, "first line"),
-        ("image,caption\n", {}, "holds no line"),
+        ("image,caption\n", {}, "holds no captions"),
         ("image,caption\nlion.jpg,a lion\n", {}, "not one image with a caption: 4 images .* 1 names"),
         ("image,caption\ncat.jpg,...\n", {}, "not one image with a caption"),
     ],

@@ -248,5 +248,5 @@ def _seeded(entries: dict[str, Entry], options: BuildOptions) -> dict[str, list[
 def _checked(splits: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
     for split in ("train", "test"):
         if not splits[split]:
-            raise DataError(f"the split {split!r} would hold no image; add images, or mend {split}.txt")
+            raise DataError(f"the split {split!r} would hold no image; add images, or correct {split}.txt")
     return {split: entries for split, entries in splits.items() if entries}

@@ -194,7 +194,7 @@ def _split(root: Path, keys: Sequence[str]) -> dict[str, list[str]] | None:
 
 
 def _without_file(folder: Path, keys: Sequence[str], suffix: str) -> list[str]:
-    """The keys without a file below `folder`; class folders are listed once, which is faster than asking for files."""
+    """The keys without a file below `folder`. Each class folder is listed once, which is faster than a look at every file."""
     there: dict[str, set[str]] = {}
     for name in {_class_of(key) for key in keys}:
         there[name] = set(os.listdir(folder / name)) if (folder / name).is_dir() else set()
@@ -202,7 +202,12 @@ def _without_file(folder: Path, keys: Sequence[str], suffix: str) -> list[str]:
 
 
 def _entries(keys: Sequence[str], images: str, texts: Path, boxes: dict[str, list[float]]) -> list[Entry]:
-    """images: the folder as entries name it, from the root of the data set; texts: the folder of the captions."""
+    """The entries of some images.
+
+    images: the folder of the images, from the root of the data set
+    texts: the folder of the captions
+    boxes: by key
+    """
     class_ids = {name: class_id for class_id, name in enumerate(sorted({_class_of(key) for key in keys}))}
     entries = []
     for key in keys:
@@ -212,7 +217,8 @@ def _entries(keys: Sequence[str], images: str, texts: Path, boxes: dict[str, lis
 
     counts = Counter(len(entry.captions) for entry in entries)
     if set(counts) - {CAPTIONS_PER_IMAGE}:
-        logger.warning("%s: captions an image: %s instead of %d", texts, dict(counts), CAPTIONS_PER_IMAGE)
+        listed = ", ".join(f"{count:,} with {number}" for number, count in sorted(counts.items()))
+        logger.warning("%s: not every image has %d captions (%s)", texts, CAPTIONS_PER_IMAGE, listed)
     return entries
 
 

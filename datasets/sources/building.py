@@ -1,4 +1,4 @@
-"""What the data sets' `build` functions share: their options, and saying what is missing, all of it at once."""
+"""What the data sets' `build` functions share: their options, and messages that list everything that is missing."""
 
 import logging
 from collections.abc import Collection, Sequence

@@ -89,5 +89,6 @@ def read_coco_captions(path: Path) -> dict[str, list[str]]:
             captions[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
         named_images = {image["file_name"]: captions[image["id"]] for image in content["images"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: is not COCO's caption JSON ({type(error).__name__}: {str(error)[:200]})") from None
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise DataError(f"{path}: is not COCO's caption JSON ({reason}); copy or download it again") from None
     return {name: texts for name, texts in named_images.items() if texts}

@@ -57,8 +57,8 @@ def build(root: Path, options: BuildOptions) -> dict[str, list[Entry]]:
     rows = _text_files(index) if source is None else _read(source, options)
     if not rows:
         raise DataError(
-            f"{root}: no captions found; needed is a captions.csv (image,caption), a .jsonl, COCO's JSON, Flickr8k's "
-            f"token file or a .txt beside each image"
+            f"{root}: no captions found; add a captions.csv (image,caption), a .jsonl, COCO's JSON, Flickr8k's token "
+            f"file or a .txt beside each image"
         )
     return assemble(root, rows, index, options, _lists(root))
 
@@ -145,7 +145,7 @@ def _json_lines(path: Path, options: BuildOptions) -> list[Row]:
         try:
             record = parse_json(line)
         except ValueError as error:
-            raise DataError(f"{path}, line {number}: is no JSON ({error})") from None
+            raise DataError(f"{path}, line {number}: is no JSON ({error}); correct or remove it") from None
         if not isinstance(record, dict):
             raise DataError(f"{path}, line {number}: must be a JSON object, not {type(record).__name__}")
         records.append(record)
@@ -185,7 +185,7 @@ class _Columns:
 def _choose_columns(path: Path, names: Sequence[str], lines: Sequence, options: BuildOptions) -> _Columns:
     """The columns that the user chose, or those with a known name; logs which."""
     if not lines:
-        raise DataError(f"{path}: holds no line but perhaps a header")
+        raise DataError(f"{path}: holds no captions, at most a header; add a line for each image")
     image, captions = _image_column(path, names, options), _caption_columns(path, names, options)
     if options.class_column and options.class_column not in names:
         raise DataError(f"--class-column {options.class_column}: {path} has only {', '.join(names)}")
@@ -207,13 +207,13 @@ def _rows(records: Sequence[dict], columns: _Columns) -> list[Row]:
 
 
 def _texts(record: dict, group: Sequence[str]) -> list[str]:
-    """The captions in these columns together: a list of them, or the values joined to one."""
-    # One column: each of its texts is a caption.
+    """The captions in a group of columns: one column may hold several; the values of several columns make one caption."""
+    # One column: a caption, or a list of them.
     values = [record.get(name) for name in group]
     if len(values) == 1:
         return [str(text) for text in (values[0] if isinstance(values[0], list) else [values[0]]) if text]
 
-    # Several: one caption of all values; tags are separated by bars.
+    # Several: all values joined to one caption; tags, which are separated by bars, become parts of it.
     flat = (text for value in values for text in (value if isinstance(value, list) else [value]) if text)
     return [", ".join(str(text).replace("|", ", ") for text in flat)]
 

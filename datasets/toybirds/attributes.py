@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-# Colour names to RGB, far enough apart that a jittered, shaded shade is still nearest to its own name.
+# Colour names to RGB, far enough apart that a bird's own shade of a colour is still nearest to that colour.
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (208, 28, 34),
     "orange": (245, 130, 16),
@@ -39,7 +39,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 SPLITS = ("train", "test")
 NUM_CLASSES = 200
 
-# How far apart in COLORS the two colours of a pair are. Each distance is eleven pairs and their reverses, in which
+# How far apart in COLORS the two colours of a pair are. Each distance gives eleven pairs and their reverses, in which
 # every colour is twice a wing and twice a belly; distance 0, birds of one colour, is left out.
 _DISTANCES = (3, 5, 1, 2, 4)
 
@@ -49,7 +49,7 @@ def _choose_classes() -> tuple[list[tuple[str, str, str]], list[tuple[str, str, 
 
     Eleven colours give 110 pairs of wing and belly, so 200 classes are 100 pairs in two sizes, and ten pairs are not
     used. The split is by pair, 25 of them for testing: training sees a test bird's pair in neither size. A pair and
-    its reverse are in the same split; otherwise a test bird would differ from a training bird only by the exchange.
+    its reverse are in the same split; otherwise a test bird could be a training bird with its two colours exchanged.
     """
     # Each pair is followed by its reverse, so that a slice keeps both together.
     count = len(COLORS)

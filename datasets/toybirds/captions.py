@@ -1,6 +1,6 @@
 """Captions of toy birds: written from attributes in the manner of CUB's, and parsed back into attributes.
 
-About a hundred words. Captions never say which way the bird faces, because training flips the images.
+They use about a hundred different words. They never say which way the bird faces, because training flips the images.
 """
 
 import re

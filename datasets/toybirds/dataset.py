@@ -121,17 +121,19 @@ def write_cub_layout(
     progress: bool = True,
     workers: int | None = None,
 ) -> Path:
-    """Write ToyBirds as CUB-200-2011 and its captions lie on disk, masks and attributes beside them; returns `root`.
+    """Write ToyBirds in the layout of CUB-200-2011 and its captions, with masks and attributes beside them; returns `root`.
 
-    The bounding box is the mask's; CUB's crop around it (a square of 1.5 times its longer side) lies within or
-    nearly within the frame, and size stays legible in it because small and large birds are built differently. A run
-    that was killed is redone; a finished one with the same parameters is left alone.
+    The bounding box is the mask's. CUB's crop around it (a square of 1.5 times its longer side) lies within or nearly
+    within the frame, and shows the bird's size although it scales all birds alike: small and large birds are built
+    differently. A run that was killed is done again; where one with the same parameters has finished, nothing is done.
 
-    workers: processes, by default as many as there are cores where that pays
+    train_size, test_size: numbers of birds
+    image_size: 32 to 512 pixels
+    workers: processes that draw; None: one a core, up to 8, or the main process alone for few birds
 
     Raises DataError when `root` holds something else or cannot be written.
     """
-    # Nothing to do where these very drawings are there.
+    # Nothing to do where the same drawings are there already.
     root = Path(root)
     parameters = {"version": VERSION, "train_size": train_size, "test_size": test_size, "image_size": image_size}
     birds = [ToyBirds("train", train_size, image_size), ToyBirds("test", test_size, image_size)]
@@ -156,7 +158,7 @@ def write_cub_layout(
 
 
 def _is_finished(root: Path, parameters: dict[str, int]) -> bool:
-    """Whether these very drawings are there. Raises DataError when others are."""
+    """Whether drawings with these parameters are there. Raises DataError when others are."""
     try:
         found = read_json(root / MARKER)
     except FileNotFoundError:
@@ -171,7 +173,7 @@ def _is_finished(root: Path, parameters: dict[str, int]) -> bool:
 
 
 def _clear_unfinished(root: Path) -> None:
-    """Remove what an interrupted run left. Raises DataError when there is something that no run of ours began."""
+    """Remove what an interrupted run left. Raises DataError for files that were there before any run."""
     present = [root / name for name in _TOP_LEVEL if (root / name).exists()]
     if present and not (root / UNFINISHED).exists():
         raise DataError(f"{present[0]}: belongs to another data set; choose another root for the toy birds")

@@ -1,4 +1,4 @@
-"""How a toy bird looks: attributes in, picture and outline out. Shapes are polygons, so every size shows one bird.
+"""How a toy bird looks: attributes in, picture and outline out. Shapes are polygons, so every image size shows the same bird.
 
 The bird is made in its own coordinates (facing right, y down, the body about one unit long, its middle at the
 origin) and then placed in the frame, whose sides are 0 to 1. The scene behind it is in scenery.py.
@@ -32,9 +32,9 @@ class Shape(NamedTuple):
 
 
 class Build(NamedTuple):
-    """Proportions, in bird units. A small bird is chubby with a large head, a large one long-necked.
+    """Proportions, in bird units. A small bird is round with a large head, a large one has a long neck.
 
-    So size can be told from the shape alone, also where a crop makes all birds equally large (CUB's box crop).
+    So the shape alone shows the size, also where a crop makes all birds equally large (CUB's box crop).
     """
 
     body: tuple[float, float]  # half length, half height
@@ -207,7 +207,7 @@ def _beak(x: float, y: float, radius: float, nod: float, length: str, color: Col
 
 
 def _eye(x: float, y: float, radius: float, nod: float) -> list[Shape]:
-    """A dark eye in a white ring, so that it shows on every colour, with a glint."""
+    """A dark eye with a highlight, in a white ring, so that it can be seen on every colour."""
     along = np.array([np.cos(nod), np.sin(nod)])
     cx, cy = np.array([x, y]) + along * radius * 0.42 + np.array([0, radius * 0.02])
     size = radius * 0.2 + 0.012
