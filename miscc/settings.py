@@ -5,11 +5,20 @@ files is miscc/config.py's.
 """
 
 import dataclasses
+import math
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 METADATA = "setting"
+SCALARS: dict[Any, str] = {
+    bool: "a truth value",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    type(None): "None",
+}
 
 
 class Setting(NamedTuple):
@@ -95,6 +104,27 @@ def arguments_from(part: type, config: Mapping[str, Any]) -> dict[str, Any]:
     """{field: value} of the part's settings in a nested configuration; lists as tuples."""
     values = {name: lookup(config, one.key) for name, one in settings_of(part).items()}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def check_arguments(part: type, arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError where a value is not of its field's type, not finite, or none of its choices.
+
+    Unknown names, and fields that hold more than one value, are left to the dataclass and its owner.
+    """
+    hints, declared = typing.get_type_hints(part), settings_of(part)
+    for name, value in arguments.items():
+        # A type or a union of types; whole numbers are numbers, too, truth values are not.
+        hint = hints.get(name)
+        kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+        if not all(kind in SCALARS for kind in kinds):
+            continue
+        allowed = {*kinds, int} if float in kinds else set(kinds)
+        if type(value) not in allowed or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{name} is {value!r:.80}, not {' or '.join(SCALARS[kind] for kind in kinds)}")
+
+        choices = declared[name].choices if name in declared else ()
+        if choices and value not in choices:
+            raise ValueError(f"{name} is {value!r:.80}, not one of {', '.join(map(str, choices))}")
 
 
 def lookup(config: Mapping[str, Any], key: str) -> Any:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from miscc.errors import CheckpointError
+from miscc.settings import check_arguments
 from models import networks_of, parts
 from models.types import Network
 
@@ -27,8 +28,9 @@ def from_state(entry: Mapping[str, Any], registry: Mapping[str, type[Network]]) 
             f"{', '.join(registry)}); update the project"
         )
 
-    # Sizes first: arguments of a damaged file could ask for all memory.
+    # Arguments and sizes first: those of a damaged file could ask for all memory.
     try:
+        check_arguments(registry[entry["name"]].Settings, entry["arguments"])
         _check_sizes(registry[entry["name"]], entry)
         module = skip_init(registry[entry["name"]], entry["arguments"])
         module.load_state_dict(entry["state"])

@@ -68,7 +68,7 @@ class StageSettings(SentenceSettings, NumStagesSettings):
 class NoiseSettings:
     """Of a generator that draws from noise."""
 
-    z_dim: int = setting("GAN.Z_DIM", 100, "dimension of the noise z", above=0, maximum=65536)
+    z_dim: int = setting("GAN.Z_DIM", 100, "number of values in the noise vector z", above=0, maximum=65536)
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ class Generator(Network):
     """What every generator declares.
 
     image_size: of the largest image it makes, pixels.
-    z_dim: dimension of the noise z.
+    z_dim: number of values in the noise vector z.
     noise_dim: random numbers that one image takes: z_dim, or more where the system draws others, too.
     num_attending: number of word attention maps in its output.
     predicts_masks: whether its output has masks.
@@ -266,7 +266,7 @@ class System:
         """The optimizers that `updates` names."""
         raise NotImplementedError
 
-    def duels(self) -> Mapping[str, tuple[str, str]]:
+    def logit_pairs(self) -> Mapping[str, tuple[str, str]]:
         """{discriminator: (X, Y)} where logits/X and logits/Y are logged: its mean logits of real and of fake images.
 
         sign/X and sign/Y beside them are the means of the logits' signs. The watch on the training reads them.

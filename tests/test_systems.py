@@ -13,15 +13,19 @@ import models
 from miscc.checkpoint import load_checkpoint, save_checkpoint
 from miscc.config import to_yaml
 from miscc.distributed import World
-from miscc.errors import ConfigError
-from miscc.settings import setting
-from models.settings import NoiseSettings, image_size_setting
+from miscc.errors import CheckpointError, ConfigError
+from miscc.settings import check_arguments, setting
+from models.registry import from_state, to_state
+from models.settings import DiscriminatorSettings, NoiseSettings, image_size_setting
+from models.ssa_gan import SSAGenerator
 from models.types import Discriminator, Generator, GeneratorOutput, OptimizerSpec, System, Update
 from sampling.pipeline import TextToImage
 from training.settings import keys_without_effect, load_config, schema
 from training.trainer import train
 
 CPU = World(0, 1, torch.device("cpu"))
+
+SSA = {"nf": 2, "z_dim": 4, "sentence_dim": 4, "image_size": 8}  # arguments of a small generator
 
 
 class Dot(Generator):
@@ -147,3 +151,34 @@ def test_a_system_changes_defaults_of_the_loops(dummy, monkeypatch, tmp_path):
     monkeypatch.setattr(DummyGAN, "DEFAULTS", {"TRAIN.BATCH_SIZE": 7})
     assert load_config(tmp_path / "x.yml").TRAIN.BATCH_SIZE == 7
     assert load_config(tmp_path / "x.yml", [("TRAIN.BATCH_SIZE", "3")]).TRAIN.BATCH_SIZE == 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sscbn": float("nan")}, "sscbn is nan, not a text"),
+        ({"sscbn": "other"}, "sscbn is 'other', not one of code, paper"),
+        ({"nf": True}, "nf is True, not a whole number"),
+        ({"nf": 2.0}, "nf is 2.0, not a whole number"),
+        ({"image_size": ()}, r"image_size is \(\), not a whole number"),
+        ({"mask": "x" * 10**6}, "mask is 'xxx"),
+    ],
+)
+def test_stored_arguments_of_another_type_or_choice_are_refused(changed, message):
+    """As the fuzzer found them: NaN in the place of a text was a traceback."""
+    entry = to_state("ssa_gan", SSAGenerator(**SSA))
+    entry["arguments"] |= changed
+    with pytest.raises(CheckpointError, match=f"'ssa_gan' does not fit .*: {message}") as caught:
+        from_state(entry, {"ssa_gan": SSAGenerator})
+    assert len(str(caught.value)) < 400
+
+
+def test_stored_arguments_that_are_right_are_taken():
+    entry = to_state("ssa_gan", SSAGenerator(**SSA, sscbn="paper"))
+    assert from_state(entry, {"ssa_gan": SSAGenerator}).arguments == entry["arguments"]
+
+
+def test_a_whole_number_is_taken_where_a_number_is_wanted_and_infinity_is_not():
+    check_arguments(DiscriminatorSettings, {"projected_weight": 1, "unknown": object()})
+    with pytest.raises(ValueError, match="projected_weight is inf, not a number"):
+        check_arguments(DiscriminatorSettings, {"projected_weight": float("inf")})
