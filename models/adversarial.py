@@ -79,7 +79,7 @@ class AdversarialSystem(System):
         """The discriminators of this run."""
         return [self.networks[part] for part in DISCRIMINATORS if part in self.networks]
 
-    def duels(self) -> dict[str, tuple[str, str]]:
+    def logit_pairs(self) -> dict[str, tuple[str, str]]:
         kinds = {"discriminator": ("real", "fake"), "projected": ("projected_real", "projected_fake")}
         return {part: pair for part, pair in kinds.items() if part in self.networks}
 

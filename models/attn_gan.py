@@ -240,7 +240,7 @@ class AttnGAN(AdversarialSystem):
     def discriminator(self) -> AttnDiscriminator:
         return self.networks["discriminator"]
 
-    def duels(self) -> dict[str, tuple[str, str]]:
+    def logit_pairs(self) -> dict[str, tuple[str, str]]:
         """Of every stage, by the size of its images."""
         return {f"discriminator_{size}": (f"real_{size}", f"fake_{size}") for size in self.image_sizes}
 

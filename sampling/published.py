@@ -141,10 +141,9 @@ def read_published(folder: str | Path) -> dict[str, Any]:
 
 def _is_entry(value: Any) -> bool:
     """Whether this is a network of the training, as sampling/trained_with.py has them."""
-    texts = value.values() if isinstance(value, dict) else ()
-    return {"network", "role", "weights_hash", "file"} <= set(value if texts else ()) and all(
-        isinstance(t, str) for t in texts
-    )
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        return False
+    return {"network", "role", "weights_hash", "file"} <= value.keys()
 
 
 def _read_config(path: Path) -> dict[str, Any]:

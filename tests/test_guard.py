@@ -210,9 +210,9 @@ def test_what_a_look_reads_by_hand(tiny):
     guard.record(Update("discriminator", {"penalty": torch.tensor(7.0)}, is_penalty=True))
     reading = guard.read()
     # Medians: logits 3 and -2; signs 0.5 and -1, which is (2 + 0.5 + 1) / 4 told apart.
-    assert reading.duels == {"discriminator": (5.0, 0.875)} and reading.penalty == 7.0
+    assert reading.margins == {"discriminator": (5.0, 0.875)} and reading.penalty == 7.0
     assert guard.latest == {"watch/gap_discriminator": 5.0, "watch/penalty": 7.0, "watch/variety": reading.variety}
-    assert guard.read().duels == {}  # the next look starts anew
+    assert guard.read().margins == {}  # the next look starts anew
 
 
 def test_variety_by_hand(tiny, monkeypatch):

@@ -3,13 +3,11 @@
 What two processes exchange is imitated in one where both have the same images: a sum over the processes is twice one's own.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_distributed import torchrun
 from torch import nn
 
 from miscc import distributed
@@ -105,16 +103,7 @@ distributed.stop()
 
 def test_two_processes_take_the_step_of_one(tmp_path):
     (tmp_path / "step.py").write_text(STEP)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "step.py"), str(tmp_path), str(ROOT)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(tmp_path / "step.py", tmp_path, ROOT)
     assert sorted(path.name for path in tmp_path.glob("fine*")) == ["fine0", "fine1"]
 
 

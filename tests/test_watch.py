@@ -6,7 +6,7 @@ import pytest
 
 from miscc.errors import CheckpointError, ConfigError
 from training.settings import load_config
-from training.watch import FEWEST_LOOKS, NUM_LOOKS, REPEAT, Duel, Reading, Watch, WatchSettings
+from training.watch import FEWEST_LOOKS, NUM_LOOKS, REPEAT, Margin, Reading, Watch, WatchSettings
 
 AT_ONCE = WatchSettings(patience=1)
 
@@ -17,7 +17,7 @@ def kinds(watch, *readings):
 
 
 def duel(gap, accuracy=1.0):
-    return Reading(duels={"discriminator": Duel(gap, accuracy)})
+    return Reading(margins={"discriminator": Margin(gap, accuracy)})
 
 
 def varieties(*values):
@@ -33,7 +33,7 @@ def test_a_discriminator_wins_outright_above_the_gap_and_from_the_accuracy_on():
 
 
 def test_each_discriminator_is_watched_and_named():
-    reading = Reading(duels={"discriminator": Duel(1.0, 0.9), "projected": Duel(12.5, 1.0)})
+    reading = Reading(margins={"discriminator": Margin(1.0, 0.9), "projected": Margin(12.5, 1.0)})
     (finding,) = Watch(AT_ONCE).update(reading)
     assert finding.text.startswith("D wins outright (projected): its logits of real and fake images lie 12.5 apart")
     assert "LOGIT_GAP 10" in finding.text and "100.0 %" in finding.text
@@ -78,7 +78,7 @@ def test_one_odd_look_warns_nobody_and_a_lasting_finding_is_repeated_from_time_t
 
 
 def test_the_state_goes_on_where_it_was_written():
-    readings = [Reading({"projected": Duel(11.0)}, 5.0, 0.4 + n / 100) for n in range(6)]
+    readings = [Reading({"projected": Margin(11.0)}, 5.0, 0.4 + n / 100) for n in range(6)]
     whole, first, second = (Watch(WatchSettings(patience=5)) for _ in range(3))
     expected = kinds(whole, *readings)
     begun = kinds(first, *readings[:3])

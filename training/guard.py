@@ -24,7 +24,7 @@ from models.modes import eval_mode, full_precision
 from models.types import System, Update
 from training.progress import Progress
 from training.run_dir import RunDir
-from training.watch import Duel, Finding, Reading, Watch, WatchSettings, checked
+from training.watch import Finding, Margin, Reading, Watch, WatchSettings, checked
 
 if TYPE_CHECKING:
     from training.trainer import Trainer
@@ -89,8 +89,8 @@ class Guard:
         self.rollbacks: list[Rollback] = []
 
         # What is recorded at every step: on the device, as reading it would make a GPU wait.
-        self.duels = system.duels()
-        kinds = [kind for pair in self.duels.values() for kind in pair]
+        self.logit_pairs = system.logit_pairs()
+        kinds = [kind for pair in self.logit_pairs.values() for kind in pair]
         names = [f"{what}/{kind}" for what in ("logits", "sign") for kind in kinds]
         self.recent: dict[str, deque] = {
             name: deque(maxlen=max(1, settings.every)) for name in (*names, f"loss/{system.PENALTY}")
@@ -146,18 +146,18 @@ class Guard:
             recent.clear()
 
         # Discriminators, as far as the system logs what tells how they stand.
-        duels = {}
-        for name, (real, fake) in self.duels.items():
+        margins = {}
+        for name, (real, fake) in self.logit_pairs.items():
             if {f"logits/{real}", f"logits/{fake}"} <= medians.keys():
                 gap = medians[f"logits/{real}"] - medians[f"logits/{fake}"]
                 # Signs are means of -1 and 1.
                 up, down = medians.get(f"sign/{real}"), medians.get(f"sign/{fake}")
                 accuracy = None if up is None or down is None else (2 + up - down) / 4
-                duels[name] = Duel(gap, accuracy)
+                margins[name] = Margin(gap, accuracy)
 
         # The numbers for the log.
-        reading = Reading(duels, medians.get(f"loss/{self.system.PENALTY}"), self.variety())
-        self.latest = {f"watch/gap_{name}": duel.gap for name, duel in duels.items()}
+        reading = Reading(margins, medians.get(f"loss/{self.system.PENALTY}"), self.variety())
+        self.latest = {f"watch/gap_{name}": margin.gap for name, margin in margins.items()}
         numbers = {"watch/penalty": reading.penalty, "watch/variety": reading.variety}
         self.latest |= {name: value for name, value in numbers.items() if value is not None}
         return reading

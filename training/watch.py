@@ -62,7 +62,7 @@ class WatchSettings:
     )
 
 
-class Duel(NamedTuple):
+class Margin(NamedTuple):
     """How one discriminator stands against G, medians since the last look.
 
     gap: mean logit of real images less that of fake ones.
@@ -76,12 +76,12 @@ class Duel(NamedTuple):
 class Reading(NamedTuple):
     """What one look sees; what a system does not have is empty or None.
 
-    duels: by the discriminator's name.
+    margins: by the discriminator's name.
     penalty: median of the gradient penalties since the last look.
     variety: how much images of one caption differ, see guard.py.
     """
 
-    duels: Mapping[str, Duel] = {}
+    margins: Mapping[str, Margin] = {}
     penalty: float | None = None
     variety: float | None = None
 
@@ -124,17 +124,17 @@ class Watch:
 
     def _over(self, reading: Reading) -> dict[str, Finding | None]:
         """{name: finding, None below the threshold}."""
-        found = {f"discriminator {name}": self._of_duel(name, duel) for name, duel in reading.duels.items()}
+        found = {f"discriminator {name}": self._of_margin(name, margin) for name, margin in reading.margins.items()}
         return found | {"variety": self._of_variety(reading.variety), "penalty": self._of_penalty(reading.penalty)}
 
-    def _of_duel(self, name: str, duel: Duel) -> Finding | None:
-        settings, accuracy = self.settings, duel.accuracy
-        if not duel.gap > settings.logit_gap or (accuracy is not None and accuracy < settings.accuracy):
+    def _of_margin(self, name: str, margin: Margin) -> Finding | None:
+        settings, accuracy = self.settings, margin.accuracy
+        if not margin.gap > settings.logit_gap or (accuracy is not None and accuracy < settings.accuracy):
             return None
         share = "" if accuracy is None else f", and it tells {100 * accuracy:.1f} % of the images apart"
         return Finding(
             "discriminator",
-            f"D wins outright ({name}): its logits of real and fake images lie {duel.gap:.3g} apart "
+            f"D wins outright ({name}): its logits of real and fake images lie {margin.gap:.3g} apart "
             f"(TRAIN.WATCH.LOGIT_GAP {settings.logit_gap:g}){share}",
         )
 

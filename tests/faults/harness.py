@@ -45,12 +45,13 @@ class Case:
     def __init__(self, material: Material, place: Place, rng: Random):
         self.material, self.place, self.rng = material, place, rng
         self.left: list[Path] = []  # temporary files that were there before a fault
-        self.number = 0  # of groups of processes until now
+        self.num_starts = 0
         self.saved = 0  # the step that --resume would go on from
 
     def hit(self, kind: str) -> Outcome:
         """Go on with the training until it ends by one fault of this kind; then put right what a user would."""
         fault = KINDS[kind][0](self.rng, self.place)
+        log_before = log_state(self.place.runs())
         trainings = self.place.start(fault.settings, fault.moment, fault.processes, resume=self.saved > 0)
 
         # The fault, at its moment.
@@ -62,7 +63,7 @@ class Case:
 
         # What was done while its cause lasts; then what a user puts right.
         fault.undo()
-        wrong = self.verdict(fault, struck, ended)
+        wrong = self.verdict(fault, struck, ended, log_before != log_state(self.place.runs()))
         if struck and not wrong:
             struck = fault.after() is not False
             wrong = self.verdict_on_damage(fault) if struck else ""
@@ -81,15 +82,18 @@ class Case:
         """Wait for the processes; what they say is written beside the data, for people."""
         ended = [training.wait() for training in trainings]
         for rank, one in enumerate(ended):
-            path = self.place.folder / f"{self.number:02d}-{name}-{rank}.txt"
+            path = self.place.folder / f"{self.num_starts:02d}-{name}-{rank}.txt"
             path.write_text(f"exit code {one.code}\n-- stdout\n{one.output}-- stderr\n{one.errors}")
-        self.number += 1
+        self.num_starts += 1
         return ended
 
     # -- verdicts --------------------------------------------------------------------------------------------------
 
-    def verdict(self, fault: Fault, struck: bool, ended: Sequence[Ended]) -> str:
-        """What is wrong after a fault: with its exit codes, its words, what is saved, what is left."""
+    def verdict(self, fault: Fault, struck: bool, ended: Sequence[Ended], has_logged: bool) -> str:
+        """What is wrong after a fault: with its exit codes, its words, what is saved, what is left.
+
+        has_logged: whether this start wrote to the log; one that ends before its first step leaves an earlier one's lines.
+        """
         # How the processes ended, and what they said.
         for one in ended:
             if wrong := check_end(one, fault.ends if struck else {0: ""}):
@@ -108,7 +112,7 @@ class Case:
         if 0 in codes and self.saved < STEPS:
             return f"exit code 0 after step {self.saved} of {STEPS}"
         logged = last_logged(self.place.runs())
-        if codes[0] in fault.loses_nothing and self.saved != logged:
+        if has_logged and codes[0] in fault.loses_nothing and self.saved != logged:
             return f"step {logged} was logged, step {self.saved} is saved, exit code {codes[0]}"
 
         # What is left behind.
@@ -197,6 +201,15 @@ def logged_steps(run: RunDir) -> list[int]:
 def last_logged(runs: Sequence[RunDir]) -> int:
     """The last step that the newest run has logged."""
     return max(logged_steps(runs[-1]), default=0) if runs else 0
+
+
+def log_state(runs: Sequence[RunDir]) -> tuple[str, int, int]:
+    """(path, time of the last change, bytes) of the newest run's log; a training that writes to it changes one of them."""
+    path = runs[-1].stats if runs else None
+    if path is None or not path.is_file():
+        return ("", 0, 0)
+    status = path.stat()
+    return (str(path), status.st_mtime_ns, status.st_size)
 
 
 # -- the loop ------------------------------------------------------------------------------------------------------

@@ -198,10 +198,7 @@ def _be_command(
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         ProgressBar.line_due = None
-        if moment is not None:
-            _report(moment, event, go)
-
-        run_command(lambda: command.main(list(arguments)))
+        run_command(lambda: _run_main(arguments, moment, event, go))
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 0
@@ -219,6 +216,13 @@ def _be_command(
             traceback.print_exc()
             code = code or 1
         os._exit(code)
+
+
+def _run_main(arguments: Sequence[str], moment: Moment | None, event: int, go: int) -> None:
+    """main.py's main; a signal while it stands still at its start must find what main.py would be in by then."""
+    if moment is not None:
+        _report(moment, event, go)
+    command.main(list(arguments))
 
 
 def _report(moment: Moment, event: int, go: int) -> None:

@@ -95,7 +95,7 @@ def read_faults(path: Path = CHOSEN) -> list[Fault]:
     return faults
 
 
-# -- faults that nobody thought of ---------------------------------------------------------------------------------
+# -- faults drawn at random -----------------------------------------------------------------------------------------
 
 
 def draw_faults(tests_of: dict[str, tuple[str, ...]], number: int, seed: int) -> list[Fault]:
