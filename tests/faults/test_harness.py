@@ -79,7 +79,7 @@ def test_a_lost_checkpoint_is_found(case):
     run = RunDir(case.place.newest().path)
     run.last.unlink()
     fault = KINDS["SIGKILL"][0](harness.Random(1), case.place)
-    said = case.verdict(fault, True, [Ended(-9, "", "")])
+    said = case.verdict(fault, True, [Ended(-9, "", "")], True)
     assert said == "step 3 was saved, and --resume would go on from step 2"
 
 

@@ -218,11 +218,11 @@ def _be_command(
         os._exit(code)
 
 
-def _run_main(arguments: Sequence[str], moment: Moment | None, event: int, go: int) -> None:
+def _run_main(arguments: Sequence[str], moment: Moment | None, event: int, go: int) -> int:
     """main.py's main; a signal while it stands still at its start must find what main.py would be in by then."""
     if moment is not None:
         _report(moment, event, go)
-    command.main(list(arguments))
+    return command.main(list(arguments))
 
 
 def _report(moment: Moment, event: int, go: int) -> None:
