@@ -58,13 +58,13 @@ def starting_networks(
     """The networks of a new training, fresh or of NET_G, with the encoders that the settings name. Raises UserError."""
     encoders, vocabulary = encoders_for(system, start, data)
 
-    # Fresh networks, with the gates' initial value of the settings.
+    # Fresh networks, whose gates start from GAN.GATE.
     fresh = build_networks(system)
     for network in fresh.values():
         for gate in network.gates():
             nn.init.constant_(gate, start.gate)
 
-    # In their place those of weight files; the encoders beside them.
+    # Networks from weight files replace fresh ones; the encoders stand beside them.
     networks = dict(fresh)
     networks |= networks_from_files(start, networks, system.name)
     networks["text_encoder"] = encoders.text_encoder
@@ -90,7 +90,9 @@ def resumed_networks(system: ChosenSystem, checkpoint: Mapping) -> tuple[dict[st
                 f"back, or start anew (TRAIN.NET_G)"
             )
         if type(networks[part]) is not expected.NETWORKS[part]:
-            raise CheckpointError(f"the checkpoint's {part} is {network_name(networks[part])}'s, not {system.name}'s")
+            raise CheckpointError(
+                f"the checkpoint's {part} is {network_name(networks[part])}'s, not {system.name}'s; resume with its own settings"
+            )
 
     # The encoders, and the vocabulary that goes with them.
     if "text_encoder" not in networks:
@@ -101,7 +103,9 @@ def resumed_networks(system: ChosenSystem, checkpoint: Mapping) -> tuple[dict[st
     text_encoder = cast(CaptionEncoder, networks["text_encoder"])
     check_sentence_length(text_encoder, cast(Generator, networks["generator"]), "the checkpoint's text encoder")
     if text_encoder.embedding.num_embeddings != len(vocabulary):
-        raise CheckpointError("the checkpoint's text encoder knows another number of words than its vocabulary has")
+        raise CheckpointError(
+            "the checkpoint's text encoder knows another number of words than its vocabulary has; start anew"
+        )
     return networks, vocabulary
 
 
@@ -109,11 +113,14 @@ def resumed_networks(system: ChosenSystem, checkpoint: Mapping) -> tuple[dict[st
 
 
 def networks_from_files(start: StartSettings, fresh: Mapping[str, Network], name: str) -> dict[str, Network]:
-    """G and D of the weight files that NET_G and NET_D name; fresh: the networks of the settings; name: their system's.
+    """G and D from the weight files that NET_G and NET_D name.
 
-    Raises CheckpointError where they do not fit the settings.
+    fresh: the networks of the settings.
+    name: of their system.
+
+    Raises CheckpointError where the files do not fit the settings.
     """
-    # Of the generator's file, which may hold a discriminator, too; of the discriminator's own.
+    # From the generator's file, which may hold a discriminator, too; then from the discriminator's own file.
     networks: dict[str, Network] = {}
     if start.generator_file:
         networks = _from_generator_file(start, fresh)
@@ -121,7 +128,7 @@ def networks_from_files(start: StartSettings, fresh: Mapping[str, Network], name
         like = cast(Discriminator, fresh["discriminator"])
         networks["discriminator"] = load_discriminator_files(start.discriminator_file, like)
 
-    # What the settings would have built.
+    # They must be what the settings would build.
     if networks and "discriminator" not in networks:
         logger.warning("the discriminator starts anew; TRAIN.NET_D names the one that goes with TRAIN.NET_G")
     for part, network in networks.items():
@@ -154,7 +161,11 @@ def _from_generator_file(start: StartSettings, fresh: Mapping[str, Network]) -> 
 
 
 def _check_same_network(network: Network, fresh: Network, key: str, part: str, name: str) -> None:
-    """Raises CheckpointError where a loaded network is another than the settings'; key: of its file; name: of the system."""
+    """Raises CheckpointError where a loaded network differs from the one that the settings would build.
+
+    key: the setting that names its file.
+    name: of the system.
+    """
     if type(network) is not type(fresh):
         raise CheckpointError(
             f"{key}: holds the {part} of {network_name(network)}, the settings are for {name}; set GAN.NAME"
@@ -204,20 +215,21 @@ def encoders_for(system: ChosenSystem, start: StartSettings, data: DataSettings)
     """The encoders that the settings name, and their vocabulary. Raises UserError where they do not fit."""
     # A loss that looks at images needs the encoder of its own kind; others take any text encoder.
     objective = system.objective
-    if objective.needs_image_encoder and objective.encoders_with_images != start.kind:
+    kind = objective.encoders_with_images
+    if objective.needs_image_encoder and start.kind != kind:
         raise ConfigError(
-            f"TEXT.ENCODER: is {start.kind}, but a loss of these settings looks at images with the encoder of "
-            f"{objective.encoders_with_images}; set it so, or leave that loss out (TRAIN.DAMSM_WEIGHT 0)"
+            f"TEXT.ENCODER: is {start.kind}, but a loss of these settings looks at images with the encoder of {kind}; set it "
+            f"to {kind}, or leave that loss out (TRAIN.DAMSM_WEIGHT 0)"
         )
 
     # The files.
     key = {"damsm": "TEXT.DAMSM_NAME", "clip": "CLIP.WEIGHTS"}[start.kind]
     encoders = ENCODERS_OF[start.kind](start, data)
     vocabulary = encoders.vocabulary or released_vocabulary(data.data_dir)
-    if not objective.needs_image_encoder and start.kind != objective.encoders_with_images:
+    if not objective.needs_image_encoder and start.kind != kind:
         encoders = encoders._replace(image_encoder=None)  # no loss uses it
 
-    # Whether the words are the data's, and whether images can be looked at.
+    # They must know the vocabulary's words, and include an image encoder where a loss needs it.
     num_known = encoders.text_encoder.embedding.num_embeddings
     if num_known != len(vocabulary):
         raise CheckpointError(
@@ -236,7 +248,9 @@ def encoders_for(system: ChosenSystem, start: StartSettings, data: DataSettings)
         encoders = encoders._replace(text_encoder=mixed)
     text_dim = encoders.text_encoder.arguments["text_dim"]
     if text_dim != start.text_dim:
-        raise ConfigError(f"TEXT.EMBEDDING_DIM: is {start.text_dim}, but the encoders give {text_dim}; set it so")
+        raise ConfigError(
+            f"TEXT.EMBEDDING_DIM: is {start.text_dim}, but the encoders give {text_dim}; set it to {text_dim}"
+        )
     return encoders, vocabulary
 
 

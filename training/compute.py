@@ -16,7 +16,7 @@ from models.types import Generator, Network
 
 
 def use_channels_last(networks: Mapping[str, nn.Module]) -> None:
-    """Store images' channels together, as GPUs in bf16 want them. Call it before copies and optimizers are made."""
+    """Store each pixel's channels together, which is faster on GPUs in bf16. Call it before copies and optimizers are made."""
     for network in networks.values():
         network.to(memory_format=torch.channels_last)
 
@@ -28,7 +28,7 @@ def compile_networks(networks: Mapping[str, Network]) -> None:
     A gradient penalty runs uncompiled (models.modes.full_precision), as compilers cannot differentiate twice.
     """
     for network in networks.values():
-        # See above: batch statistics are restored there.
+        # A generator with checkpointed activations, see above.
         if any(isinstance(vars(module).get("forward"), _Recomputed) for module in network.modules()):
             continue
 

@@ -1,6 +1,7 @@
 """The encoders' loop: DAMSM pretraining, with validation loss and retrieval on held-out pairs after each epoch."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -226,7 +227,7 @@ class EncoderTrainer:
         if is_best:
             self.best_loss, self.best_epoch = scores["loss"], epoch
         checkpoint = self.checkpoint(scores)
-        if is_best:  # what a GAN starts from and others are given: nothing resumes from it
+        if is_best:  # without optimizers: GANs start from it, no training of encoders resumes from it
             save_checkpoint(run.best, {part: value for part, value in checkpoint.items() if part != "optimizers"})
         every = self.settings.snapshot_interval
         if every and epoch % every == 0:
@@ -252,9 +253,10 @@ class EncoderTrainer:
 
         # Their mean, and retrieval.
         loss = sum(totals) / len(totals)
-        if loss != loss:
+        if math.isnan(loss):
             raise TrainingError(
-                f"the validation loss is not a number after step {self.step}; the last good encoders are kept"
+                f"the validation loss is not a number after step {self.step}; the last good encoders are kept. Lower "
+                f"TRAIN.ENCODER_LR, then go on with --resume"
             )
         return {"loss": loss} | retrieval_at(torch.cat(codes), torch.cat(sentences))
 
@@ -339,13 +341,15 @@ class EncoderTrainer:
             return None, None
         encoders = load_encoders(file, max_words=data.max_words)
         if encoders.image_encoder is None:
-            raise CheckpointError(f"TRAIN.NET_E: there is no image encoder beside {file}")
+            raise CheckpointError(
+                f"TRAIN.NET_E: there is no image encoder beside {file}; put its image_encoder*.pth there"
+            )
         vocabulary = encoders.vocabulary or released_vocabulary(data.data_dir)
         return {"text_encoder": encoders.text_encoder, "image_encoder": encoders.image_encoder}, vocabulary
 
     def _fresh_encoders(self) -> dict[str, Network]:
         """Encoders with random weights, Inception's trunk with ImageNet's. Raises ConfigError, CheckpointError."""
-        # The image encoder comes first: it draws its weights first.
+        # The image encoder comes first: the order decides which random numbers become whose initial weights.
         kind = self.settings.image_encoder
         arguments = {"text_dim": self.text_arguments["text_dim"]}
         if kind == "small":
@@ -381,6 +385,6 @@ def load_imagenet_weights(trunk: nn.Module, path: str) -> None:
     missing = [name for name in expected if name not in state or state[name].shape != expected[name].shape]
     if missing:
         raise CheckpointError(
-            f"{file}: is not torchvision's inception_v3, {len(missing)} tensors missing ({missing[0]})"
+            f"{file}: is not torchvision's inception_v3, {len(missing)} tensors missing ({missing[0]}); download {url} again"
         )
     trunk.load_state_dict({name: state[name] for name in expected})

@@ -143,6 +143,6 @@ def next_batch(batches: Iterator[Batch], step: int, save: Callable[[], None] | N
 
 
 def usable_workers(workers: int, device: torch.device) -> int:
-    """WORKERS, but no more than the cores can carry: training on a CPU needs most of them itself."""
+    """WORKERS, but at most one a core, on a CPU one for two cores: there the training needs the cores itself."""
     cores = os.cpu_count() or 1
     return min(workers, cores // 2 if device.type == "cpu" else cores)

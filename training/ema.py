@@ -13,8 +13,8 @@ class EMA:
 
     decay: how much of the old average an update keeps, from 0 to below 1. Early on it is lower, (1 + n) / (10 + n) after
         n updates, so that the random start is forgotten also in short runs.
-    share: average over about this share of the updates so far, decay at most n·share / (1 + n·share), however many a time
-        budget allows; 0: no such limit.
+    share: the average covers about this share of the n updates so far, however many a time budget allows: decay is at most
+        n·share / (1 + n·share); 0: no such limit.
     """
 
     def __init__(self, generator: Generator, decay: float, share: float = 0.0):
@@ -25,7 +25,7 @@ class EMA:
     @torch.no_grad()
     def update(self, generator: nn.Module) -> None:
         """Move the average towards the generator's present weights."""
-        # Less is kept at first, and as much as `share` allows.
+        # The decay is lower at first, and limited by `share`.
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         if self.share:
             decay = min(decay, self.num_updates * self.share / (1 + self.num_updates * self.share))

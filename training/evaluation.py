@@ -28,7 +28,8 @@ from training.settings import EvaluationSettings
 
 logger = logging.getLogger(__name__)
 
-MEASURES = {  # TRAIN.EVAL_MEASURE: networks, of which the first is taken that is no discriminator's backbone; resize filter
+# TRAIN.EVAL_MEASURE: (networks, resize filter). The first network that is no discriminator's backbone is used.
+MEASURES = {
     "FD": (("efficientnet-lite0", "efficientnet-lite2"), "clean"),  # weights come with their packages: works anywhere
     "FID": (("inception-tf",), "tf1"),  # what papers mean, where the weights are
 }
@@ -73,9 +74,10 @@ class Evaluation:
     """The distance of generated to held-out real images, and the best that a run has reached.
 
     Captions and noise are the same each time.
-    name: of the score, with network, number of images and which images;
-    best: None before the first;
-    best_step: where it was reached.
+
+    name: of the score, with network, number of images and which images.
+    best: the lowest score so far; None before the first.
+    best_step: the step at which it was reached.
     """
 
     def __init__(
@@ -139,10 +141,10 @@ class Evaluation:
 
     def line(self, value: float, epoch: int, saved: Path | None) -> str:
         """An evaluation for the log. saved: the best checkpoint, where this is it."""
-        said = f"evaluation after epoch {epoch}: {self.title} {value:.6g}, held-out classes"
+        text = f"evaluation after epoch {epoch}: {self.title} {value:.6g}, held-out classes"
         if saved:
-            return f"{said}; the best until now: {saved}"
-        return said if self.best is None else f"{said} (best: {self.best:.6g})"
+            return f"{text}; the best until now: {saved}"
+        return text if self.best is None else f"{text} (best: {self.best:.6g})"
 
     def measure(self, pipeline: TextToImage) -> float:
         """The score of a generator, lower is better. Nothing is drawn from torch's global random generators."""

@@ -131,7 +131,7 @@ class Progress:
         with self.optional("stats.jsonl"), self.run.stats.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, "epoch": round(epoch, 4), **line}) + "\n")
 
-        # TensorBoard, and the bar.
+        # TensorBoard, the tracker and the bar.
         if self.board is not None:
             with self.optional("TensorBoard's files"):
                 for name, value in plain.items():

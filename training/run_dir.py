@@ -36,7 +36,7 @@ class RunDir:
         self.path = Path(path)
         self.note = ""
         self._lock: FolderLock | None = None
-        self.last_is_good = True  # or the next `save` must not put it in previous.pth's place
+        self.last_is_good = True  # if not, the next `save` does not keep last.pth as previous.pth
         self.config = self.path / "config.yml"
         self.log = self.path / "log.txt"
         self.stats = self.path / "stats.jsonl"
@@ -87,7 +87,7 @@ class RunDir:
     @classmethod
     def newest(cls, output_dir: str | Path, name: str, must_exist: bool = True) -> "RunDir | None":
         """The newest run of this name that has a checkpoint; without one CheckpointError, or None if it need not exist."""
-        # The newest with a checkpoint.
+        # Those of this name, the newest first.
         directories = [path for _, path in sorted(_numbered_directories(Path(output_dir))) if path.name[6:] == name]
         for path in reversed(directories):
             if cls(path).has_state():
@@ -149,7 +149,7 @@ class RunDir:
         except DamagedError as error:
             reason = str(error)
 
-        # Older ones: numbered ones for drawing are of no use.
+        # Older ones; those without optimizers are for drawing alone.
         self.last_is_good = False
         for path in self._older():
             try:

@@ -65,7 +65,9 @@ class TrainerSettings(LoopSettings):
     )
     sample_every: int = setting("TRAIN.SAMPLE_EVERY", 500, "steps between pictures of fixed test captions; 0: none")
     sample_minutes: float = setting(
-        "TRAIN.SAMPLE_MINUTES", 0.0, "minutes between such pictures, beside those of SAMPLE_EVERY; 0: none"
+        "TRAIN.SAMPLE_MINUTES",
+        0.0,
+        "minutes between pictures of fixed test captions, in addition to SAMPLE_EVERY; 0: none",
     )
     log_every: int = setting("TRAIN.LOG_EVERY", 50, "steps between lines in stats.jsonl and TensorBoard", above=0)
     precision: str = setting(
@@ -77,7 +79,7 @@ class TrainerSettings(LoopSettings):
     )
     compile: bool = setting("TRAIN.COMPILE", False, "torch.compile for all that is not differentiated twice")
     channels_last: bool = setting(
-        "TRAIN.CHANNELS_LAST", False, "channels_last layout of the networks; pays on GPUs alone"
+        "TRAIN.CHANNELS_LAST", False, "channels_last layout of the networks; faster on GPUs only"
     )
     accumulate: int = setting(
         "TRAIN.ACCUMULATE", 1, "micro-batches that BATCH_SIZE is cut into, one after the other", above=0
@@ -93,7 +95,7 @@ class TrainerSettings(LoopSettings):
     ema_decay: float = setting(
         "TRAIN.EMA_DECAY",
         0.999,
-        "of the averaged generator used for samples; 0: sample from G itself",
+        "decay of the averaged generator used for samples; 0: sample from G itself",
         below=1,
     )
     ema_share: float = setting(
@@ -119,13 +121,13 @@ class EvaluationSettings:
 
     every: int = setting("TRAIN.EVAL_EVERY", 0, "epochs between evaluations on held-out training classes; 0: none")
     classes: float = setting(
-        "TRAIN.EVAL_CLASSES", 0.05, "share of the training classes held out for them, never trained on", below=1
+        "TRAIN.EVAL_CLASSES", 0.05, "share of the training classes held out for evaluations, never trained on", below=1
     )
     num_images: int = setting("TRAIN.EVAL_IMAGES", 2000, "images drawn for an evaluation")
     measure: str = setting(
         "TRAIN.EVAL_MEASURE",
         "FD",
-        "the number: FD by EfficientNet-lite0 (-lite2 where a discriminator sees through that), or FID by TensorFlow's Inception",
+        "the score: FD by EfficientNet-lite0 (-lite2 where that is a discriminator's backbone), or FID by TensorFlow's Inception",
         ("FD", "FID"),
     )
 
@@ -242,12 +244,14 @@ def load_config(path: str | Path, overrides: Iterable[tuple[str, str]] = (), com
     """A YAML file, then `--set` pairs, over the defaults of the command and its system.
 
     command: "gan" (main.py) or "damsm" (pretrain_DAMSM.py).
+
     Returns a nested Config with every key of the schema. Raises ConfigError for a missing or broken file, an unknown key
     (with the nearest name), a wrong type or value.
     """
     if command == "gan":
         return load_for_system(path, overrides, GAN_PARTS, schema())
 
+    # The encoders' loop has no system.
     given = read_given(path, overrides, schema())
     given["GAN.NAME"], given["CONFIG_NAME"] = "damsm", given.get("CONFIG_NAME") or Path(path).stem
     defaults = {key: one.default for key, one in schema_of(ENCODER_PARTS).items()}

@@ -36,7 +36,7 @@ class Stepper:
     precision: "fp32"; "tf32" (float32 whose products on a GPU round to 19 bits); "bf16" (autocast; penalties and losses
         stay in float32); "auto", see `supported_precision`.
     accumulate: micro-batches of each update. Each has its own mismatched pairs and batch statistics. G's graphs live
-        until G's update, so what falls is the memory of D and the penalty (checkpointed activations lower G's).
+        until G's update, so this lowers the memory of D and the penalty; checkpointed activations lower G's.
     global_damsm: whether DAMSM's losses compare the images and captions of all processes.
     clipping: of gradients, before the optimizer steps.
     """
@@ -247,7 +247,7 @@ def make_optimizers(specs: Mapping[str, OptimizerSpec]) -> dict[str, torch.optim
 
 
 def adam(parameters: Sequence[nn.Parameter], lr: float, betas: Sequence[float]) -> torch.optim.Adam:
-    """Adam in its fused form, which goes over the memory once: four times faster than the stock loop also on CPUs."""
+    """Adam in its fused form, which goes over the memory once: four times faster than PyTorch's default also on CPUs."""
     return torch.optim.Adam(parameters, lr=lr, betas=(float(betas[0]), float(betas[1])), fused=True)
 
 
@@ -259,7 +259,7 @@ def restore_adam(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> 
     # The averages of every parameter, in its shape.
     parameters, states = parameters_of(optimizer), dict(saved["state"])
     for index, parameter in enumerate(parameters):
-        if not isinstance(states[index], Mapping):  # a tensor would take the name for a list of indices
+        if not isinstance(states[index], Mapping):  # a damaged file's tensor, for example
             raise ValueError(f"the state of parameter {index} holds nothing by name")
         for name in ("exp_avg", "exp_avg_sq"):
             if states[index][name].shape != parameter.shape or not torch.isfinite(states[index][name].sum()):
