@@ -72,34 +72,19 @@ KINDS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], slice]] = {
 }
 
 
-def augmentation(
-    kinds: Iterable[str], seed: int, step: int, indices: Sequence[int], probability: Tensor | None = None
-) -> Augmentation:
-    """The augmentation of one training step: one draw for each image, by its index, to be called on real and fake alike.
-
-    probability: of an image to be augmented at all, a scalar; None: 1.
-    """
+def augmentation(kinds: Iterable[str], seed: int, step: int, indices: Sequence[int]) -> Augmentation:
+    """The augmentation of one training step: one draw for each image, by its index, to be called on real and fake alike."""
     rows = [stream(seed, "augment", step, index).random(NUM_DRAWS) for index in indices]
     draws = torch.from_numpy(np.array(rows, dtype=np.float32))
 
     # Colour before shift and cutout, whatever the order of the setting.
     wanted = [KINDS[name] for name in KINDS if name in set(kinds)]
 
-    # Which images change, by draws of their own: those above stay as they are without a probability.
-    chances = None
-    if probability is not None:
-        numbers = [stream(seed, "augmented", step, index).random() for index in indices]
-        chances = torch.tensor(numbers, dtype=torch.float32)
-
     def apply(images: Tensor) -> Tensor:
         # Real and fake images see the same draws.
         on_device = draws.to(images.device)
-        changed = images
         for function, columns in wanted:
-            changed = function(changed, on_device[:, columns].to(images.dtype))
-        if chances is None or probability is None:
-            return changed
-        is_changed = chances.to(images.device) < probability.to(images.device)  # (N,)
-        return torch.where(is_changed[:, None, None, None], changed, images)
+            images = function(images, on_device[:, columns].to(images.dtype))
+        return images
 
     return apply

@@ -143,20 +143,6 @@ def average(values: dict[str, Tensor], world: World) -> dict[str, Tensor]:
     return dict(zip(names, stacked / world.size, strict=True))
 
 
-def num_processes() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of a tensor without a graph over the processes, where there are several."""
-    if num_processes() == 1:
-        return value
-    total = value.clone()
-    dist.all_reduce(total)
-    return total / num_processes()
-
-
 def any_process(flag: bool, world: World) -> bool:
     """Whether the flag is set in at least one process."""
     if world.size == 1:

@@ -62,18 +62,6 @@ def mode_seeking_loss(images: Tensor, others: Tensor, noise: Tensor, other_noise
 
 
 @in_float32
-def lecam_loss(real: Tensor, fake: Tensor, real_average: Tensor, fake_average: Tensor) -> Tensor:
-    """LeCam regularisation of D (Tseng et al., CVPR 2021, arXiv 2104.03310, eq. 4): mean (real - a_F)² + mean (fake - a_R)².
-
-    As the paper writes it; its code leaves out real logits below a_F and fake ones above a_R.
-
-    real, fake: logits, each of any shape.
-    real_average, fake_average: moving averages a_R and a_F of their means, scalars without a graph.
-    """
-    return (real - fake_average).square().mean() + (fake - real_average).square().mean()
-
-
-@in_float32
 def binary_discriminator_loss(
     real: Tensor,
     fake: Tensor,

@@ -8,12 +8,10 @@ from torch import Tensor, nn
 
 from miscc.augment import augmentation
 from miscc.batch import Batch
-from miscc.errors import ConfigError
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, mode_seeking_loss
 from models.damsm import matching_losses
 from models.projected import ProjectedDiscriminator
 from models.settings import AdversarialSettings
-from models.small_data import Memory
 from models.types import Discriminator, ImageEncoder, OptimizerSpec, System, TextFeatures, Update
 
 ENCODERS = ("text_encoder", "image_encoder")
@@ -40,20 +38,6 @@ class AdversarialSystem(System):
     """
 
     Settings: ClassVar[type[Any]] = AdversarialSettings
-
-    def __init__(self, networks: dict[str, Any], **arguments: Any):
-        super().__init__(networks, **arguments)
-
-        target = self.settings.ada_target
-        if target and not self.settings.augment_kinds:
-            raise ConfigError("TRAIN.ADA: needs TRAIN.AUGMENT, whose changes it makes rarer, e.g. translation,cutout")
-        self.memory = Memory(self.settings.lecam_weight > 0, target, self.settings.ada_images)
-
-    def state(self) -> dict[str, Any]:
-        return self.memory.state()
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self.memory.restore(state, next(self.generator.parameters()).device)
 
     @property
     def image_encoder(self) -> ImageEncoder:
@@ -101,11 +85,7 @@ class AdversarialSystem(System):
 
     def seen(self, batch: Batch, fake_images: Tensor) -> Seen:
         """Inputs of the discriminators: the batch's images and G's, (N, 3, H, W) in [-1, 1], augmented."""
-        # Whether an image is augmented is ADA's decision, where it is on.
-        controller, device = self.memory.controller, fake_images.device
-        probability = controller.begin(self.step, device) if controller is not None else None
-        kinds, indices = self.settings.augment_kinds, batch.indices.tolist()
-        augment = augmentation(kinds, self.seed, self.step, indices, probability)
+        augment = augmentation(self.settings.augment_kinds, self.seed, self.step, batch.indices.tolist())
         real, fake = augment(batch.single_size), augment(fake_images)
 
         # Frozen features do not change between D's step and G's: one forward pass serves both.
@@ -131,9 +111,7 @@ class AdversarialSystem(System):
             # Mismatched pairs: each real image with the caption of the next one, the last with the first's.
             "projected_mismatched": network.logits(real, sentence.roll(-1, dims=0)),
         }
-        losses = {"projected_hinge": hinge_discriminator_loss(*logits.values())}
-        losses |= self.lecam_losses("projected", logits["projected_real"], logits["projected_fake"])
-        yield Update("projected", losses, logit_stats(logits) | self.ada_stats("projected", logits["projected_real"]))
+        yield Update("projected", {"projected_hinge": hinge_discriminator_loss(*logits.values())}, logit_stats(logits))
 
     def adversarial_losses(self, seen: Seen, sentence: Tensor) -> dict[str, Tensor]:
         """The discriminators' part of G's loss: {"adversarial", "projected_adversarial"}, one for each discriminator."""
@@ -147,25 +125,6 @@ class AdversarialSystem(System):
             losses["projected_adversarial"] = self.settings.projected_weight * hinge_generator_loss(logits)
 
         return losses
-
-    def lecam_losses(self, discriminator: str, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        """{"lecam"}, or {"projected_lecam"}, weighted, where TRAIN.LECAM asks for it; real, fake: logits of any shape."""
-        if not self.memory.lecam:
-            return {}
-        averages = self.memory.averages_of(discriminator)
-        averages.add(self.step, real.detach(), fake.detach())
-        if self.step < self.settings.lecam_from:
-            return {}
-        name = "lecam" if discriminator == "discriminator" else f"{discriminator}_lecam"
-        return {name: self.settings.lecam_weight * averages.loss(real, fake)}
-
-    def ada_stats(self, discriminator: str, real: Tensor) -> dict[str, Tensor]:
-        """Show ADA the logits (N, ...) of real pairs, of the first discriminator that there is; its probability for the log."""
-        controller = self.memory.controller
-        if controller is None or discriminator != next(part for part in DISCRIMINATORS if part in self.networks):
-            return {}
-        controller.add(self.step, real.detach())
-        return {"ada/probability": controller.probability}
 
     def diversity_losses(self, fake_images: Tensor, noise: Tensor, text: TextFeatures) -> dict[str, Tensor]:
         """{"diversity"}, weighted, where TRAIN.DIVERSITY asks for it: half of the captions are drawn from other noise, too.

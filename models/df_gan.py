@@ -146,5 +146,4 @@ class DFGAN(AdversarialSystem):
         fake_logits = discriminator(fake_images, sentence)
         losses = {"hinge": hinge_discriminator_loss(real_logits, fake_logits, mismatched_logits)} | penalty
         logits = {"real": real_logits, "fake": fake_logits, "mismatched": mismatched_logits}
-        losses |= self.lecam_losses("discriminator", real_logits, fake_logits)
-        return losses, logit_stats(logits) | self.ada_stats("discriminator", real_logits)
+        return losses, logit_stats(logits)

@@ -122,9 +122,6 @@ class AdversarialSettings(BetasSettings):
 
     discriminator: ClassVar[str] = "paper"
     encoders_with_images: ClassVar[str] = "damsm"
-    ada_target: ClassVar[float] = 0.0
-    ada_images: ClassVar[int] = 1
-    lecam_weight: ClassVar[float] = 0.0
 
     generator_lr: float = setting("TRAIN.GENERATOR_LR", 1e-4, "Adam's learning rate of G", above=0)
     discriminator_lr: float = setting("TRAIN.DISCRIMINATOR_LR", 4e-4, "Adam's learning rate of D", above=0)
@@ -177,24 +174,6 @@ class DiscriminatorSettings:
         "",
         "random changes of what D sees (DiffAugment), the same for real and fake; colour would hide what captions name",
         ("", "translation", "cutout", "translation,cutout", "translation,cutout,colour"),
-    )
-
-    ada_target: float = setting(
-        "TRAIN.ADA",
-        0.0,
-        "augment as often as keeps the mean sign of D's logits of real pairs here (Karras et al. 2020: 0.6); 0: always",
-        below=1,
-    )
-    ada_images: int = setting(
-        "TRAIN.ADA_IMAGES", 500_000, "images in which that probability can go from 0 to 1", above=0
-    )
-    lecam_weight: float = setting(
-        "TRAIN.LECAM",
-        0.0,
-        "weight of LeCam's penalty of D, by moving averages of its logits, for little data; 0: without",
-    )
-    lecam_from: int = setting(
-        "TRAIN.LECAM_FROM", 1000, "step from which LeCam's penalty acts, for the averages to settle"
     )
 
     @property

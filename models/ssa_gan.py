@@ -306,8 +306,7 @@ class SSAGAN(AdversarialSystem):
         fake_logits = discriminator(fake_images, sentence)
         hinge = hinge_discriminator_loss(real_logits, fake_logits, mismatched_logits)
         logits = {"real": real_logits, "fake": fake_logits, "mismatched": mismatched_logits}
-        losses = {"hinge": hinge} | self.lecam_losses("discriminator", real_logits, fake_logits)
-        return losses, logit_stats(logits) | self.ada_stats("discriminator", real_logits)
+        return {"hinge": hinge}, logit_stats(logits)
 
     def _penalty(self, real_images: Tensor, sentence: Tensor) -> Tensor:
         """MA-GP of real pairs, in full precision: images (N, 3, H, W), sentence (N, D) -> scalar."""

@@ -273,13 +273,6 @@ class System:
         """
         return {}
 
-    def state(self) -> dict[str, Any]:
-        """What the objective remembers of former steps, for a checkpoint: plain numbers; {}: nothing."""
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's `state`, {} in one that has none. Raises CheckpointError for a malformed one."""
-
     def train(self) -> None:
         """Put every network in the mode that it trains in."""
         raise NotImplementedError

@@ -34,7 +34,6 @@ module.running_mean.fill_(world.rank + 5.0)
 distributed.synchronise(module, world)
 assert module.weight.item() == 1.0 and module.running_mean.item() == 5.0
 assert distributed.any_process(world.rank == 1, world) and not distributed.any_process(False, world)
-assert distributed.mean_over_processes(torch.tensor([float(world.rank), 1.0])).tolist() == [0.5, 1.0]
 assert distributed.average({"a": torch.tensor(float(world.rank))}, world)["a"].item() == 0.5
 (Path(sys.argv[1]) / f"fine{world.rank}").touch()  # printed lines of two processes may run into each other
 distributed.stop()

@@ -387,7 +387,7 @@ class Trainer:
             content["evaluation"] = self.evaluation.state()
         if contents == "full":
             content["optimizers"] = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-            content |= {"watch": self.guard.state(scheduled), "objective": self.system.state()}
+            content["watch"] = self.guard.state(scheduled)
             content["num_averaged"] = self.average.num_updates if self.average is not None else 0
         return content
 
@@ -395,6 +395,5 @@ class Trainer:
         """Go on where the checkpoint was written. The networks have their weights already, see `_build_networks`."""
         check_same_data(checkpoint, self.records, self.data_settings.data_dir)
         restore_state(self.optimizers, self.average, checkpoint)
-        self.system.restore(checkpoint.get("objective", {}))
         self.step = checkpoint["step"]
         self.changes = changed_settings(checkpoint["config"], self.config)
