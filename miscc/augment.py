@@ -16,7 +16,8 @@ Augmentation = Callable[[Tensor], Tensor]  # images (N, 3, H, W) in [-1, 1] -> t
 
 LARGEST_SHIFT = 1 / 8  # of the image's side
 CUTOUT = 1 / 2  # side of the square, of the image's
-NUM_DRAWS = 7  # uniform numbers an image takes: shift (2), middle of the square (2), brightness, saturation, contrast
+# Uniform numbers an image takes: shift (2), middle of the square (2), brightness, saturation, contrast, whether at all.
+NUM_DRAWS = 8
 
 
 def translate(images: Tensor, draws: Tensor) -> Tensor:
@@ -72,8 +73,13 @@ KINDS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], slice]] = {
 }
 
 
-def augmentation(kinds: Iterable[str], seed: int, step: int, indices: Sequence[int]) -> Augmentation:
-    """The augmentation of one training step: one draw for each image, by its index, to be called on real and fake alike."""
+def augmentation(
+    kinds: Iterable[str], seed: int, step: int, indices: Sequence[int], probability: Tensor | None = None
+) -> Augmentation:
+    """The augmentation of one training step: one draw for each image, by its index, to be called on real and fake alike.
+
+    probability: of changing an image at all, scalar in [0, 1], on any device; None: all are.
+    """
     rows = [stream(seed, "augment", step, index).random(NUM_DRAWS) for index in indices]
     draws = torch.from_numpy(np.array(rows, dtype=np.float32))
 
@@ -82,9 +88,14 @@ def augmentation(kinds: Iterable[str], seed: int, step: int, indices: Sequence[i
 
     def apply(images: Tensor) -> Tensor:
         # Real and fake images see the same draws.
-        on_device = draws.to(images.device)
+        on_device, given = draws.to(images.device), images
         for function, columns in wanted:
             images = function(images, on_device[:, columns].to(images.dtype))
-        return images
+        if probability is None:
+            return images
+
+        # The images that this step's draw leaves as they are.
+        chosen = on_device[:, NUM_DRAWS - 1] < probability.to(images.device)  # (N,)
+        return torch.where(chosen[:, None, None, None], images, given)
 
     return apply

@@ -106,7 +106,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
 PARTS: dict[str, tuple[type | tuple[type, ...], float | None]] = {
     "config": (dict, None), "vocabulary": (list, None), "step": (int, 0), "epoch": (int, 0), "data": (dict, None),
     "optimizers": (dict, None), "num_averaged": (int, 0), "seconds": ((int, float), 0), "best": (dict, None),
-    "evaluation": (dict, None), "encoders_hash": (str, None), "watch": (dict, None),
+    "evaluation": (dict, None), "encoders_hash": (str, None), "watch": (dict, None), "system": (dict, None),
 }  # fmt: skip
 NUMBERS = {"best": ("loss", "epoch"), "evaluation": ("best_step",)}  # in these dicts
 

@@ -49,6 +49,19 @@ def hinge_generator_loss(fake: Tensor) -> Tensor:
 
 
 @in_float32
+def lecam_loss(real: Tensor, fake: Tensor, average_real: Tensor, average_fake: Tensor) -> Tensor:
+    """LeCam regularisation of D (Tseng et al., CVPR 2021, arXiv 2104.03310): E[(D(x) - a_F)²] + E[(D(G(z)) - a_R)²].
+
+    As the paper's formula has it. The authors' code squares relu(D(x) - a_F) and relu(a_R - D(G(z))): the same where D
+    tells real from fake, 0 for a real logit below a_F and for a fake one above a_R.
+
+    real, fake: logits, each of any shape.
+    average_real, average_fake: a_R and a_F, scalars: averages of D's mean logits over the steps before.
+    """
+    return (real - average_fake).square().mean() + (fake - average_real).square().mean()
+
+
+@in_float32
 def mode_seeking_loss(images: Tensor, others: Tensor, noise: Tensor, other_noise: Tensor) -> Tensor:
     """How little the images of the same captions differ for the difference of their noise (Mao et al. 2019, eq. 3).
 

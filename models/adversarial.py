@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from miscc.augment import augmentation
 from miscc.batch import Batch
-from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, mode_seeking_loss
+from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, lecam_loss, mode_seeking_loss
 from models.damsm import matching_losses
 from models.projected import ProjectedDiscriminator
 from models.settings import AdversarialSettings
+from models.small_data import AugmentationControl, LogitAverages
 from models.types import Discriminator, ImageEncoder, OptimizerSpec, System, TextFeatures, Update
 
 ENCODERS = ("text_encoder", "image_encoder")
@@ -35,9 +36,19 @@ class AdversarialSystem(System):
     """A generator against one or two discriminators, each with an Adam of its own.
 
     networks: by part, see models.types.System; the encoders among them are not trained.
+    lecam: averages of logits, where TRAIN.LECAM asks for them.
+    ada: controls how many images are augmented, where TRAIN.ADA asks for it.
     """
 
     Settings: ClassVar[type[Any]] = AdversarialSettings
+
+    def __init__(self, networks: dict[str, Any], **arguments: Any):
+        super().__init__(networks, **arguments)
+        settings, self.lecam, self.ada = self.settings, None, None
+        if settings.lecam_weight:
+            self.lecam = LogitAverages(self.logit_pairs(), settings.lecam_warmup)
+        if settings.ada_target:
+            self.ada = AugmentationControl(settings.ada_target, settings.ada_images)
 
     @property
     def image_encoder(self) -> ImageEncoder:
@@ -83,9 +94,40 @@ class AdversarialSystem(System):
         kinds = {"discriminator": ("real", "fake"), "projected": ("projected_real", "projected_fake")}
         return {part: pair for part, pair in kinds.items() if part in self.networks}
 
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    @property
+    def observed(self) -> list[str]:
+        logits = [f"logits/{kind}" for kind in self.lecam.kinds] if self.lecam is not None else []
+        return logits + ([self._controlling_sign] if self.ada is not None else [])
+
+    @property
+    def _controlling_sign(self) -> str:
+        """The name in the log of the sign that ADA reads: the paper's discriminator's where there is one."""
+        return "sign/real" if "discriminator" in self.networks else "sign/projected_real"
+
+    def observe(self, stats: Mapping[str, Tensor], batch_size: int) -> None:
+        if self.lecam is not None:
+            self.lecam.update(stats)
+        if self.ada is not None:
+            self.ada.update(stats[self._controlling_sign], batch_size)
+
+    def state(self) -> dict[str, float]:
+        parts = [part for part in (self.lecam, self.ada) if part is not None]
+        return {name: number for part in parts for name, number in part.state().items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        device = next(self.generator.parameters()).device
+        for part in (self.lecam, self.ada):
+            if part is not None:
+                part.restore(state, device)
+
+    # -- parts of the updates ------------------------------------------------------------------------------------
+
     def seen(self, batch: Batch, fake_images: Tensor) -> Seen:
         """Inputs of the discriminators: the batch's images and G's, (N, 3, H, W) in [-1, 1], augmented."""
-        augment = augmentation(self.settings.augment_kinds, self.seed, self.step, batch.indices.tolist())
+        draw = (self.seed, self.step, batch.indices.tolist())
+        augment = augmentation(self.settings.augment_kinds, *draw, self.ada.p if self.ada is not None else None)
         real, fake = augment(batch.single_size), augment(fake_images)
 
         # Frozen features do not change between D's step and G's: one forward pass serves both.
@@ -111,7 +153,21 @@ class AdversarialSystem(System):
             # Mismatched pairs: each real image with the caption of the next one, the last with the first's.
             "projected_mismatched": network.logits(real, sentence.roll(-1, dims=0)),
         }
-        yield Update("projected", {"projected_hinge": hinge_discriminator_loss(*logits.values())}, logit_stats(logits))
+        losses = {"projected_hinge": hinge_discriminator_loss(*logits.values())}
+        losses |= self.lecam_losses("projected", logits["projected_real"], logits["projected_fake"])
+        yield Update("projected", losses, logit_stats(logits))
+
+    def lecam_losses(self, discriminator: str, real_logits: Tensor, fake_logits: Tensor) -> dict[str, Tensor]:
+        """{"lecam"} or {"projected_lecam"}, weighted, where TRAIN.LECAM asks for it and its averages are warmed up."""
+        averages = self.lecam.of(discriminator) if self.lecam is not None else None
+        if averages is None:
+            return {}
+        name = {"discriminator": "lecam", "projected": "projected_lecam"}[discriminator]
+        return {name: self.settings.lecam_weight * lecam_loss(real_logits, fake_logits, *averages)}
+
+    def augmentation_stats(self) -> dict[str, Tensor]:
+        """{"augment/p"} for the log: the share of images that this step augments, where TRAIN.ADA controls it."""
+        return {"augment/p": self.ada.p} if self.ada is not None else {}
 
     def adversarial_losses(self, seen: Seen, sentence: Tensor) -> dict[str, Tensor]:
         """The discriminators' part of G's loss: {"adversarial", "projected_adversarial"}, one for each discriminator."""

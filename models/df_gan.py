@@ -112,7 +112,8 @@ class DFGAN(AdversarialSystem):
         # Generator: fake images up, through discriminators that take no gradient.
         with no_parameter_grad(*self.discriminators()):
             losses = self.adversarial_losses(seen, text.sentence)
-            yield Update("generator", losses | self.diversity_losses(fake_images, noise, text))
+            losses |= self.diversity_losses(fake_images, noise, text)
+            yield Update("generator", losses, self.augmentation_stats())
 
     def discriminator_updates(self, seen: Seen, sentence: Tensor) -> Iterator[Update]:
         """The steps of the discriminators that there are; sentence (N, D) without a graph."""
@@ -145,5 +146,6 @@ class DFGAN(AdversarialSystem):
         mismatched_logits = discriminator.logits(features.roll(-1, dims=0), sentence)
         fake_logits = discriminator(fake_images, sentence)
         losses = {"hinge": hinge_discriminator_loss(real_logits, fake_logits, mismatched_logits)} | penalty
+        losses |= self.lecam_losses("discriminator", real_logits, fake_logits)
         logits = {"real": real_logits, "fake": fake_logits, "mismatched": mismatched_logits}
         return losses, logit_stats(logits)

@@ -160,7 +160,8 @@ class SEMA(DFGAN):
         # Generator: against all of them, which take no gradient.
         with no_parameter_grad(*self.discriminators(), *(self.networks[part] for part in ADVERSARIES)):
             losses = self.generator_losses(real_images, fake_images, text.sentence, seen)
-            yield Update("generator", losses | self.diversity_losses(fake_images, noise, text))
+            losses |= self.diversity_losses(fake_images, noise, text)
+            yield Update("generator", losses, self.augmentation_stats())
 
     def redescriber_losses(
         self, real_images: Tensor, fake_images: Tensor, sentence: Tensor

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from miscc.errors import ConfigError
 from miscc.settings import setting
 
 # -- networks ------------------------------------------------------------------------------------------------------
@@ -118,9 +119,12 @@ class AdversarialSettings(BetasSettings):
     discriminator: see DiscriminatorSettings; of systems without that choice.
     needs_image_encoder: whether a loss looks at images with an encoder.
     encoders_with_images: whose encoder that is, see TEXT.ENCODER.
+    lecam_weight, ada_target: see DiscriminatorSettings; 0 of systems without these.
     """
 
     discriminator: ClassVar[str] = "paper"
+    lecam_weight: ClassVar[float] = 0.0
+    ada_target: ClassVar[float] = 0.0
     encoders_with_images: ClassVar[str] = "damsm"
 
     generator_lr: float = setting("TRAIN.GENERATOR_LR", 1e-4, "Adam's learning rate of G", above=0)
@@ -175,6 +179,33 @@ class DiscriminatorSettings:
         "random changes of what D sees (DiffAugment), the same for real and fake; colour would hide what captions name",
         ("", "translation", "cutout", "translation,cutout", "translation,cutout,colour"),
     )
+    ada_target: float = setting(
+        "TRAIN.ADA",
+        0.0,
+        "mean sign of D's logits of real pairs that ADA aims at, by the share of images that it augments (published: "
+        "0.6); needs TRAIN.AUGMENT; 0: all are augmented",
+        below=1,
+    )
+    ada_images: int = setting(
+        "TRAIN.ADA_IMAGES", 500_000, "real images in which that share can go from 0 to 1", above=0
+    )
+    lecam_weight: float = setting(
+        "TRAIN.LECAM", 0.0, "weight of the LeCam regularisation of each discriminator, for little data; 0: without"
+    )
+    lecam_warmup: int = setting(
+        "TRAIN.LECAM_WARMUP", 1000, "steps whose logits it averages before it begins (published: 1000)"
+    )
+
+    def __post_init__(self) -> None:
+        if self.ada_target and not self.augment:
+            raise ConfigError(
+                "TRAIN.ADA: has nothing to control without TRAIN.AUGMENT; set that, e.g. translation,cutout"
+            )
+
+        # Parts that stand behind this one in a system's settings have checks of their own.
+        following = getattr(super(), "__post_init__", None)
+        if following is not None:
+            following()
 
     @property
     def augment_kinds(self) -> tuple[str, ...]:

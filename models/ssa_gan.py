@@ -281,7 +281,8 @@ class SSAGAN(AdversarialSystem):
             if self.settings.whole_damsm_weight > 0:
                 damsm = self.damsm_losses(fake.images[-1], text, batch)
                 losses |= {name: self.settings.whole_damsm_weight * loss for name, loss in damsm.items()}
-            yield Update("generator", losses, {"mask_mean": fake.masks[-1].detach().mean()})
+            mask_mean = fake.masks[-1].detach().mean()
+            yield Update("generator", losses, {"mask_mean": mask_mean, **self.augmentation_stats()})
 
     def _discriminator_updates(self, seen: Seen, sentence: Tensor) -> Iterator[Update]:
         """Hinge, and every penalty_every steps the penalty, weighted by that number: jointly, or in a step of its own."""
@@ -306,7 +307,8 @@ class SSAGAN(AdversarialSystem):
         fake_logits = discriminator(fake_images, sentence)
         hinge = hinge_discriminator_loss(real_logits, fake_logits, mismatched_logits)
         logits = {"real": real_logits, "fake": fake_logits, "mismatched": mismatched_logits}
-        return {"hinge": hinge}, logit_stats(logits)
+        lecam = self.lecam_losses("discriminator", real_logits, fake_logits)
+        return {"hinge": hinge, **lecam}, logit_stats(logits)
 
     def _penalty(self, real_images: Tensor, sentence: Tensor) -> Tensor:
         """MA-GP of real pairs, in full precision: images (N, 3, H, W), sentence (N, D) -> scalar."""

@@ -277,6 +277,25 @@ class System:
         """Put every network in the mode that it trains in."""
         raise NotImplementedError
 
+    @property
+    def observed(self) -> Sequence[str]:
+        """Names in the updates' stats that `observe` needs."""
+        return ()
+
+    def observe(self, stats: Mapping[str, Tensor], batch_size: int) -> None:
+        """Called after each training step.
+
+        stats: {name: scalar} of `observed`, the means over micro-batches and processes, the same in all processes.
+        batch_size: of the step, over all of them.
+        """
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps of the objective beside networks and optimizers: plain numbers; {}: nothing."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's `state`, {} of former code: as at the start. Raises CheckpointError."""
+
     def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
         """The optimizer steps of one training step, in order; noise (N, noise_dim).
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from datasets.loading import EpochBatches
@@ -127,6 +128,7 @@ class Trainer:
         if checkpoint is not None:
             self._restore(checkpoint)
         self.guard.restore(kept.get("watch"))
+        self.system.restore(kept.get("system", {}))
         if self.evaluation is not None:
             self.evaluation.restore(kept.get("evaluation"))
         all_epochs = self.settings.max_epoch * self.steps_per_epoch
@@ -266,13 +268,17 @@ class Trainer:
         # Updates: discriminator(s) and generator, in the system's order.
         self.system.step = self.step
         values: dict[str, Tensor] = {}
+        stats: dict[str, Tensor | float] = {}
         for update in self.stepper.steps(batch, noise):
+            stats.update(update.stats)
             self.finite.record(update.losses, self.step + 1)
             self.guard.record(update)
             if wants_log:
                 values |= log_values(update, self.optimizers[update.optimizer])
         if self.average is not None:
             self.average.update(self.networks["generator"])
+        observed = {name: torch.as_tensor(stats[name]) for name in self.system.observed}
+        self.system.observe(distributed.average(observed, self.world), self.settings.batch_size)
         self.step += 1
 
         if not wants_log:
@@ -388,6 +394,7 @@ class Trainer:
         if contents == "full":
             content["optimizers"] = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
             content["watch"] = self.guard.state(scheduled)
+            content["system"] = self.system.state()
             content["num_averaged"] = self.average.num_updates if self.average is not None else 0
         return content
 
