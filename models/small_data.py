@@ -56,7 +56,7 @@ class LogitAverages:
         """Continue from a `state`; one without LeCam's: as at the start. Raises CheckpointError for a malformed one."""
         if not any(str(name).startswith("lecam/") for name in state):
             return
-        self.num_steps = int(number_in(state, "lecam/steps", 0))
+        self.num_steps = count_in(state, "lecam/steps")
         if self.num_steps:
             numbers = {kind: number_in(state, f"lecam/{kind}") for kind in self.kinds}
             self.averages = {kind: torch.tensor(number, device=device) for kind, number in numbers.items()}
@@ -101,14 +101,26 @@ class AugmentationControl:
             return
         self.p = torch.tensor(number_in(state, "ada/p", 0, 1), device=device)
         self.sum_of_signs = torch.tensor(number_in(state, "ada/sum", -ADA_EVERY, ADA_EVERY), device=device)
-        self.num_steps = int(number_in(state, "ada/steps", 0, ADA_EVERY - 1))
+        self.num_steps = count_in(state, "ada/steps", ADA_EVERY - 1)
 
 
 def number_in(state: Mapping[str, Any], name: str, smallest: float = -LARGEST, largest: float = LARGEST) -> float:
     """A number out of a checkpoint. Raises CheckpointError for anything else, and for one out of bounds."""
     value = state.get(name)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not smallest <= value <= largest:
-        raise CheckpointError(
-            f"the checkpoint's system is damaged ({name} is {shown(value)}); use another checkpoint, or start anew"
-        )
+        raise damaged(name, value)
     return float(value)
+
+
+def count_in(state: Mapping[str, Any], name: str, largest: float = LARGEST) -> int:
+    """The same of a whole number >= 0."""
+    if not isinstance(state.get(name), int):
+        raise damaged(name, state.get(name))
+    return int(number_in(state, name, 0, largest))
+
+
+def damaged(name: str, value: Any) -> CheckpointError:
+    """The error for a value that no `state` holds."""
+    return CheckpointError(
+        f"the checkpoint's system is damaged ({name} is {shown(value)}); use another checkpoint, or start anew"
+    )

@@ -10,6 +10,7 @@ import miscc.losses
 from miscc.losses import (
     hinge_discriminator_loss,
     hinge_generator_loss,
+    lecam_loss,
     matching_aware_gradient_penalty,
     mode_seeking_loss,
     semantic_distance,
@@ -44,6 +45,16 @@ def test_semantic_distance_by_hand():
     a = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     b = torch.tensor([[3.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])
     assert semantic_distance(a, b).tolist() == pytest.approx([0.0, 1.0, 2.0])
+
+
+def test_lecam_by_hand():
+    real, fake = torch.tensor([1.0, -2.0], requires_grad=True), torch.tensor([0.5], requires_grad=True)
+    # real pairs to a_F = -1: (4 + 1) / 2; fake ones to a_R = 3: 6.25
+    loss = lecam_loss(real, fake, torch.tensor(3.0), torch.tensor(-1.0))
+    assert loss.item() == pytest.approx(2.5 + 6.25)
+    loss.backward()
+    # No relu: the real logit below a_F is drawn up to it.
+    assert real.grad.tolist() == [2.0, -1.0] and fake.grad.tolist() == [-5.0]
 
 
 def test_mode_seeking_by_hand():

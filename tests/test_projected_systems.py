@@ -194,6 +194,7 @@ def test_minutes_end_a_run_and_are_counted_over_a_resume(tiny, tmp_path, monkeyp
 
 def test_two_processes_train_one_model(tiny_yaml, tiny, tmp_path):
     options = [value for pair in (("GAN.DISCRIMINATOR", "both"), ("TRAIN.AUGMENT", "cutout"), *TINY) for value in pair]
+    options += ["TRAIN.LECAM", "0.1"]
     torchrun("main.py", "--cfg", tiny_yaml, "--gpu", "-1", "--set", "TRAIN.MAX_STEPS", "2", *options)
     pairs = list(zip(options[::2], options[1::2], strict=True))
     train(tiny(("TRAIN.MAX_STEPS", "1"), ("OUTPUT_DIR", str(tmp_path / "alone")), *pairs), CPU)
@@ -202,3 +203,10 @@ def test_two_processes_train_one_model(tiny_yaml, tiny, tmp_path):
     first, alone = (stats_of(tmp_path / name / "00000-tiny-ssa_gan")[0] for name in ("output", "alone"))
     for name in ("logits/real", "logits/projected_real"):
         assert first[name] == pytest.approx(alone[name], abs=1e-5)
+
+    # LeCam's averages are those of the whole batch, which the log has.
+    run = tmp_path / "output" / "00000-tiny-ssa_gan"
+    state, (_, second) = load_checkpoint(run / "checkpoints" / "last.pth")["system"], stats_of(run)
+    for kind in ("real", "projected_fake"):
+        average = 0.99 * first[f"logits/{kind}"] + 0.01 * second[f"logits/{kind}"]
+        assert state[f"lecam/{kind}"] == pytest.approx(average, abs=1e-5)
