@@ -42,14 +42,7 @@ from training.resume import changed_settings, check_resumable, check_same_data, 
 from training.run_dir import RunDir, run_name
 from training.schedule import Budget, learning_rate_factor, set_learning_rates
 from training.settings import EvaluationSettings, StartSettings, TrainerSettings, keys_read
-from training.step import (
-    FiniteCheck,
-    Stepper,
-    check_accumulation,
-    check_finite_weights,
-    log_values,
-    make_optimizers,
-)
+from training.step import FiniteCheck, Stepper, check_accumulation, check_finite_weights, log_values, make_optimizers
 from training.tracker import Tracker, find_tracker
 from training.watch import WatchSettings
 
