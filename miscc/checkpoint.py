@@ -123,6 +123,9 @@ def validate(checkpoint: Mapping[str, Any], path: str | Path) -> None:
             fits = isinstance(value, kind) and not isinstance(value, bool)
             if not fits or (smallest is not None and not smallest <= value < float("inf")):
                 raise CheckpointError(f"{path}: its {part} is {_brief(value)}; {RESTORE}")
+    for one in _leaves(checkpoint.get("config")):
+        if not isinstance(one, (int, float, str, type(None))):
+            raise CheckpointError(f"{path}: its config holds {_brief(one)} among the settings; {RESTORE}")
     for part, names in NUMBERS.items():
         if part in checkpoint and not all(isinstance(checkpoint[part].get(name), (int, float)) for name in names):
             raise CheckpointError(f"{path}: its {part} holds no {' and '.join(names)}; {RESTORE}")

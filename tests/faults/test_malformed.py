@@ -101,6 +101,20 @@ def test_every_malformed_checkpoint_is_refused_in_one_line(run, tiny, tmp_path):
         assert not found and refused > len(cases)
 
 
+@pytest.mark.parametrize(
+    "place", [("TRAIN", "BATCH_SIZE"), ("TREE", "BASE_SIZE"), ("DATA_DIR",), ("NEW", "DEEP", "KEY")]
+)
+def test_a_tensor_among_the_stored_settings_is_refused(run, tiny, tmp_path, place):
+    """The fuzzer's seed 8: comparing it with a number was a traceback."""
+    whole = load_checkpoint(run.last)
+    whole["config"]["NEW"] = {"DEEP": {"KEY": 1}}
+    cases = [(("config", *place), torch.zeros(2))]
+    found, refused = tracebacks_of(cases, whole, run, tiny(), tmp_path / "odd.pth")
+    assert not found and refused == 4
+    with pytest.raises(CheckpointError, match="its config holds a Tensor among the settings"):
+        TextToImage.load(tmp_path / "odd.pth", "cpu")
+
+
 def test_an_empty_optimizer_state_is_refused(run, tiny):
     checkpoint = run.load()
     for part, value in (("state", {}), ("param_groups", [])):
