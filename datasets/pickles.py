@@ -6,6 +6,7 @@ Captions are taken out of them in captions.py, file names and classes in layout.
 import codecs
 import collections
 import io
+import math
 import pickle
 import pickletools
 import re
@@ -13,11 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-try:  # numpy 2 moved its internals; a pickle names those of the numpy that wrote it
-    from numpy._core import multiarray, numeric
-except ImportError:  # numpy 1
-    from numpy.core import multiarray, numeric
 
 from miscc.errors import DataError
 
@@ -44,18 +40,82 @@ def _text(value: str = "") -> str:
     return "" + value
 
 
+# -- numpy's arrays --------------------------------------------------------------------------------------------------
+
+# numpy trusts the state of a pickled dtype or array, and crashes, or reads other memory, where it is not as numpy wrote it.
+# So both are stood for by classes that check it; they hold numbers, texts and objects, no records.
+
+
 class _NdArray:
     """Stands for numpy.ndarray, which `_reconstruct` is given."""
 
 
+class _Dtype:
+    """Stands for numpy.dtype: the same arguments, and the state that numpy's pickles have.
+
+    dtype: numpy's own, of one of the KINDS.
+    """
+
+    KINDS = "biufcSUO"
+
+    def __init__(self, name: str, align: bool = False, copy: bool = False):
+        if not isinstance(name, str) or not re.fullmatch(r"[|<>=]?[?a-zA-Z][0-9]{0,9}", name):
+            raise ValueError("a dtype that is no plain one")
+        self.dtype = np.dtype(name)
+        if self.dtype.kind not in self.KINDS:
+            raise ValueError(f"dtype {self.dtype}")
+
+    def __setstate__(self, state: tuple) -> None:
+        """(version, byte order, ...): of a plain dtype the rest says nothing new."""
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array(np.ndarray):
+    """An array whose state is checked before numpy takes it."""
+
+    def __setstate__(self, state: tuple) -> None:
+        """(version, shape, dtype, whether in Fortran's order, data): bytes, or of objects a list of them."""
+        *_, shape, dtype, is_fortran, data = state
+        wanted = math.prod(_sizes(shape))
+        if dtype.dtype.hasobject and isinstance(data, list):
+            fits = len(data) == wanted
+        else:
+            data = _raw(data)
+            fits = len(data) == wanted * dtype.dtype.itemsize and not dtype.dtype.hasobject
+        if not fits:
+            raise ValueError("an array with other data than its shape says")
+        checked: Any = (1, shape, dtype.dtype, bool(is_fortran), data)
+        super().__setstate__(checked)
+
+
+def _sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if type(shape) is not tuple or not all(type(size) is int and 0 <= size < 1 << 40 for size in shape):
+        raise ValueError("an array whose shape is none")
+    return shape
+
+
+def _raw(data: str | bytes) -> bytes:
+    """The bytes of numbers; Python 2's come as a text."""
+    return data.encode("latin-1") if isinstance(data, str) else _bytes(data)
+
+
 def _reconstruct(kind: type, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An empty array, which the pickle's state then fills. `shape` is ignored, as it could ask for any amount of memory."""
-    return np.ndarray((0,), "b")
+    return np.empty(0, "b").view(_Array)
 
 
-def _scalar(dtype: np.dtype, data: bytes) -> Any:
-    """A number. `data` is required here: without it numpy would allocate what `dtype` declares."""
-    return multiarray.scalar(dtype, data)
+def _scalar(dtype: _Dtype, data: bytes) -> Any:
+    """A number or text of the bytes of one."""
+    (value,) = np.frombuffer(_raw(data), dtype.dtype)
+    return value
+
+
+def _frombuffer(data: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
+    """An array as protocol 5 stores it."""
+    return np.frombuffer(_raw(data), dtype.dtype).reshape(_sizes(shape), order="F" if order == "F" else "C")
+
+
+# -- what may be named ---------------------------------------------------------------------------------------------
 
 
 _BUILTINS = {c.__name__: c for c in (set, frozenset, list, dict, tuple, int, float, complex, bool)}
@@ -65,7 +125,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("collections", "defaultdict"): collections.defaultdict,
     ("numpy", "ndarray"): _NdArray,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "dtype"): _Dtype,
 }
 for _module in ("builtins", "__builtin__"):
     _ALLOWED |= {(_module, _name): _value for _name, _value in _BUILTINS.items()}
@@ -73,7 +133,7 @@ for _core in ("numpy.core", "numpy._core"):
     _ALLOWED |= {
         (f"{_core}.multiarray", "_reconstruct"): _reconstruct,
         (f"{_core}.multiarray", "scalar"): _scalar,
-        (f"{_core}.numeric", "_frombuffer"): numeric._frombuffer,  # pyrefly: ignore[missing-attribute]  # private, not in the stubs
+        (f"{_core}.numeric", "_frombuffer"): _frombuffer,
     }
 
 

@@ -3,7 +3,10 @@
 import collections
 import os
 import pickle
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from dataset_samples import python2_pickle
 
 from datasets.pickles import load_legacy_pickle
 from miscc.errors import DataError
+
+ROOT = Path(__file__).parents[1]
 
 
 def written(tmp_path, content: bytes):
@@ -38,12 +43,77 @@ def test_python2_long_and_set(tmp_path):
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("core", [b"numpy.core", b"numpy._core"])
 def test_numpy_of_either_age(tmp_path, protocol, core):
-    value = [np.arange(6).reshape(2, 3), np.float32(2.5), np.dtype("int16")]
+    value = [np.arange(6).reshape(2, 3), np.float32(2.5), np.asfortranarray(np.arange(6).reshape(2, 3))]
     content = pickle.dumps(value, protocol=protocol)
     if protocol < 4:  # later protocols prefix names with their length
         content = content.replace(b"numpy._core", b"numpy.core").replace(b"numpy.core", core)
-    array, scalar, dtype = load_legacy_pickle(written(tmp_path, content))
-    assert array.tolist() == [[0, 1, 2], [3, 4, 5]] and scalar == 2.5 and dtype == np.int16
+    array, scalar, other = load_legacy_pickle(written(tmp_path, content))
+    assert array.tolist() == other.tolist() == [[0, 1, 2], [3, 4, 5]] and scalar == 2.5
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.array([1.5, -2.0], dtype=">f8"), np.array([b"red", b"blue"]), np.array(["rot", "grün"]), np.array([True, False]),
+        np.array([["a", None], [3, [4]]], dtype=object), np.zeros((0, 3), np.int64), np.array(7), np.array([1 + 2j]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_arrays_of_every_kind(tmp_path, value, protocol):
+    found = load_legacy_pickle(written(tmp_path, pickle.dumps(value, protocol=protocol)))
+    assert (
+        found.tolist() == value.tolist()
+        and found.shape == value.shape
+        and found.dtype.newbyteorder("=") == value.dtype.newbyteorder("=")
+    )
+
+
+class _Dtype:
+    """Pickled as a numpy dtype of any name and state."""
+
+    def __init__(self, name, state=None):
+        self.name, self.state = name, state
+
+    def __reduce__(self):
+        return (np.dtype, (self.name, False, True), *([self.state] if self.state is not None else []))
+
+
+class _Array:
+    """Pickled as a numpy array of any state."""
+
+    def __init__(self, shape, dtype, data, is_fortran=False):
+        self.state = (1, shape, dtype, is_fortran, data)
+
+    def __reduce__(self):
+        return (*np.zeros(1).__reduce__()[:2], self.state)
+
+
+RECORD = (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 63)  # the state of a dtype with a field of objects
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        _Array((3,), _Dtype("O"), [1]),  # numpy would read beyond the list: a crash
+        _Array((3,), _Dtype("O"), b"x" * 24),  # and take numbers for addresses here
+        _Array((2,), _Dtype("V8", RECORD), b"x" * 16),
+        _Array((4,), _Dtype("i8"), b"x" * 8),
+        _Array((-1,), _Dtype("i8"), b""),
+        _Array((1 << 62, 1 << 62), _Dtype("i8"), b""),
+        _Array([1], _Dtype("i8"), b"x" * 8),
+        _Array((1,), _Dtype("i8", (3, "sideways", None, None, None, -1, -1, 0)), b"x" * 8),
+        _Array((1,), None, b"x" * 8),
+        _Dtype([("a", "O")]),
+        _Dtype("V8"),
+        _Dtype("M8[ns]"),
+    ],
+)
+def test_arrays_that_would_crash_numpy_are_refused(tmp_path, value):
+    """In a process of its own: without the checks it dies of a segmentation fault (the fuzzer's seed 8)."""
+    path = written(tmp_path, pickle.dumps(value, protocol=2))
+    code = f"from datasets.pickles import load_legacy_pickle; load_legacy_pickle({str(path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "cannot be read as a pickle" in done.stderr.splitlines()[-1]
 
 
 def test_plain_containers(tmp_path):
