@@ -67,6 +67,8 @@ class _Dtype:
 
     def __setstate__(self, state: tuple) -> None:
         """(version, byte order, ...): of a plain dtype the rest says nothing new."""
+        if state[1] not in ("<", ">", "=", "|"):
+            raise ValueError("a dtype of no byte order")
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
