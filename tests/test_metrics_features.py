@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from eval.features.statistics import (
     load_statistics,
     save_statistics,
 )
+from eval.IS import InceptionScore
 from eval.metric import Score, distance_name, score_name
 from miscc.checkpoint import hash_tensors
 from miscc.errors import CheckpointError, ConfigError, DataError
@@ -64,6 +66,18 @@ def test_streamed_statistics_of_two_halves_merge_to_those_of_all():
     assert first.count == 90
     assert np.allclose(first.result().covariance, whole.result().covariance, rtol=0, atol=1e-13)
     assert np.allclose(first.result().mean, whole.result().mean, rtol=0, atol=1e-14)
+
+
+def test_the_inception_score_of_two_halves_merges_to_that_of_all():
+    """As two processes share the images: every image counts, and a missing one is seen."""
+    logits = torch.from_numpy(np.random.default_rng(4).normal(size=(60, 5)))
+    whole, first, second = (InceptionScore(60, splits=3) for _ in range(3))
+    for score, rows in ((whole, range(60)), (first, range(25)), (second, range(25, 60))):
+        score.update(SimpleNamespace(logits=logits[list(rows)], indices=list(rows)))
+    with pytest.raises(ValueError, match="25 of 60 images seen"):
+        first.values()
+    first.merge(second)
+    assert np.allclose(first.values(), whole.values(), rtol=0, atol=1e-12)
 
 
 def test_streamed_statistics_hold_as_much_for_30000_rows_as_for_300():
