@@ -62,7 +62,7 @@ class _Dtype:
         if not isinstance(name, str) or not re.fullmatch(r"[|<>=]?[?a-zA-Z][0-9]{0,9}", name):
             raise ValueError("a dtype that is no plain one")
         self.dtype = np.dtype(name)
-        if self.dtype.kind not in self.KINDS:
+        if self.dtype.kind not in self.KINDS or not self.dtype.itemsize:  # of no bytes any number would fit
             raise ValueError(f"dtype {self.dtype}")
 
     def __setstate__(self, state: tuple) -> None:
@@ -118,7 +118,6 @@ def _frombuffer(data: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str) 
 
 
 # -- what may be named ---------------------------------------------------------------------------------------------
-
 
 _BUILTINS = {c.__name__: c for c in (set, frozenset, list, dict, tuple, int, float, complex, bool)}
 _BUILTINS |= {"unicode": _text, "str": _text, "bytes": _bytes, "bytearray": _bytearray, "long": int}

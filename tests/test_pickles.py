@@ -103,6 +103,7 @@ RECORD = (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 63)  # the stat
         _Array([1], _Dtype("i8"), b"x" * 8),
         _Array((1,), _Dtype("i8", (3, "sideways", None, None, None, -1, -1, 0)), b"x" * 8),
         _Array((1,), None, b"x" * 8),
+        _Array((1 << 39,), _Dtype("S"), b""),  # of no bytes each: any number of them would fit
         _Dtype([("a", "O")]),
         _Dtype("V8"),
         _Dtype("M8[ns]"),

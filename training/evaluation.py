@@ -143,7 +143,7 @@ class Evaluation:
         """An evaluation for the log. saved: the best checkpoint, where this is it."""
         text = f"evaluation after epoch {epoch}: {self.title} {value:.6g}, held-out classes"
         if saved:
-            return f"{text}; the best until now: {saved}"
+            return f"{text}; the best so far: {saved}"
         return text if self.best is None else f"{text} (best: {self.best:.6g})"
 
     def measure(self, pipeline: TextToImage) -> float:
