@@ -33,6 +33,9 @@ from miscc.command_line import CommandParser, not_negative, positive  # noqa: E4
 from miscc.progress import ProgressBar  # noqa: E402
 
 
+MOST_TRIALS = 5  # of a kind that came too late
+
+
 def table(outcomes: list[Outcome]) -> str:
     """Markdown: faults by kind, how many came in time, how many were wrong."""
     rows = ["| kind | faults | came too late | wrong |", "|---|---|---|---|"]
@@ -45,10 +48,19 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(rows)
 
 
-def cases(options: argparse.Namespace, names: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """(number, kinds) of one case after the other, without end unless --each or --case was given."""
+def cases(
+    options: argparse.Namespace, names: Sequence[str], outcomes: Sequence[Outcome]
+) -> Iterator[tuple[int, list[str]]]:
+    """(number, kinds) of one case after the other, without end unless --each or --case was given.
+
+    outcomes: of the cases so far. Which faults come too late depends on the machine's speed: with --each such a kind is
+    tried again in trainings of its own, so that each comes on every machine.
+    """
     if options.each:
         yield from enumerate(each_kind(names, Random(f"{options.seed}-each")))
+        for trial in range(MOST_TRIALS):
+            struck = {outcome.kind for outcome in outcomes if outcome.struck}
+            yield from ((100 * (trial + 1) + n, [name]) for n, name in enumerate(names) if name not in struck)
         return
     for case in itertools.count() if options.case is None else (options.case,):
         yield case, chosen_kinds(names, Random(f"{options.seed}-{case}"))
@@ -61,7 +73,7 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND", help=f"of these alone: {', '.join(KINDS)}")
     parser.add_argument("--case", type=not_negative, metavar="N", help="run this case of the seed alone, again")
     parser.add_argument("--minutes", type=positive, metavar="N", help="begin no further training after so many minutes")
-    parser.add_argument("--each", action="store_true", help="apply each kind once, instead of --number")
+    parser.add_argument("--each", action="store_true", help="apply each kind, mostly once, instead of --number")
     options = parser.parse_args()
     names, started = options.kinds or list(KINDS), time.monotonic()
 
@@ -73,7 +85,7 @@ def main() -> int:
     num_trainings = 0
     print(f"files of what goes wrong, and table.md with the counts so far: {folder}", flush=True)
     with small_disk(folder / "disk") as disk, ProgressBar(what="faults", total=options.number, unit="faults") as bar:
-        for case, kinds in cases(options, names):
+        for case, kinds in cases(options, names, outcomes):
             rng = Random(f"{options.seed}-{case}-disk")
             disk_of_case = disk if "disk full" in kinds else rng.choice((disk, None))
             found = run_case(material, folder / f"case{case}", disk_of_case, kinds, f"{options.seed}-{case}-faults")

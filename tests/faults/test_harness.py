@@ -1,5 +1,6 @@
 """A short form of `make faults`, and whether its harness sees what is wrong."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,8 @@ def test_trainings_that_are_hit_by_each_kind_of_fault_end_as_if_undisturbed():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].endswith(": 0 wrong")
-    assert sum(f"| {kind} | 1 | 0 | 0 |" in done.stdout for kind in kinds) >= 12
+    missed = [kind for kind in kinds if not re.search(rf"^\| {kind} \| [1-9]", done.stdout, re.MULTILINE)]
+    assert missed in ([], ["folder read-only"])  # root needs a file system that knows `chattr +i`
 
 
 # -- whether it can fail -------------------------------------------------------------------------------------------
