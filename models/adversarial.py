@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from miscc.augment import augmentation
+from miscc.augment import Augmentation, augmentation
 from miscc.batch import Batch
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, lecam_loss, mode_seeking_loss
 from models.damsm import matching_losses
@@ -99,18 +99,18 @@ class AdversarialSystem(System):
     @property
     def observed(self) -> list[str]:
         logits = [f"logits/{kind}" for kind in self.lecam.kinds] if self.lecam is not None else []
-        return logits + ([self._controlling_sign] if self.ada is not None else [])
+        return logits + ([self.controlling_sign] if self.ada is not None else [])
 
     @property
-    def _controlling_sign(self) -> str:
-        """The name in the log of the sign that ADA reads: the paper's discriminator's where there is one."""
+    def controlling_sign(self) -> str:
+        """The name in the log of the sign that ADA reads: the paper's discriminator's where there is one, of its last stage."""
         return "sign/real" if "discriminator" in self.networks else "sign/projected_real"
 
     def observe(self, stats: Mapping[str, Tensor], batch_size: int) -> None:
         if self.lecam is not None:
             self.lecam.update(stats)
         if self.ada is not None:
-            self.ada.update(stats[self._controlling_sign], batch_size)
+            self.ada.update(stats[self.controlling_sign], batch_size)
 
     def state(self) -> dict[str, float]:
         parts = [part for part in (self.lecam, self.ada) if part is not None]
@@ -124,10 +124,14 @@ class AdversarialSystem(System):
 
     # -- parts of the updates ------------------------------------------------------------------------------------
 
+    def augmentation_of(self, batch: Batch) -> Augmentation:
+        """This step's augmentation of what D sees: one draw for each pair, for its real and its fake image of any size."""
+        draw = (self.seed, self.step, batch.indices.tolist())
+        return augmentation(self.settings.augment_kinds, *draw, self.ada.p if self.ada is not None else None)
+
     def seen(self, batch: Batch, fake_images: Tensor) -> Seen:
         """Inputs of the discriminators: the batch's images and G's, (N, 3, H, W) in [-1, 1], augmented."""
-        draw = (self.seed, self.step, batch.indices.tolist())
-        augment = augmentation(self.settings.augment_kinds, *draw, self.ada.p if self.ada is not None else None)
+        augment = self.augmentation_of(batch)
         real, fake = augment(batch.single_size), augment(fake_images)
 
         # Frozen features do not change between D's step and G's: one forward pass serves both.
@@ -158,11 +162,14 @@ class AdversarialSystem(System):
         yield Update("projected", losses, logit_stats(logits))
 
     def lecam_losses(self, discriminator: str, real_logits: Tensor, fake_logits: Tensor) -> dict[str, Tensor]:
-        """{"lecam"} or {"projected_lecam"}, weighted, where TRAIN.LECAM asks for it and its averages are warmed up."""
+        """{"lecam"} or {"projected_lecam"}, weighted, where TRAIN.LECAM asks for it and its averages are warmed up.
+
+        discriminator: of `logit_pairs`.
+        """
         averages = self.lecam.of(discriminator) if self.lecam is not None else None
         if averages is None:
             return {}
-        name = {"discriminator": "lecam", "projected": "projected_lecam"}[discriminator]
+        name = "projected_lecam" if discriminator == "projected" else "lecam"
         return {name: self.settings.lecam_weight * lecam_loss(real_logits, fake_logits, *averages)}
 
     def augmentation_stats(self) -> dict[str, Tensor]:

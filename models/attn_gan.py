@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from miscc.batch import Batch
 from miscc.losses import binary_discriminator_loss, binary_generator_loss, kl_to_standard_normal
 from miscc.settings import setting
-from models.adversarial import AdversarialSystem
+from models.adversarial import AdversarialSystem, logit_stats
 from models.attn_discriminator import AttnDCDiscriminator, AttnDiscriminator, StageDiscriminator, conv3x3, initialise
 from models.kernels import Upsample2x, conv_after_upsample_2x
 from models.layers import num_upsamples
@@ -242,34 +242,49 @@ class AttnGAN(AdversarialSystem):
 
     def logit_pairs(self) -> dict[str, tuple[str, str]]:
         """Of every stage, by the size of its images."""
-        return {f"discriminator_{size}": (f"real_{size}", f"fake_{size}") for size in self.image_sizes}
+        sizes = [stage.image_size for stage in self.discriminator.stage_list()]
+        return {f"discriminator_{size}": (f"real_{size}", f"fake_{size}") for size in sizes}
+
+    @property
+    def controlling_sign(self) -> str:
+        return f"sign/real_{self.image_sizes[-1]}"
 
     def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
         """Discriminators of all stages, then the generator."""
         discriminator = self.discriminator
         text = self.text_encoder(batch.captions, batch.lengths).detach()
         fake = self.generator(noise, text)
-        stages = list(zip(discriminator.stage_list(), fake.images, strict=True))
+
+        # What each stage's discriminator sees: real and fake images of its size, with the same augmentation at every size.
+        augment = self.augmentation_of(batch)
+        seen = [
+            (stage, augment(batch.images_at(stage.image_size)), augment(images))
+            for stage, images in zip(discriminator.stage_list(), fake.images, strict=True)
+        ]
 
         # Discriminators, each at its stage's size: real pairs up; fake images and wrong captions down.
-        losses, stats = [], {}
-        for stage, images in stages:
-            real_images = batch.images_at(stage.image_size)
-            loss, logits = discriminator_loss(stage, real_images, images.detach(), text.sentence)
+        losses, lecam, stats = [], [], {}
+        for stage, real_images, fake_images in seen:
+            size = stage.image_size
+            loss, logits = discriminator_loss(stage, real_images, fake_images.detach(), text.sentence)
             losses.append(loss)
-            stats |= {f"logits/{name}_{stage.image_size}": value for name, value in logits.items()}
+            lecam += self.lecam_losses(f"discriminator_{size}", logits["real"], logits["fake"]).values()
+            stats |= logit_stats({f"{name}_{size}": value for name, value in logits.items()})
+        stats = {name: stats[name] for name in stats if name.startswith("logits/") or name in self.observed}
         stats |= self._by_size("discriminator", losses)
-        yield Update("discriminator", {"discriminator": torch.stack(losses).sum()}, stats)
+        total = {"discriminator": torch.stack(losses).sum()}
+        yield Update("discriminator", total | ({"lecam": torch.stack(lecam).sum()} if lecam else {}), stats)
 
         # Generator: fake images up at every stage, the condition near N(0, 1), the last image matched to its words.
         with no_parameter_grad(discriminator, *self.encoders()):
-            losses = [adversarial_loss(stage, images, text.sentence) for stage, images in stages]
+            losses = [adversarial_loss(stage, fake_images, text.sentence) for stage, _, fake_images in seen]
             stats = self._by_size("adversarial", losses) | {"sigma_mean": (fake.logvar.detach() / 2).exp().mean()}
             total = {"adversarial": torch.stack(losses).sum(), "kl": kl_to_standard_normal(fake.mu, fake.logvar)}
+            total |= self.diversity_losses(fake.images[-1], noise, text)
             if self.settings.whole_damsm_weight > 0:
                 damsm = self.damsm_losses(fake.images[-1], text, batch)
                 total |= {name: self.settings.whole_damsm_weight * loss for name, loss in damsm.items()}
-            yield Update("generator", total, stats)
+            yield Update("generator", total, stats | self.augmentation_stats())
 
     def _by_size(self, name: str, losses: list[Tensor]) -> dict[str, Tensor]:
         """{name in the log: loss} of the single stages."""
@@ -289,7 +304,7 @@ class AttnDCGAN(AttnGAN):
 def discriminator_loss(
     stage: StageDiscriminator, real_images: Tensor, fake_images: Tensor, sentence: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss of one stage's discriminator, its mean logits by kind of pair).
+    """(loss of one stage's discriminator, its logits by kind of pair).
 
     real_images, fake_images: (N, 3, H, W) in [-1, 1] at the stage's size, fake ones without a graph.
     sentence: (N, D).
@@ -309,7 +324,7 @@ def discriminator_loss(
         alone = {"real_alone": stage.unconditional(real), "fake_alone": stage.unconditional(fake)}
 
     loss = binary_discriminator_loss(*logits.values(), *alone.values())
-    return loss, {name: value.detach().mean() for name, value in (logits | alone).items()}
+    return loss, logits | alone
 
 
 def adversarial_loss(stage: StageDiscriminator, fake_images: Tensor, sentence: Tensor) -> Tensor:

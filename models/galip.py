@@ -325,9 +325,14 @@ class GALIP(AdversarialSystem):
         # What CLIP sees. The fake images' features serve both steps: CLIP does not change between them.
         text = self.text_encoder(batch.captions, batch.lengths).detach()
         fake_images = generator(noise, text).images[-1]
-        fake_maps, fake_codes = image_encoder(fake_images)
+        seen = self.seen(batch, fake_images)
+        fake_maps, fake_codes = image_encoder(seen.fake)
         with torch.no_grad():
-            real_maps = image_encoder.patches(batch.single_size)
+            real_maps = image_encoder.patches(seen.real)
+
+        # D alone sees augmented images; captions are matched to the images themselves.
+        if self.settings.augment_kinds:
+            _, fake_codes = image_encoder(fake_images)
 
         # D: real pairs up; fake images and wrong captions down; and the penalty.
         losses, stats = self.discriminator_losses(real_maps, [m.detach() for m in fake_maps], text.sentence)
@@ -338,7 +343,8 @@ class GALIP(AdversarialSystem):
             adversarial = hinge_generator_loss(discriminator(fake_maps, text.sentence))
             similarity = F.cosine_similarity(at_least_float32(fake_codes), at_least_float32(text.sentence)).mean()
             losses = {"adversarial": adversarial, "similarity": -self.settings.similarity_weight * similarity}
-            yield Update("generator", losses, {"similarity": similarity.detach()})
+            losses |= self.diversity_losses(fake_images, noise, text)
+            yield Update("generator", losses, {"similarity": similarity.detach(), **self.augmentation_stats()})
 
     def discriminator_losses(
         self, real_maps: Sequence[Tensor], fake_maps: Sequence[Tensor], sentence: Tensor
@@ -363,5 +369,6 @@ class GALIP(AdversarialSystem):
         mismatched_logits = discriminator.logits(features, sentence.roll(-1, dims=0))
         fake_logits = discriminator(fake_maps, sentence)
         losses = {"hinge": hinge_discriminator_loss(real_logits, fake_logits, mismatched_logits)} | penalty
+        losses |= self.lecam_losses("discriminator", real_logits, fake_logits)
         logits = {"real": real_logits, "fake": fake_logits, "mismatched": mismatched_logits}
         return losses, logit_stats(logits)

@@ -113,61 +113,9 @@ class BetasSettings:
 
 
 @dataclass(frozen=True)
-class AdversarialSettings(BetasSettings):
-    """Of every system that trains G against D.
+class SmallDataSettings:
+    """What helps where data is little."""
 
-    discriminator: see DiscriminatorSettings; of systems without that choice.
-    needs_image_encoder: whether a loss looks at images with an encoder.
-    encoders_with_images: whose encoder that is, see TEXT.ENCODER.
-    lecam_weight, ada_target: see DiscriminatorSettings; 0 of systems without these.
-    """
-
-    discriminator: ClassVar[str] = "paper"
-    lecam_weight: ClassVar[float] = 0.0
-    ada_target: ClassVar[float] = 0.0
-    encoders_with_images: ClassVar[str] = "damsm"
-
-    generator_lr: float = setting("TRAIN.GENERATOR_LR", 1e-4, "Adam's learning rate of G", above=0)
-    discriminator_lr: float = setting("TRAIN.DISCRIMINATOR_LR", 4e-4, "Adam's learning rate of D", above=0)
-
-    @property
-    def needs_image_encoder(self) -> bool:
-        return False
-
-
-@dataclass(frozen=True)
-class PenaltySettings:
-    """Of the matching-aware gradient penalty."""
-
-    penalty_weight: float = setting("TRAIN.PENALTY_WEIGHT", 2.0, "weight of the gradient penalty (MA-GP)")
-    penalty_power: float = setting("TRAIN.PENALTY_POWER", 6.0, "power of the gradient's norm in it")
-    penalty_every: int = setting(
-        "TRAIN.PENALTY_EVERY", 1, "steps between penalties, each times as much (lazy: Karras et al. 2020)", above=0
-    )
-
-    @property
-    def penalty(self) -> dict[str, float]:
-        """Arguments of `miscc.losses.matching_aware_gradient_penalty`."""
-        return {"weight": self.penalty_weight * self.penalty_every, "power": self.penalty_power}
-
-    def penalty_is_due(self, step: int) -> bool:
-        """Whether the training step after `step` others has a penalty."""
-        return step % self.penalty_every == 0
-
-
-@dataclass(frozen=True)
-class DiscriminatorSettings:
-    """Which discriminators train G, and what they see."""
-
-    discriminator: str = setting(
-        "GAN.DISCRIMINATOR",
-        "paper",
-        "the paper's; projected: on features of a frozen network (models/projected.py); both: side by side",
-        ("paper", "projected", "both"),
-    )
-    projected_weight: float = setting(
-        "GAN.PROJECTED.LOSS_WEIGHT", 1.0, "weight of the projected discriminator in G's loss"
-    )
     diversity_weight: float = setting(
         "TRAIN.DIVERSITY",
         0.0,
@@ -202,15 +150,65 @@ class DiscriminatorSettings:
                 "TRAIN.ADA: has nothing to control without TRAIN.AUGMENT; set that, e.g. translation,cutout"
             )
 
-        # Parts that stand behind this one in a system's settings have checks of their own.
-        following = getattr(super(), "__post_init__", None)
-        if following is not None:
-            following()
-
     @property
     def augment_kinds(self) -> tuple[str, ...]:
         """The kinds of miscc.augment."""
         return tuple(self.augment.split(",")) if self.augment else ()
+
+
+@dataclass(frozen=True)
+class AdversarialSettings(SmallDataSettings, BetasSettings):
+    """Of every system that trains G against D.
+
+    discriminator: see DiscriminatorSettings; of systems without that choice.
+    needs_image_encoder: whether a loss looks at images with an encoder.
+    encoders_with_images: whose encoder that is, see TEXT.ENCODER.
+    """
+
+    discriminator: ClassVar[str] = "paper"
+    encoders_with_images: ClassVar[str] = "damsm"
+
+    generator_lr: float = setting("TRAIN.GENERATOR_LR", 1e-4, "Adam's learning rate of G", above=0)
+    discriminator_lr: float = setting("TRAIN.DISCRIMINATOR_LR", 4e-4, "Adam's learning rate of D", above=0)
+
+    @property
+    def needs_image_encoder(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class PenaltySettings:
+    """Of the matching-aware gradient penalty."""
+
+    penalty_weight: float = setting("TRAIN.PENALTY_WEIGHT", 2.0, "weight of the gradient penalty (MA-GP)")
+    penalty_power: float = setting("TRAIN.PENALTY_POWER", 6.0, "power of the gradient's norm in it")
+    penalty_every: int = setting(
+        "TRAIN.PENALTY_EVERY", 1, "steps between penalties, each times as much (lazy: Karras et al. 2020)", above=0
+    )
+
+    @property
+    def penalty(self) -> dict[str, float]:
+        """Arguments of `miscc.losses.matching_aware_gradient_penalty`."""
+        return {"weight": self.penalty_weight * self.penalty_every, "power": self.penalty_power}
+
+    def penalty_is_due(self, step: int) -> bool:
+        """Whether the training step after `step` others has a penalty."""
+        return step % self.penalty_every == 0
+
+
+@dataclass(frozen=True)
+class DiscriminatorSettings:
+    """Which discriminators train G."""
+
+    discriminator: str = setting(
+        "GAN.DISCRIMINATOR",
+        "paper",
+        "the paper's; projected: on features of a frozen network (models/projected.py); both: side by side",
+        ("paper", "projected", "both"),
+    )
+    projected_weight: float = setting(
+        "GAN.PROJECTED.LOSS_WEIGHT", 1.0, "weight of the projected discriminator in G's loss"
+    )
 
 
 @dataclass(frozen=True)
@@ -239,6 +237,11 @@ class DamsmSettings(GammaSettings):
     def __post_init__(self) -> None:
         if self.damsm_weight is None:
             object.__setattr__(self, "damsm_weight", self.usual_damsm_weight)
+
+        # Parts that stand behind this one in a system's settings have checks of their own.
+        following = getattr(super(), "__post_init__", None)
+        if following is not None:
+            following()
 
     @property
     def usual_damsm_weight(self) -> float:

@@ -32,7 +32,6 @@ from faults.trainings import Material, quicken  # noqa: E402
 from miscc.command_line import CommandParser, not_negative, positive  # noqa: E402
 from miscc.progress import ProgressBar  # noqa: E402
 
-
 MOST_TRIALS = 5  # of a kind that came too late
 
 
