@@ -8,6 +8,7 @@ from sampling.published import PICTURE
 
 TITLES = {
     "ssa_gan": "SSA-GAN", "df_gan": "DF-GAN", "sema": "SEMA", "attn_gan": "AttnGAN", "attn_dcgan": "AttnDCGAN",
+    "galip": "GALIP",
 }  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def model_card(
         "runs no code from it.", "",
         f"The model knows {about['num_words']} words (`vocabulary.json`); others are left out and named. It reads the first "
         f"{about['max_words']} words of a caption.", "",
-        *_scores(evaluations, sha256), *_settings(settings),
+        *_precision(about), *_scores(evaluations, sha256), *_settings(settings),
         "## Limits", "",
         f"It draws what {data} shows and nothing else, and repeats what is one-sided there. Its images are no evidence of "
         "anything.", "",
@@ -58,6 +59,15 @@ def model_card(
 def _counted(about: Mapping[str, Any]) -> str:
     step, epoch = about.get("step"), about.get("epoch")
     return f"{step} steps ({epoch} epochs)" if step else "a number of steps that its file does not tell"
+
+
+def _precision(about: Mapping[str, Any]) -> list[str]:
+    if not about.get("half"):
+        return []
+    return [
+        "Its weights are stored in half precision. Sample pictures and scores are those of the checkpoint before it was "
+        "rounded: single values of an image differ by a level or two of 255.", "",
+    ]  # fmt: skip
 
 
 def _example(about: Mapping[str, Any]) -> str:

@@ -131,14 +131,17 @@ class TextToImage:
         """
         return cls.load(find_published(name), device)
 
-    def save_pretrained(self, folder: str | Path, examples: Sequence[str] = (), overwrite: bool = False) -> Path:
+    def save_pretrained(
+        self, folder: str | Path, examples: Sequence[str] = (), half: bool = False, overwrite: bool = False
+    ) -> Path:
         """Write model.safetensors, config.json, vocabulary.json and README.md into a folder, and return it.
 
-        examples: captions that README.md shows with their images. Raises UserError where something is there already.
+        examples: captions that README.md shows with their images; half: weights in half precision. Raises UserError where
+        something is there already.
         """
         from sampling.publish import publish  # which imports this file
 
-        return publish(self, folder, examples=examples, overwrite=overwrite)
+        return publish(self, folder, examples=examples, half=half, overwrite=overwrite)
 
     @classmethod
     def from_released(

@@ -31,12 +31,18 @@ def publish(
     examples: Sequence[str] = (),
     evaluations: Sequence[dict[str, Any]] = (),
     sha256: str | None = None,
+    half: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Write a pipeline as the folder of a published model; returns the folder.
 
-    examples: captions that README.md shows and the web page offers; evaluations: the records of evaluation.json; sha256: of
-    the checkpoint. Raises UserError where something is there already, DataError for an example without a known word.
+    examples: captions that README.md shows and the web page offers.
+    evaluations: the records of evaluation.json.
+    sha256: of the checkpoint.
+    half: weights in half precision, half of the size; loaded, they compute in float32 as ever.
+
+    Raises UserError where something is there already, DataError for an example without a known word, CheckpointError for
+    weights that half precision does not hold.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
@@ -48,7 +54,7 @@ def publish(
     (folder / CONFIG).unlink(missing_ok=True)  # until all is written, this is no model
 
     # The card before config.json, which write_published writes last.
-    about = describe(pipeline, examples)
+    about = describe(pipeline, examples) | {"half": half}
     if drawn is not None:
         masks = [[unit_to_uint8(mask)] for mask in drawn.masks[-1]] if drawn.masks else [[] for _ in examples]
         cells = [[image, *mask] for image, mask in zip(drawn.images, masks, strict=True)]
@@ -59,7 +65,7 @@ def publish(
     # Weights, vocabulary, config.json.
     networks = {"generator": pipeline.generator, "text_encoder": pipeline.text_encoder}
     states = {part: to_state(network_name(network), network) for part, network in networks.items()}
-    write_published(folder, states, pipeline.vocabulary, about)
+    write_published(folder, states, pipeline.vocabulary, about, half)
     return folder
 
 
@@ -127,6 +133,11 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--caption", action="append", default=[], metavar="TEXT", help="an example caption; may be repeated")
     add("--captions", metavar="FILE", help="example captions, one a line (default: of the data's test split)")
     add("--no-average", action="store_true", help="publish G itself, not its average")
+    add(
+        "--half",
+        action="store_true",
+        help="weights in half precision: half of the size, images a level or two of 255 off",
+    )
     add("--overwrite", action="store_true", help="replace what is in the folder")
     options = parser.parse_args(words)
 
@@ -145,6 +156,7 @@ def main(words: Sequence[str] | None = None) -> None:
         examples=captions[:NUM_EXAMPLES],
         evaluations=read_evaluations(weights.with_name("evaluation.json")),
         sha256=hash_of_file(weights),
+        half=options.half,
         overwrite=options.overwrite,
     )
     print(f"{folder}: {WEIGHTS}, {CONFIG}, vocabulary.json, {CARD}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 
 from miscc.checkpoint import load_checkpoint, validate
 from miscc.errors import CheckpointError, DamagedError, DataError
@@ -70,13 +71,16 @@ def find_published(name: str | Path) -> Path:
         raise CheckpointError(f"{name}: no such folder, and it cannot be fetched: {reason}") from None
 
 
-def write_published(folder: Path, networks: Mapping[str, Mapping[str, Any]], words: Vocabulary, about: dict) -> None:
+def write_published(
+    folder: Path, networks: Mapping[str, Mapping[str, Any]], words: Vocabulary, about: dict, half: bool = False
+) -> None:
     """Write weights, vocabulary and, last of all, config.json, without which the folder is not taken for a model.
 
-    networks: {"generator", "text_encoder"} as models.registry.to_state has them; about: what config.json says besides.
+    networks: {"generator", "text_encoder"} as models.registry.to_state has them; about: what config.json says besides; half:
+    matrices and kernels as float16. Raises CheckpointError for values that float16 does not hold.
     """
     tensors = {
-        f"{part}.{name}": tensor.detach().cpu().contiguous().clone()
+        f"{part}.{name}": _halved(name, tensor) if half else tensor.detach().cpu().contiguous().clone()
         for part in PARTS
         for name, tensor in networks[part]["state"].items()
     }
@@ -89,6 +93,17 @@ def write_published(folder: Path, networks: Mapping[str, Mapping[str, Any]], wor
     described = {part: {name: networks[part][name] for name in ("name", "arguments")} for part in PARTS}
     checksum = {"sha256": hash_of_file(folder / WEIGHTS)}
     write_json(folder / CONFIG, {"format": FORMAT, **about, **checksum, **described})
+
+
+def _halved(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A matrix or kernel as float16; biases, statistics and whole numbers, which are few, as they are."""
+    kept = tensor.detach().cpu().contiguous().clone()
+    if kept.dim() < 2 or not kept.is_floating_point():
+        return kept
+    rounded = kept.half()
+    if not torch.isfinite(rounded).all():
+        raise CheckpointError(f"{name} has values that half precision does not hold; publish it without --half")
+    return rounded
 
 
 def read_published(folder: str | Path) -> dict[str, Any]:

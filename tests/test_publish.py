@@ -45,6 +45,35 @@ def test_the_folder_holds_what_was_promised_and_no_pickle(tmp_path):
     assert {name.split(".")[0] for name in header} == {"generator", "text_encoder", "__metadata__"}
 
 
+def test_half_precision_takes_half_of_the_room_and_draws_nearly_the_same(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained(tmp_path / "whole")
+    pipeline.save_pretrained(tmp_path / "half", examples=CAPTIONS, half=True)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.6 * sizes[0]
+
+    # Matrices are rounded, the rest is not, and all of it computes in float32.
+    again, checkpoint = TextToImage.from_pretrained(tmp_path / "half", "cpu"), load_model(tmp_path / "half")
+    kinds = {(value.dim() > 1, value.dtype) for value in checkpoint["networks"]["generator"]["state"].values()}
+    assert kinds == {(True, torch.float16), (False, torch.float32), (False, torch.int64)}
+    assert all(parameter.dtype == torch.float32 for parameter in again.generator.parameters())
+    images = [one.generate(CAPTIONS, seed=4).images.astype(int) for one in (pipeline, again)]
+    assert 0 < np.abs(images[0] - images[1]).max() <= 3
+    assert "stored in half precision" in (tmp_path / "half" / "README.md").read_text()
+    assert "half precision" not in (tmp_path / "whole" / "README.md").read_text()
+
+
+def test_what_half_precision_does_not_hold_is_refused(tmp_path):
+    pipeline = tiny_pipeline()
+    torch.nn.init.constant_(pipeline.generator.fc.weight, 70_000.0)
+    with pytest.raises(
+        CheckpointError, match="fc.weight has values that half precision does not hold; publish it without"
+    ):
+        pipeline.save_pretrained(tmp_path / "model", half=True)
+    with pytest.raises(CheckpointError, match=r"a folder without config\.json"):
+        load_model(tmp_path / "model")
+
+
 def test_loading_runs_no_code(tmp_path, monkeypatch):
     tiny_pipeline().save_pretrained(tmp_path / "model")
 
