@@ -350,5 +350,5 @@ def load_weights(network: nn.Module, path: str | Path, what: str) -> dict[str, T
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()[:160]
-        raise CheckpointError(f"{path}: are not the weights of {what} ({reason})") from None
+        raise CheckpointError(f"{path}: are not the weights of {what} ({reason}); give another file") from None
     return state

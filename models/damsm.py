@@ -201,6 +201,24 @@ def matching_losses(
     rows = (*image_encoder(images), text.words, text.sentence, batch.lengths, batch.class_ids)
     regions, code, words, sentence, lengths, class_ids = all_gather_with_grad(*rows)
 
+    return losses_of_features(regions, code, words, sentence, lengths, class_ids, gamma1, gamma2, gamma3)
+
+
+def losses_of_features(
+    regions: Tensor,
+    code: Tensor,
+    words: Tensor,
+    sentence: Tensor,
+    lengths: Tensor,
+    class_ids: Tensor,
+    gamma1: float,
+    gamma2: float,
+    gamma3: float,
+) -> dict[str, Tensor]:
+    """DAMSM losses of encoded images and captions: {"words", "sentence"}, as `matching_losses`.
+
+    regions (N, D, h, w), code (N, D): of the images; words (N, D, T), sentence (N, D): of their captions.
+    """
     by_word = word_loss(regions, words, lengths, class_ids, gamma1, gamma2, gamma3)
     by_sentence = sentence_loss(code, sentence, class_ids, gamma3)
     return {"words": by_word[0] + by_word[1], "sentence": by_sentence[0] + by_sentence[1]}

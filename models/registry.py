@@ -37,7 +37,8 @@ def from_state(entry: Mapping[str, Any], registry: Mapping[str, type[Network]]) 
     except (TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError, AssertionError, LookupError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"the network {entry['name']!r} does not fit this version of the project: {reason}"
+            f"the network {entry['name']!r} does not fit this version of the project ({reason}); use another checkpoint, or "
+            f"the version that wrote it"
         ) from None
     return module
 

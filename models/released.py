@@ -178,14 +178,17 @@ def _check_fit(form: Format, actual: State, expected: State) -> None:
     missing, surplus = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
     wrong = [name for name in expected if name in actual and actual[name].shape != expected[name].shape]
 
+    problem = ""
     if missing:
-        raise CheckpointError(f"{form.title}: {len(missing)} tensors are missing, for example {missing[0][:80]}")
-    if surplus:
-        raise CheckpointError(f"{form.title}: {len(surplus)} tensors are not its own, for example {surplus[0][:80]}")
-    if wrong:
+        problem = f"{len(missing)} tensors are missing, for example {missing[0][:80]}"
+    elif surplus:
+        problem = f"{len(surplus)} tensors are not its own, for example {surplus[0][:80]}"
+    elif wrong:
         name = wrong[0]
         shapes = f"{tuple(actual[name].shape)} instead of {tuple(expected[name].shape)}"
-        raise CheckpointError(f"{form.title}: {len(wrong)} tensors have other sizes, for example {name}: {shapes}")
+        problem = f"{len(wrong)} tensors have other sizes, for example {name}: {shapes}"
+    if problem:
+        raise CheckpointError(f"{form.title}: {problem}; use the file as its authors released it")
 
 
 def rename(name: str, form: Format) -> str:

@@ -16,7 +16,7 @@ def kinds(watch, *readings):
     return [[finding.kind for finding in watch.update(reading)] for reading in readings]
 
 
-def duel(gap, accuracy=1.0):
+def margin_of(gap, accuracy=1.0):
     return Reading(margins={"discriminator": Margin(gap, accuracy)})
 
 
@@ -25,11 +25,15 @@ def varieties(*values):
 
 
 def test_a_discriminator_wins_outright_above_the_gap_and_from_the_accuracy_on():
-    assert kinds(Watch(AT_ONCE), duel(10.0), duel(10.01)) == [[], ["discriminator"]]
-    assert kinds(Watch(AT_ONCE), duel(50.0, 0.979), duel(50.0, 0.98)) == [[], ["discriminator"]]
+    assert kinds(Watch(AT_ONCE), margin_of(10.0), margin_of(10.01)) == [[], ["discriminator"]]
+    assert kinds(Watch(AT_ONCE), margin_of(50.0, 0.979), margin_of(50.0, 0.98)) == [[], ["discriminator"]]
     # Without signs in the log, as AttnGAN's, the gap alone decides; logits the wrong way round are no victory.
-    assert kinds(Watch(AT_ONCE), duel(9.9, None), duel(10.1, None), duel(-50.0)) == [[], ["discriminator"], []]
-    assert kinds(Watch(AT_ONCE), duel(float("nan"))) == [[]]
+    assert kinds(Watch(AT_ONCE), margin_of(9.9, None), margin_of(10.1, None), margin_of(-50.0)) == [
+        [],
+        ["discriminator"],
+        [],
+    ]
+    assert kinds(Watch(AT_ONCE), margin_of(float("nan"))) == [[]]
 
 
 def test_each_discriminator_is_watched_and_named():

@@ -21,13 +21,13 @@ from miscc.distributed import World
 from miscc.errors import CheckpointError, ConfigError, TrainingError
 from miscc.files import remove_unfinished, write_text
 from miscc.images import to_uint8
-from miscc.losses import sentence_loss, word_attention, word_loss
+from miscc.losses import word_attention
 from miscc.pictures import attention_picture, save_image
 from miscc.randomness import seed_everything
 from miscc.settings import arguments_from, from_config
 from miscc.vocabulary import Vocabulary
 from models import IMAGE_ENCODERS, TEXT_ENCODERS, networks_of
-from models.damsm import TextEncoder
+from models.damsm import TextEncoder, losses_of_features
 from models.modes import eval_mode
 from models.registry import from_state, network_name, to_state
 from models.types import CaptionEncoder, ImageEncoder, Network, TextFeatures, Update
@@ -205,10 +205,8 @@ class EncoderTrainer:
 
     def losses(self, batch: Batch, text: TextFeatures, image: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """Word and sentence losses, each the sum of both directions."""
-        regions, code = image
-        words = word_loss(regions, text.words, batch.lengths, batch.class_ids, **self.settings.gammas)
-        sentences = sentence_loss(code, text.sentence, batch.class_ids, self.settings.gamma3)
-        return {"words": words[0] + words[1], "sentence": sentences[0] + sentences[1]}
+        rows = (*image, text.words, text.sentence, batch.lengths, batch.class_ids)
+        return losses_of_features(*rows, **self.settings.gammas)
 
     def end_epoch(self, epoch: int, run: EncoderDir, progress: Progress) -> None:
         """Validate, draw attention, save last, best and the numbered checkpoint that is due."""

@@ -41,9 +41,9 @@ REMEDIES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "variety": (
         ("TRAIN.GENERATOR_LR", "lower {}"),
+        ("TRAIN.DIVERSITY", "{} 0.1"),
         ("TRAIN.DAMSM_WEIGHT", "lower {}"),
         ("GAN.DISCRIMINATOR", "{} both"),
-        ("TRAIN.BATCH_SIZE", "raise {}"),
     ),
     "penalty": (
         ("TRAIN.DISCRIMINATOR_LR", "lower {}"),
