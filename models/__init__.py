@@ -10,6 +10,7 @@ from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder
 from models.df_gan import DFGAN
 from models.galip import GALIP
 from models.mixed_text import MixedTextEncoder
+from models.pretrained_encoder import PretrainedImageEncoder
 from models.sema import SEMA
 from models.ssa_gan import SSAGAN
 from models.types import Network, System
@@ -26,6 +27,7 @@ TEXT_ENCODERS: dict[str, type[Network]] = {"rnn": TextEncoder, "mixed": MixedTex
 IMAGE_ENCODERS: dict[str, type[Network]] = {
     "inception": InceptionEncoder,
     "small": SmallImageEncoder,
+    "pretrained": PretrainedImageEncoder,
     "clip": ClipImageEncoder,
 }
 

@@ -1,4 +1,4 @@
-"""Frozen image networks whose features the projected discriminator sees: weights from a file, cut into four stages.
+"""Frozen image networks, weights from a file, cut into four stages, whose features others see: projected D, image encoder.
 
 A new one is a function from a weight file to its Stages and state dict, and one line in BACKBONES. Their weights never train
 and are in no state dict: a checkpoint names them by their hash.
@@ -33,6 +33,10 @@ DINO_NAMES = (
 )
 
 
+class WeightFileError(CheckpointError):
+    """A weight file that is missing, or holds another network; the text lacks the key, which `Backbone` knows."""
+
+
 def unchanged(x: Tensor) -> Tensor:
     return x
 
@@ -61,6 +65,7 @@ class Backbone(nn.Module):
 
     name: in BACKBONES.
     weights: the weight file; "": the one that comes with the network's package.
+    key: of the setting that names the weight file, for errors.
 
     Its tensors are buffers outside the state dict, and it is always in eval mode. Raises CheckpointError for weights that
     are missing or do not fit.
@@ -69,9 +74,12 @@ class Backbone(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, name: str, weights: str = ""):
+    def __init__(self, name: str, weights: str = "", key: str = "GAN.PROJECTED.WEIGHTS"):
         super().__init__()
-        stages, state = self._stages_and_state(name, weights)
+        try:
+            stages, state = self._stages_and_state(name, weights)
+        except WeightFileError as error:
+            raise CheckpointError(f"{key}: {error}") from None
         self.name, self.channels, self.weights_hash = name, tuple(stages.channels), hash_tensors(state)
         self.strides, self.image_size, self.as_map = tuple(stages.strides), stages.image_size, stages.as_map
         self.stages = nn.ModuleList(stages.stages)
@@ -143,6 +151,20 @@ class PatchTokens(nn.Module):
         patches = self.conv(images).flatten(2).transpose(1, 2)
         class_token = self.class_token.to(patches.dtype).expand(len(patches), 1, -1)
         return self.norm(torch.cat([class_token, patches], dim=1) + self.positions)
+
+
+def check_weights_hash(key: str, part: str, settings: Any, backbone: Backbone) -> None:
+    """Raises CheckpointError where a network was trained on other weights than the backbone has.
+
+    key: of the setting that names the weight file.
+    part: what the network is, for people.
+    settings: of the network: backbone, and weights_hash, "" where it is new.
+    """
+    if settings.weights_hash not in ("", backbone.weights_hash):
+        raise CheckpointError(
+            f"{key}: the {part} was trained on {settings.backbone} with the hash {settings.weights_hash}, the weights here "
+            f"have {backbone.weights_hash}; name the file that it was trained on"
+        )
 
 
 def freeze(module: nn.Module, device: torch.device) -> None:
@@ -283,7 +305,7 @@ def _resnet(name: str, weights: str, channels: Sequence[int]) -> tuple[Stages, d
 
 def _want_file(weights: str, what: str) -> None:
     if not weights:
-        raise CheckpointError(f"GAN.PROJECTED.WEIGHTS: is empty, and nothing is downloaded; name the file of {what}")
+        raise WeightFileError(f"is empty, and nothing is downloaded; name the file of {what}")
 
 
 def _vision_transformer(
@@ -293,8 +315,8 @@ def _vision_transformer(
     # Where the groups end.
     num_blocks, grid_size = len(blocks), round((len(tokens.positions) - 1) ** 0.5)
     if num_blocks < 4:
-        raise CheckpointError(
-            f"GAN.PROJECTED.WEIGHTS: holds a Vision Transformer of {num_blocks} blocks, at least 4 are needed; name another file"
+        raise WeightFileError(
+            f"holds a Vision Transformer of {num_blocks} blocks, at least 4 are needed; name another file"
         )
     ends = [num_blocks * part // 4 for part in range(5)]
     groups = [list(blocks[start:end]) for start, end in zip(ends, ends[1:], strict=False)]

@@ -16,6 +16,8 @@ from models.layers import resize
 from models.settings import sentence_dim_setting
 from models.types import CaptionEncoder, ImageEncoder, TextFeatures
 
+GRID = 8  # regions of SmallImageEncoder, a side
+
 
 class TextEncoder(CaptionEncoder):
     """Embedding, dropout, one bidirectional recurrent layer. 0 is the padding index.
@@ -153,9 +155,9 @@ class SmallImageEncoder(ImageEncoder):
         text_dim, nf = self.settings.text_dim, self.settings.nf
         self.image_size = image_size = self.settings.image_size
 
-        # Downsample to the 8×8 grid, with up to 8·nf channels.
+        # Downsample to the grid, with up to 8·nf channels.
         layers, channels, size = [], 3, image_size
-        while size > 8:
+        while size > GRID:
             wider = nf if channels == 3 else min(2 * channels, 8 * nf)
             layers += self._layer(channels, wider, stride=2)
             channels, size = wider, size // 2
@@ -175,9 +177,13 @@ class SmallImageEncoder(ImageEncoder):
         """All parameters: there are no ImageNet weights to keep."""
         return list(self.parameters())
 
+    def features(self, images: Tensor) -> Tensor:
+        """images (N, 3, H, W) in [-1, 1] -> (N, 8·nf, 8, 8)."""
+        return self.trunk(resize(images, self.image_size))
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images (N, 3, H, W) in [-1, 1] -> regions (N, text_dim, 8, 8), code (N, text_dim)."""
-        x = self.trunk(resize(images, self.image_size))
+        x = self.features(images)
         return self.region_head(x), self.code_head(self.global_trunk(x).mean(dim=(2, 3)))
 
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from miscc.errors import CheckpointError, ConfigError
+from miscc.errors import ConfigError
 from miscc.settings import setting
-from models.backbones import BACKBONES, Backbone
+from models.backbones import BACKBONES, Backbone, check_weights_hash
 from models.layers import resize
 from models.settings import SentenceSettings
 from models.types import Discriminator
@@ -169,12 +169,7 @@ class ProjectedDiscriminator(Discriminator):
             )
         if settings.input_size % strides[-1]:
             raise ConfigError(f"GAN.PROJECTED.INPUT: must be a multiple of {strides[-1]}, not {settings.input_size}")
-        if settings.weights_hash not in ("", self.backbone.weights_hash):
-            raise CheckpointError(
-                f"GAN.PROJECTED.WEIGHTS: the discriminator was trained on {settings.backbone} with the hash "
-                f"{settings.weights_hash}, the weights here have {self.backbone.weights_hash}; name the file that it was "
-                f"trained on"
-            )
+        check_weights_hash("GAN.PROJECTED.WEIGHTS", "discriminator", settings, self.backbone)
         self.change_settings(weights_hash=self.backbone.weights_hash)
         widths = [settings.width * factor for factor in SCALE_WIDTHS]
         self.mixing = RandomMixing(self.backbone.channels, widths, settings.seed)

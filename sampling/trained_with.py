@@ -46,8 +46,13 @@ def networks_in_training(checkpoint: Mapping[str, Any]) -> list[dict[str, str]]:
         add("damsm", "encoders", encoder_hash, (config.get("TEXT") or {}).get("DAMSM_NAME") or "")
         if checkpoint.get("encoders_hash"):
             found[-1]["starting_hash"] = checkpoint["encoders_hash"]
-    if (networks.get("image_encoder") or {}).get("name") == "inception":
+    image_encoder = networks.get("image_encoder") or {}
+    if image_encoder.get("name") == "inception":
         add("inception-torchvision", "trunk of the image encoder")
+    elif image_encoder.get("name") == "pretrained":
+        arguments = image_encoder.get("arguments") or {}
+        backbone, weights_hash = arguments.get("backbone") or "", arguments.get("weights_hash") or ""
+        add("clip" if backbone == "clip" else backbone, "image encoder", "" if backbone == "clip" else weights_hash)
     return found
 
 

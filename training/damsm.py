@@ -29,6 +29,7 @@ from miscc.vocabulary import Vocabulary
 from models import IMAGE_ENCODERS, TEXT_ENCODERS, networks_of
 from models.damsm import TextEncoder, losses_of_features
 from models.modes import eval_mode
+from models.pretrained_encoder import PretrainedImageEncoder
 from models.registry import from_state, network_name, to_state
 from models.types import CaptionEncoder, ImageEncoder, Network, TextFeatures, Update
 from sampling.encoders import load_encoders, released_vocabulary
@@ -95,6 +96,8 @@ class EncoderTrainer:
         self.settings = from_config(PretrainingSettings, cfg)
         self.data_settings = from_config(DataSettings, cfg)
         self.text_arguments = arguments_from(TextEncoder.Settings, cfg)
+        chosen = arguments_from(PretrainedImageEncoder.Settings, cfg)
+        self.backbone_arguments = {name: chosen[name] for name in ("backbone", "weights")}
         check_batch_size(self.settings.batch_size)
         if checkpoint is not None:
             check_encoders_resumable(checkpoint, cfg)
@@ -350,11 +353,13 @@ class EncoderTrainer:
         # The image encoder comes first: the order decides which random numbers become whose initial weights.
         kind = self.settings.image_encoder
         arguments = {"text_dim": self.text_arguments["text_dim"]}
-        if kind == "small":
+        if kind in ("small", "pretrained"):
             size = self.settings.image_size
             if size < 16 or size & (size - 1):
                 raise ConfigError(f"TREE.BASE_SIZE: the small encoder takes powers of two from 16 on, not {size}")
             arguments["image_size"] = size
+        if kind == "pretrained":
+            arguments |= self.backbone_arguments
         image_encoder = IMAGE_ENCODERS[kind](**arguments)
         if kind == "inception":
             load_imagenet_weights(image_encoder.get_submodule("trunk"), self.settings.inception_weights)
@@ -374,7 +379,7 @@ def load_imagenet_weights(trunk: nn.Module, path: str) -> None:
     if not file.is_file():
         raise CheckpointError(
             f"{file}: no ImageNet weights of Inception-v3 there; download {url} to {cached} or set "
-            f"DAMSM.INCEPTION_WEIGHTS to the file (or train a light encoder: --set DAMSM.IMAGE_ENCODER small)"
+            f"DAMSM.INCEPTION_WEIGHTS to the file (or train a light encoder: --set DAMSM.IMAGE_ENCODER pretrained or small)"
         )
 
     # Its tensors; those of the classifier, which the trunk lacks, are left out.

@@ -19,8 +19,8 @@ from training.step import restore_adam
 FREE = {"RESTORE", "GPU_ID", "WORKERS", "DATA_CACHE", "DATA_CACHE_DIR", "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS", "TRAIN.MAX_MINUTES",
         "TRAIN.TRACKER"}  # fmt: skip
 # What shapes the encoders, their data or the order of it.
-ENCODER_KEYS = ("SEED", "RNN_TYPE", "DAMSM.IMAGE_ENCODER", "TREE.BASE_SIZE", "TEXT.EMBEDDING_DIM", "TEXT.WORDS_NUM",
-                "TRAIN.HELD_OUT", "TRAIN.BATCH_SIZE")  # fmt: skip
+ENCODER_KEYS = ("SEED", "RNN_TYPE", "DAMSM.IMAGE_ENCODER", "DAMSM.BACKBONE", "TREE.BASE_SIZE", "TEXT.EMBEDDING_DIM",
+                "TEXT.WORDS_NUM", "TRAIN.HELD_OUT", "TRAIN.BATCH_SIZE")  # fmt: skip
 
 
 def check_resumable(checkpoint: Mapping, cfg: Config) -> None:

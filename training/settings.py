@@ -12,6 +12,7 @@ from models import SYSTEMS
 from models.choice import SystemChoice, find_system, keys_of, load_for_system, system_parts
 from models.clip_files import MODEL
 from models.damsm import TextEncoder
+from models.pretrained_encoder import PretrainedImageEncoder
 from models.settings import (
     BetasSettings,
     ClipSizeSettings,
@@ -218,7 +219,10 @@ class PretrainingSettings(FormerEncodersSettings, GammaSettings, BetasSettings, 
         below=1,
     )
     image_encoder: str = setting(
-        "DAMSM.IMAGE_ENCODER", "inception", "network of the image encoder to pretrain", ("inception", "small")
+        "DAMSM.IMAGE_ENCODER",
+        "inception",
+        "network of the image encoder to pretrain; small: from scratch; pretrained: small, beside a frozen network",
+        ("inception", "small", "pretrained"),
     )
     inception_weights: str = setting(
         "DAMSM.INCEPTION_WEIGHTS", "", "ImageNet weights of torchvision's inception_v3; empty: torchvision's cache"
@@ -231,7 +235,7 @@ GAN_PARTS = [
     RunSettings, OutputSettings, DataSettings, StartSettings, TrainerSettings, EvaluationSettings, SamplingSettings,
     WatchSettings,
 ]  # fmt: skip
-ENCODER_PARTS = [RunSettings, DataSettings, PretrainingSettings, TextEncoder.Settings]
+ENCODER_PARTS = [RunSettings, DataSettings, PretrainingSettings, TextEncoder.Settings, PretrainedImageEncoder.Settings]
 
 
 def schema() -> dict[str, Setting]:

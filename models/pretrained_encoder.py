@@ -1,0 +1,73 @@
+"""An image encoder for small images that sees the features of a frozen network beside its own. Ours, from no paper.
+
+Trained from scratch on a few thousand pairs, DAMSM's small encoder learns colours and places; what rarely tells two images of a
+batch apart, such as the pattern of a wing, it does not find. A network that has seen ImageNet shows it from the start.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miscc.settings import setting
+from models.backbones import BACKBONES, Backbone, check_weights_hash
+from models.damsm import GRID, SmallImageEncoder
+from models.layers import resize
+
+NUM_STAGES = 3  # of the backbone's four: the coarsest tells what an image shows, not where
+
+
+class PretrainedImageEncoder(SmallImageEncoder):
+    """SmallImageEncoder, joined with features of a frozen network on the same 8×8 grid.
+
+    text_dim, image_size, nf: as for SmallImageEncoder.
+    backbone: name of the frozen network, in models.backbones.BACKBONES.
+    weights: its weight file; "": the one in its package, where there is one.
+    weights_hash: of the weights that the encoder was trained with; "": any.
+
+    Raises CheckpointError for weights that are missing or others.
+    """
+
+    @dataclass(frozen=True)
+    class Settings(SmallImageEncoder.Settings):
+        backbone: str = setting(
+            "DAMSM.BACKBONE", "efficientnet-lite0", "frozen network of DAMSM.IMAGE_ENCODER pretrained", tuple(BACKBONES)
+        )
+        weights: str = setting(
+            "DAMSM.BACKBONE_WEIGHTS",
+            "",
+            "weight file of that frozen network; empty: the one in its package, where there is one",
+        )
+        weights_hash: str = ""
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+
+        # The frozen part: always the same numbers, brought to one scale by a batch norm.
+        self.backbone = Backbone(self.settings.backbone, self.settings.weights, key="DAMSM.BACKBONE_WEIGHTS")
+        check_weights_hash("DAMSM.BACKBONE_WEIGHTS", "encoder", self.settings, self.backbone)
+        self.change_settings(weights_hash=self.backbone.weights_hash)
+        num_frozen = sum(self.backbone.channels[:NUM_STAGES])
+        self.norm = nn.BatchNorm2d(num_frozen, affine=False)
+
+        # Joined with the encoder's own features, as many as before.
+        num_own = 8 * self.settings.nf
+        self.join = nn.Sequential(*self._layer(num_own + num_frozen, num_own, stride=1))
+
+    def features(self, images: Tensor) -> Tensor:
+        """images (N, 3, H, W) in [-1, 1] -> (N, 8·nf, 8, 8)."""
+        own = super().features(images)
+
+        # Of the size that the backbone reads. Fine features are averaged, coarse ones enlarged.
+        seen = resize(images, self.backbone.image_size or max(self.image_size, self.backbone.strides[-1]))
+        frozen = [to_grid(scale, GRID) for scale in self.backbone(seen)[:NUM_STAGES]]
+        return self.join(torch.cat([own, self.norm(torch.cat(frozen, dim=1)).to(own.dtype)], dim=1))
+
+
+def to_grid(x: Tensor, size: int) -> Tensor:
+    """(N, C, h, w) -> (N, C, size, size): averaged where there are more values, bilinear where there are fewer."""
+    if x.shape[-1] >= size:
+        return F.adaptive_avg_pool2d(x, size)
+    return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
