@@ -164,7 +164,7 @@ def test_what_is_wrong_or_missing_is_named():
     with pytest.raises(ConfigError, match="multiple of 32, not 50"):
         ProjectedDiscriminator(input_size=50)
     with pytest.raises(CheckpointError, match="GAN.PROJECTED.WEIGHTS: is empty"):
-        BACKBONES["resnet18"]("")
+        Backbone("resnet18")
     with pytest.raises(CheckpointError, match="nowhere.pth"):
         BACKBONES["resnet18"]("nowhere.pth")
 

@@ -1,0 +1,117 @@
+"""The image encoder on frozen features: shapes, what trains and what is stored, pretraining with it, a GAN beside it."""
+
+import pytest
+import torch
+from conftest import DAMSM_YAML, GAN_YAML, settings
+from test_trainer import assert_same_state
+
+from miscc.checkpoint import load_checkpoint
+from miscc.distributed import World
+from miscc.errors import CheckpointError, ConfigError
+from models import networks_of
+from models.pretrained_encoder import PretrainedImageEncoder, to_grid
+from models.registry import from_state, to_state
+from sampling.encoders import load_encoders
+from sampling.trained_with import networks_in_training
+from training.damsm import pretrain
+from training.evaluation import Evaluation
+from training.settings import EvaluationSettings
+from training.trainer import train
+
+CPU = World(0, 1, torch.device("cpu"))
+
+
+def test_to_the_grid_by_hand():
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    assert to_grid(x, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5], "means of 2×2"
+    coarse = torch.tensor([[0.0, 4.0]]).expand(1, 1, 2, 2)
+    assert to_grid(coarse, 4)[0, 0, 0].tolist() == [0.0, 1.0, 3.0, 4.0]
+    assert torch.equal(to_grid(x, 4), x)
+
+
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_regions_are_the_grid_of_the_small_encoder(size):
+    encoder = PretrainedImageEncoder(image_size=size, nf=2).eval()
+    for given in (size, 2 * size):  # other images are resized
+        regions, code = encoder(torch.rand(2, 3, given, given))
+        assert regions.shape == (2, 256, 8, 8) and code.shape == (2, 256)
+
+
+def test_frozen_features_reach_the_regions_and_gradients_the_image():
+    encoder = PretrainedImageEncoder(image_size=32, nf=2)
+    images = torch.rand(2, 3, 32, 32, requires_grad=True)
+    before = encoder(images)[0]
+    with torch.no_grad():
+        encoder.join[0].weight[:, :16] = 0  # without its own features
+    regions = encoder(images)[0]
+    assert not torch.equal(regions, before) and regions.std() > 0
+    regions.square().sum().backward()
+    assert images.grad.abs().sum() > 0
+
+
+def test_nothing_of_the_backbone_trains_or_is_stored_but_its_hash():
+    encoder = PretrainedImageEncoder(image_size=32, nf=2)
+    encoder.train().requires_grad_(True)
+    assert not [name for name, _ in encoder.named_parameters() if name.startswith("backbone")]
+    assert {id(p) for p in encoder.head_parameters()} == {id(p) for p in encoder.parameters()}
+    entry = to_state("pretrained", encoder.eval())
+    assert not [name for name in entry["state"] if name.startswith("backbone")]
+
+    again, images = from_state(entry, networks_of("image_encoder")).eval(), torch.rand(2, 3, 32, 32)
+    assert all(torch.equal(a, b) for a, b in zip(again(images), encoder(images), strict=True))
+    other = entry | {"arguments": entry["arguments"] | {"weights_hash": "0123"}}
+    with pytest.raises(CheckpointError, match="DAMSM.BACKBONE_WEIGHTS: the encoder was trained on .* hash 0123"):
+        from_state(other, networks_of("image_encoder"))
+
+
+@pytest.fixture
+def damsm(drawn_folder, tmp_path):
+    def load(*overrides):
+        text = DAMSM_YAML.format(data=drawn_folder, epochs=2)
+        return settings(tmp_path / "damsm.yml", text, "damsm", (("DAMSM.IMAGE_ENCODER", "pretrained"), *overrides))
+
+    return load
+
+
+def content_of(folder):
+    return {key: value for key, value in load_checkpoint(folder / "last.pth").items() if key != "config"}
+
+
+def test_pretraining_resumes_and_a_gan_trains_beside_it(damsm, drawn_folder, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    pretrain(damsm(), torch.device("cpu"), whole)
+    pretrain(damsm(("TRAIN.MAX_EPOCH", "1")), torch.device("cpu"), parts)
+    pretrain(damsm(), torch.device("cpu"), parts, resume=True)
+    assert_same_state(content_of(whole), content_of(parts))
+    with pytest.raises(ConfigError, match="DAMSM.BACKBONE: the run was started with efficientnet-lite0"):
+        pretrain(damsm(("DAMSM.BACKBONE", "efficientnet-lite2")), torch.device("cpu"), parts, resume=True)
+
+    # A GAN whose images it matches to captions knows which network took part.
+    assert load_encoders(whole / "best.pth").image_size == 16
+    text = GAN_YAML.format(data=drawn_folder, output=tmp_path / "output", encoders=whole / "best.pth")
+    train(settings(tmp_path / "gan.yml", text, overrides=(("TRAIN.MAX_STEPS", "2"),)), CPU)
+    checkpoint = load_checkpoint(tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints" / "last.pth")
+    (entry,) = [one for one in networks_in_training(checkpoint) if one["network"] == "efficientnet-lite0"]
+    assert entry["role"] == "image encoder" and len(entry["weights_hash"]) >= 8
+
+
+def test_a_score_during_training_is_by_another_network(monkeypatch):
+    """The measure's first network is the encoder's backbone: the second is loaded."""
+    loaded = []
+
+    def load(name, **_):
+        loaded.append(name)
+        raise ImportError("that is all this test wants to know")
+
+    monkeypatch.setattr("eval.features.networks.load_network", load)
+    encoder = PretrainedImageEncoder(image_size=16, nf=2)
+    for networks in ((), (encoder,)):
+        with pytest.raises(ConfigError, match="TRAIN.EVAL_MEASURE"):
+            Evaluation(None, 16, CPU.device, EvaluationSettings(), networks=networks)
+    assert loaded == ["efficientnet-lite0", "efficientnet-lite2"]
+
+
+def test_missing_weights_are_asked_for(damsm, tmp_path):
+    with pytest.raises(CheckpointError, match="DAMSM.BACKBONE_WEIGHTS: is empty, .* torchvision's resnet18"):
+        pretrain(damsm(("DAMSM.BACKBONE", "resnet18")), torch.device("cpu"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
