@@ -112,7 +112,7 @@ class Variety(BirdMetric):
         return load_segmenter(self.image_size, self.device, self.cache)
 
     def report(self) -> VarietyReport:
-        """Of all images. Raises DataError where there are no two of a caption."""
+        """The score of all images. Raises DataError where there are no two of a caption."""
         return variety(self.all_images(), [request.caption for request in self.requests], self.reader, self.seed)
 
     def compute(self) -> list[Score]:

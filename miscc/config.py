@@ -36,7 +36,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """Of commands that write runs."""
+    """Settings of commands that write runs."""
 
     output_dir: str = setting("OUTPUT_DIR", "output", "where the numbered run directories go")
 

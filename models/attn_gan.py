@@ -241,7 +241,7 @@ class AttnGAN(AdversarialSystem):
         return self.networks["discriminator"]
 
     def logit_pairs(self) -> dict[str, tuple[str, str]]:
-        """Of every stage, by the size of its images."""
+        """The pairs of every stage, by the size of its images."""
         sizes = [stage.image_size for stage in self.discriminator.stage_list()]
         return {f"discriminator_{size}": (f"real_{size}", f"fake_{size}") for size in sizes}
 

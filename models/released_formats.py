@@ -147,7 +147,7 @@ def _galip_discriminator_arguments(state: State) -> dict[str, Any]:
 
 
 def _attn_generator_arguments(state: State) -> dict[str, Any]:
-    """Of AttnGAN and AttnDCGAN; image sizes follow from the up blocks of the first stage and the number of stages."""
+    """Arguments of AttnGAN's and AttnDCGAN's generators; image sizes follow from the first stage's up blocks and the stages."""
     # The gated linear unit takes twice (mu, logvar). AttnDCGAN has one image layer, AttnGAN one for each stage.
     condition_dim, sentence_dim = state["ca_net.fc.weight"].shape[0] // 4, state["ca_net.fc.weight"].shape[1]
     to_rgb = next(name for name in ("img_net1.img.0.weight", "img_net.img.0.weight") if name in state)

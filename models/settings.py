@@ -60,14 +60,14 @@ class NumStagesSettings:
 
 @dataclass(frozen=True)
 class StageSettings(SentenceSettings, NumStagesSettings):
-    """Of AttnGAN's networks, which work on images of several sizes."""
+    """Settings of AttnGAN's networks, which work on images of several sizes."""
 
     base_size: int = image_size_setting(64)
 
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """Of a generator that draws from noise."""
+    """Settings of a generator that draws from noise."""
 
     z_dim: int = setting("GAN.Z_DIM", 100, "number of values in the noise vector z", above=0, maximum=65536)
 
@@ -83,7 +83,7 @@ class SpectralSettings:
 
 @dataclass(frozen=True)
 class GeneratorSettings(SentenceSettings, ImageSizeSettings, NoiseSettings, WidthSettings):
-    """Of a generator that draws one image from noise and sentence."""
+    """Settings of a generator that draws one image from noise and sentence."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class SmallDataSettings:
 
 @dataclass(frozen=True)
 class AdversarialSettings(SmallDataSettings, BetasSettings):
-    """Of every system that trains G against D.
+    """Settings of every system that trains G against D.
 
     discriminator: see DiscriminatorSettings; of systems without that choice.
     needs_image_encoder: whether a loss looks at images with an encoder.
@@ -178,7 +178,7 @@ class AdversarialSettings(SmallDataSettings, BetasSettings):
 
 @dataclass(frozen=True)
 class PenaltySettings:
-    """Of the matching-aware gradient penalty."""
+    """Settings of the matching-aware gradient penalty."""
 
     penalty_weight: float = setting("TRAIN.PENALTY_WEIGHT", 2.0, "weight of the gradient penalty (MA-GP)")
     penalty_power: float = setting("TRAIN.PENALTY_POWER", 6.0, "power of the gradient's norm in it")
@@ -227,7 +227,7 @@ class GammaSettings:
 
 @dataclass(frozen=True)
 class DamsmSettings(GammaSettings):
-    """Of a DAMSM loss in G's objective."""
+    """Settings of a DAMSM loss in G's objective."""
 
     damsm_weight: float | None = setting(
         "TRAIN.DAMSM_WEIGHT", None, "weight of the DAMSM loss in G's; empty: 0.05, or 0.1 with FINETUNE_ENCODERS"

@@ -113,7 +113,7 @@ def number_in(state: Mapping[str, Any], name: str, smallest: float = -LARGEST, l
 
 
 def count_in(state: Mapping[str, Any], name: str, largest: float = LARGEST) -> int:
-    """The same of a whole number >= 0."""
+    """A whole number >= 0 out of a checkpoint. Raises CheckpointError as `number_in`."""
     if not isinstance(state.get(name), int):
         raise damaged(name, state.get(name))
     return int(number_in(state, name, 0, largest))

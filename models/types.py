@@ -81,7 +81,7 @@ class OptimizerSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class NoSettings:
-    """Of a network without arguments."""
+    """Settings of a network without arguments."""
 
 
 class Network(nn.Module):
@@ -202,7 +202,7 @@ class ImageEncoder(Network):
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """Of an objective without arguments."""
+    """Settings of an objective without arguments."""
 
     needs_image_encoder: ClassVar[bool] = False  # whether a loss looks at images with the image encoder
     encoders_with_images: ClassVar[str] = "damsm"  # whose encoder that is, see TEXT.ENCODER
@@ -210,7 +210,7 @@ class ObjectiveSettings:
 
 @dataclass(frozen=True)
 class PlainTextSettings:
-    """Of a system that takes the text encoder as it is."""
+    """Settings of a system that takes the text encoder as it is."""
 
     transformer: ClassVar[str] = ""  # folder of a Transformer that gives half of the sentence
 

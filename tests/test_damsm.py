@@ -80,7 +80,9 @@ def test_small_encoder_gives_an_eight_by_eight_grid(size):
 def test_imagenet_weights_come_from_a_file_or_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     encoder = InceptionEncoder()
-    with pytest.raises(CheckpointError, match=r"download https://.*inception_v3.* to .*hub.*DAMSM.IMAGE_ENCODER pretrained or small"):
+    with pytest.raises(
+        CheckpointError, match=r"download https://.*inception_v3.* to .*hub.*DAMSM.IMAGE_ENCODER pretrained or small"
+    ):
         load_imagenet_weights(encoder.trunk, "")
     weights = inception_v3(weights=None, init_weights=False).state_dict()  # with fc and AuxLogits, as the file has them
     torch.save(weights, tmp_path / "inception.pth")

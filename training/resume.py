@@ -36,7 +36,7 @@ def check_resumable(checkpoint: Mapping, cfg: Config) -> None:
 
 
 def check_encoders_resumable(checkpoint: Mapping, cfg: Mapping) -> None:
-    """The same for a training of the encoders."""
+    """`check_resumable` for a training of the encoders."""
     _check_parts(checkpoint, ("optimizers", "step", "config", "best"), "pretrain_DAMSM.py")
     check_fixed_settings(checkpoint["config"], cfg, ENCODER_KEYS, "--overwrite")
 

@@ -50,7 +50,7 @@ class Budget:
             self.agreed = distributed.average({"seconds": reading}, world)["seconds"].item()
 
     def share(self, step: int) -> float:
-        """Of the budget, 0 to 1, after `step` steps."""
+        """The share of the budget that is used up after `step` steps, 0 to 1."""
         shares = [step / self.last_step] if self.last_step else [1.0]
         if self.max_seconds:
             shares.append(self.agreed / self.max_seconds)

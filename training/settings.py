@@ -28,7 +28,7 @@ from training.watch import WatchSettings
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """Of the GANs' loop and of the encoders'."""
+    """Settings of both loops: the GANs' and the encoders'."""
 
     batch_size: int = setting("TRAIN.BATCH_SIZE", 24, "images per step, over all GPUs together", above=0, maximum=10**6)
     max_epoch: int = setting("TRAIN.MAX_EPOCH", 600, "epochs to train")
@@ -51,7 +51,7 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class TrainerSettings(LoopSettings):
-    """Of the GANs' loop: how long, how computed, when saved, drawn and logged."""
+    """Settings of the GANs' loop: how long, how computed, when saved, drawn and logged."""
 
     max_steps: int = setting("TRAIN.MAX_STEPS", 0, "stop after so many steps, whatever MAX_EPOCH says; 0: no limit")
     warmup_epochs: int = setting("TRAIN.WARMUP_EPOCHS", 0, "no numbered checkpoint before this epoch")
@@ -118,7 +118,7 @@ class TrainerSettings(LoopSettings):
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Of the evaluations while training."""
+    """Settings of the evaluations while training."""
 
     every: int = setting("TRAIN.EVAL_EVERY", 0, "epochs between evaluations on held-out training classes; 0: none")
     classes: float = setting(
@@ -195,7 +195,7 @@ class StartSettings(FormerEncodersSettings, ClipSizeSettings, ImageSizeSettings,
 
 @dataclass(frozen=True)
 class PretrainingSettings(FormerEncodersSettings, GammaSettings, BetasSettings, LoopSettings):
-    """Of the encoders' loop."""
+    """Settings of the encoders' loop."""
 
     batch_size: int = 48
     snapshot_interval: int = 50

@@ -78,7 +78,7 @@ class BirdMetric(Metric):
         return np.concatenate(self.images)
 
     def all_masks(self) -> list[np.ndarray]:
-        """Of each stage (N, h, w); empty where there are none."""
+        """The masks of each stage, (N, h, w); empty where there are none."""
         return [np.concatenate(stage) for stage in zip(*self.masks, strict=True)]
 
     @cached_property
