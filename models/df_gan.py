@@ -31,6 +31,8 @@ class DFGenerator(Generator):
     image_size: pixels; a power of two from 8 on. ValueError otherwise.
     """
 
+    first_block_upsamples: ClassVar[bool] = True
+
     @dataclass(frozen=True)
     class Settings(GeneratorSettings):
         nf: int = 32
@@ -41,21 +43,25 @@ class DFGenerator(Generator):
         self.z_dim, self.noise_dim, self.image_size = z_dim, z_dim, self.settings.image_size
 
         # Channels before the first block and after each.
-        num_blocks = num_upsamples(self.image_size)
-        channels = [nf * multiplier for multiplier in last_multipliers(CHANNELS, num_blocks + 1)]
+        channels = [nf * multiplier for multiplier in last_multipliers(CHANNELS, num_upsamples(self.image_size) + 1)]
+        if not self.first_block_upsamples:
+            channels = [channels[0], *channels]
 
         # noise -> 4×4 features -> blocks, under noise and sentence -> image.
         self.fc = nn.Linear(z_dim, channels[0] * 4 * 4)
         self.blocks = nn.ModuleList(
-            FusionBlock(a, b, z_dim + sentence_dim) for a, b in zip(channels, channels[1:], strict=False)
+            self._block(a, b, z_dim + sentence_dim) for a, b in zip(channels, channels[1:], strict=False)
         )
         self.to_rgb = nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(channels[-1], 3, 3, padding=1), nn.Tanh())
+
+    def _block(self, channels_in: int, channels_out: int, condition_dim: int) -> FusionBlock:
+        return FusionBlock(channels_in, channels_out, condition_dim)
 
     def forward(self, noise: Tensor, text: TextFeatures) -> GeneratorOutput:  # (N, z_dim) -> images (N, 3, H, W)
         condition = torch.cat([noise, text.sentence], dim=1)  # (N, z_dim + sentence_dim)
         x = self.fc(noise).view(noise.shape[0], -1, 4, 4)
-        for block in self.blocks:
-            x = block(x, condition, upsample=True)
+        for index, block in enumerate(self.blocks):
+            x = block(x, condition, upsample=index > 0 or self.first_block_upsamples)
         return GeneratorOutput(images=[self.to_rgb(x)])
 
     def activation_blocks(self) -> list[nn.Module]:

@@ -20,62 +20,37 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from miscc.batch import Batch
 from miscc.losses import semantic_distance
 from miscc.settings import setting
 from models.adversarial import Seen
-from models.df_gan import CHANNELS, DFGAN, DFGenerator
-from models.layers import FusionBlock, OneWayDiscriminator, last_multipliers, num_upsamples
+from models.df_gan import DFGAN, DFGenerator
+from models.layers import FusionBlock, OneWayDiscriminator
 from models.modes import no_parameter_grad
 from models.projected import ProjectedDiscriminator
 from models.sema_modules import FeatureExtractor, Redescriber
-from models.types import Generator, GeneratorOutput, Network, OptimizerSpec, TextFeatures, Update
+from models.types import Network, OptimizerSpec, Update
 
 ADVERSARIES = ("redescriber", "feature_extractor")  # of G, beside D
 
 
-class SEMAGenerator(Generator):
-    """noise and sentence -> image: DF-GAN's early form, whose first block works at 4×4; all others upsample by 2.
+class SEMAGenerator(DFGenerator):
+    """noise and sentence -> image: DF-GAN's early form, with one block more: the first works at 4×4.
 
-    nf: base number of channels.
-    z_dim, sentence_dim: lengths of noise and sentence features.
-    image_size: pixels; a power of two from 8 on. ValueError otherwise.
+    Arguments as for DFGenerator.
     hidden: width of the MLPs that predict γ and β.
     """
+
+    first_block_upsamples = False
 
     @dataclass(frozen=True)
     class Settings(DFGenerator.Settings):
         hidden: int = 256
 
-    def __init__(self, *arguments: Any, **named: Any):
-        super().__init__(*arguments, **named)
-        nf, z_dim, sentence_dim = self.settings.nf, self.settings.z_dim, self.settings.sentence_dim
-        self.z_dim, self.noise_dim, self.image_size = z_dim, z_dim, self.settings.image_size
-
-        # Channels before the first block and after each; one block more than DF-GAN, at 4×4.
-        num_blocks = num_upsamples(self.image_size) + 1
-        multipliers = last_multipliers(CHANNELS, num_blocks)
-        channels = [nf * multiplier for multiplier in [multipliers[0], *multipliers]]
-
-        # noise -> 4×4 features -> blocks, under noise and sentence -> image.
-        self.fc = nn.Linear(z_dim, channels[0] * 4 * 4)
-        self.blocks = nn.ModuleList(
-            FusionBlock(a, b, z_dim + sentence_dim, self.settings.hidden)
-            for a, b in zip(channels, channels[1:], strict=False)
-        )
-        self.to_rgb = nn.Sequential(nn.LeakyReLU(0.2), nn.Conv2d(channels[-1], 3, 3, padding=1), nn.Tanh())
-
-    def forward(self, noise: Tensor, text: TextFeatures) -> GeneratorOutput:  # (N, z_dim) -> images (N, 3, H, W)
-        condition = torch.cat([noise, text.sentence], dim=1)  # (N, z_dim + sentence_dim)
-        x = self.fc(noise).view(noise.shape[0], -1, 4, 4)
-        for index, block in enumerate(self.blocks):
-            x = block(x, condition, upsample=index > 0)
-        return GeneratorOutput(images=[self.to_rgb(x)])
-
-    def activation_blocks(self) -> list[nn.Module]:
-        return list(self.blocks)
+    def _block(self, channels_in: int, channels_out: int, condition_dim: int) -> FusionBlock:
+        return FusionBlock(channels_in, channels_out, condition_dim, self.settings.hidden)
 
 
 class SEMA(DFGAN):
