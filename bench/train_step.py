@@ -177,7 +177,7 @@ def build(options: argparse.Namespace, device: torch.device, changed: list[tuple
 def step_of(cfg: Config, encoder: str, batch_size: int, device: torch.device) -> Step:
     """A step of the system that the settings describe, with fresh networks and random images and captions.
 
-    encoder: name of the image encoder; the small one looks at images of the last stage's size.
+    encoder: name of the image encoder; small ones look at images of the last stage's size.
     """
     # Fresh networks, the same for the same settings.
     torch.manual_seed(0)
@@ -214,7 +214,7 @@ def step_of(cfg: Config, encoder: str, batch_size: int, device: torch.device) ->
 def fresh_damsm(cfg: Config, encoder: str, image_size: int) -> dict[str, Network]:
     """DAMSM's encoders without training; encoder: name of the image encoder."""
     text_dim = cfg.TEXT.EMBEDDING_DIM
-    arguments = {"text_dim": text_dim} | ({"image_size": image_size} if encoder == "small" else {})
+    arguments = {"text_dim": text_dim} | ({"image_size": image_size} if encoder in ("small", "pretrained") else {})
     return {
         "text_encoder": TEXT_ENCODERS["rnn"](NUM_WORDS, text_dim, max_words=cfg.TEXT.WORDS_NUM),
         "image_encoder": IMAGE_ENCODERS[encoder](**arguments),

@@ -198,8 +198,9 @@ class AdversarialSystem(System):
         if not weight:
             return {}
 
-        # The noise of the next caption is as good as new noise, and takes none from the run's generator.
-        half = slice(0, len(noise) // 2)
+        # The noise of the next caption is as good as new noise, and takes none from the run's generator. Two captions at
+        # least: batch norm takes no single one.
+        half = slice(0, max(2, len(noise) // 2))
         other_noise = noise.roll(-1, dims=0)[half]
         others = self.networks["generator"](other_noise, text.select(half)).images[-1]
         return {"diversity": weight * mode_seeking_loss(fake_images[half], others, noise[half], other_noise)}

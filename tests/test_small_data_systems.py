@@ -8,12 +8,14 @@ from test_attn_runs import small_run
 from test_galip_runs import UNTRAINED
 from test_trainer import assert_same_state
 from tiny_clip import clip_batch, tiny_clip, tiny_galip
-from tiny_systems import tiny_overrides, trains_resumes_and_samples
+from tiny_systems import ROOT, tiny_overrides, trains_resumes_and_samples
 
 from main import main
 from miscc.checkpoint import load_checkpoint
 from models.attn_gan import AttnDCGAN, AttnGAN
 from models.galip import GALIP
+from training.dry_run import describe as dry_run
+from training.settings import load_config
 
 KINDS = ["attn_gan", "attn_dcgan", "galip"]
 SWITCHES = {
@@ -133,6 +135,32 @@ def test_diversity_is_a_loss_of_the_generator_alone(kind, build):
     assert value > 0 and value.requires_grad and diverse.keys() == plain.keys()
     assert plain_d.keys() == diverse_d.keys()
     assert all(torch.equal(plain[name], diverse[name]) for name in plain)
+
+
+@pytest.mark.parametrize(("number", "others"), [(2, 2), (3, 2), (4, 2), (6, 3)])
+def test_diversity_draws_half_of_the_captions_again_and_two_at_least(number, others, build):
+    """AttnGAN's batch norm takes no single image."""
+    system, _, _ = build("attn_gan", diversity_weight=0.5)
+    batch = attn_batch((8, 16), 4)
+    batch = batch._replace(
+        images=[scale.repeat(2, 1, 1, 1)[:number] for scale in batch.images],
+        **{
+            name: getattr(batch, name).repeat(2, *[1] * (getattr(batch, name).dim() - 1))[:number]
+            for name in ("captions", "lengths", "class_ids", "indices", "caption_numbers")
+        },
+    )
+    drawn = []
+    system.generator.register_forward_pre_hook(lambda _, given: drawn.append(len(given[0])))
+    list(system.updates(batch, torch.randn(number, 10)))
+    assert drawn == [number, others]
+
+
+@pytest.mark.parametrize("cfg", ["bird_attn2", "bird_attnDCGAN2", "bird_galip", "bird", "bird_df"])
+def test_the_dry_run_counts_a_step_with_all_of_it(cfg):
+    """On two images, without values."""
+    changes = SWITCHES | {"TRAIN.LECAM_WARMUP": "0", "CLIP.WEIGHTS": "untrained"}
+    described = dry_run(load_config(ROOT / "cfg" / f"{cfg}.yml", list(changes.items())))
+    assert "GiB" in str(described)
 
 
 @pytest.mark.parametrize(
