@@ -305,7 +305,7 @@ class EncoderTrainer:
         } | ({"seconds": self.budget.seconds} if self.settings.max_minutes else {})
 
     def _restore(self, checkpoint: dict) -> None:
-        """Go on where the checkpoint was written. The networks have their weights already, see `_stored_encoders`."""
+        """Continue where the checkpoint was written. The networks have their weights already, see `_stored_encoders`."""
         check_same_data(checkpoint, self.records, self.data_settings.data_dir)
         restore_state({"encoders": self.optimizer}, None, checkpoint)
         self.step = checkpoint["step"]

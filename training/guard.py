@@ -60,7 +60,7 @@ def remedies(kind: str, keys: Iterable[str]) -> str:
 
 
 class Guard:
-    """Watches one training. Looking changes nothing of what a step computes: fixed noise, eval mode, no global random state.
+    """Watches one training, without effect on what a step computes: fixed noise, eval mode, no global random state.
 
     settings: TRAIN.WATCH.
     system: what is trained.
@@ -131,7 +131,7 @@ class Guard:
 
     def line(self, finding: Finding, step: int) -> str:
         """A finding for people: what was seen, since when, and what usually helps."""
-        # A discriminator that is there already is no advice.
+        # No advice to add a discriminator that is there already.
         both = {"discriminator", "projected"} <= self.system.networks.keys()
         helps = remedies(finding.kind, self.keys - ({"GAN.DISCRIMINATOR"} if both else set()))
         since = step - (self.settings.patience - 1) * self.settings.every
@@ -323,14 +323,14 @@ def go_back(trainer: "Trainer", error: CollapseError, run: RunDir | None, progre
     to = checkpoint["step"] if checkpoint else 0
     rollbacks = [*guard.rollbacks, Rollback(trainer.step, to, error.kind)]
 
-    # What the finding was stands in the log already, but for losses that are not finite.
+    # The log has the finding already, unless it is a loss that is not finite.
     cause = f"{str(error).partition(';')[0]}: " if error.kind == "finite" else ""
     progress.warn(
         f"warning: step {trainer.step}: {cause}rollback {len(rollbacks)} of {most}, to step {to}"
         f"{f' ({path.name})' if path else ''}; all learning rates x {rate_factor(len(rollbacks)):g}, other noise and order"
     )
 
-    # Time goes on, and so does the best score: best.pth stays.
+    # The minutes used and the best score stay; so does best.pth.
     watch = (checkpoint or {}).get("watch", {}) | {"rollbacks": [list(rollback) for rollback in rollbacks]}
     carried: dict[str, Any] = {"watch": watch, "seconds": trainer.budget.seconds}
     if trainer.evaluation is not None:

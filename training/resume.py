@@ -24,7 +24,11 @@ ENCODER_KEYS = ("SEED", "RNN_TYPE", "DAMSM.IMAGE_ENCODER", "DAMSM.BACKBONE", "TR
 
 
 def check_resumable(checkpoint: Mapping, cfg: Config) -> None:
-    """Raises where the checkpoint is not of a whole run, or where settings that shape networks or order have changed."""
+    """Checks that a run can continue from this checkpoint with these settings.
+
+    Raises CheckpointError where the checkpoint is not of a whole run, ConfigError where settings that shape networks, data or
+    their order have changed.
+    """
     # A whole run: neither encoders alone nor a checkpoint for drawing.
     _check_parts(checkpoint, ("optimizers", "step", "config", "num_averaged"), "main.py")
 

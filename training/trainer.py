@@ -93,7 +93,11 @@ def train(cfg: Config, world: World, resume: bool = False, resume_if_exists: boo
 
 
 class Trainer:
-    """All that a run consists of; checkpoint: to go on from; carried: parts that replace the checkpoint's, see `go_back`."""
+    """All that a run consists of: settings, networks, data, optimizers, and where it stands.
+
+    checkpoint: to continue from; None: a new run.
+    carried: parts that replace the checkpoint's, see `go_back`.
+    """
 
     def __init__(self, cfg: Config, world: World, checkpoint: dict | None = None, carried: dict | None = None):
         # Settings: of each part. The configuration as a whole is for checkpoints alone.
@@ -145,9 +149,8 @@ class Trainer:
         }
         if settings.channels_last:
             use_channels_last(self.networks)
-        self.average = None
-        if settings.ema_decay > 0:
-            self.average = EMA(cast(Generator, self.networks["generator"]), settings.ema_decay, settings.ema_share)
+        of_generator = (cast(Generator, self.networks["generator"]), settings.ema_decay, settings.ema_share)
+        self.average = EMA(*of_generator) if settings.ema_decay > 0 else None
 
         # The objective around them.
         self.system = build_system(self.chosen, self.networks)
@@ -176,9 +179,8 @@ class Trainer:
         self.pictured_captions = fixed_captions(data, self.vocabulary, self.records, NUM_PICTURED)
 
         # Built once here for its checks: of the batch against the data and the processes.
-        self.steps_per_epoch = EpochBatches(
-            len(self.dataset), self.settings.batch_size, self.seed, world_size=world.size
-        ).batches_per_epoch
+        sizes = (len(self.dataset), self.settings.batch_size, self.seed)
+        self.steps_per_epoch = EpochBatches(*sizes, world_size=world.size).batches_per_epoch
 
         # Evaluation: the main process's alone.
         self.evaluation = None
@@ -213,7 +215,7 @@ class Trainer:
                 values = self.train_step(batch.to(self.device, non_blocking=True), epoch, wants_log)
                 seconds += time.perf_counter() - began
                 progress.advance()
-                if self.agrees():
+                if self.exchanges_signals():
                     self.budget.agree(self.world)
                 if wants_log or self.device.type == "cpu":
                     self.finite.check(self.world)
@@ -281,10 +283,10 @@ class Trainer:
 
     def check_stop(self, stop: StopSignal) -> bool:
         """Whether to stop now, because some process received a signal: all processes stop together."""
-        return self.agrees() and distributed.any_process(bool(stop.received), self.world)
+        return self.exchanges_signals() and distributed.any_process(bool(stop.received), self.world)
 
-    def agrees(self) -> bool:
-        """Whether the processes exchange received signals after this step: not after each, since it waits for the GPU."""
+    def exchanges_signals(self) -> bool:
+        """Whether the processes tell each other of signals after this step: not after each, since that waits for the GPU."""
         return self.world.size == 1 or self.step % CHECK_STOP_EVERY == 0
 
     # -- pictures and evaluations --------------------------------------------------------------------------------
@@ -343,7 +345,7 @@ class Trainer:
         if run is None:
             return
 
-        # A numbered one, too. Where the disk takes one of them alone, it is the one to go on from.
+        # A numbered one, too. Should the disk take only one of them, last.pth is the one that resuming needs.
         epoch = self.step // self.steps_per_epoch
         due = self.settings.due_checkpoint(epoch) if epoch_ended else None
         try:
@@ -380,8 +382,7 @@ class Trainer:
             "data": fingerprint(self.records),
         }
         content |= {"encoders_hash": self.encoders_hash} if self.encoders_hash else {}  # former runs have none
-        if self.settings.max_minutes:
-            content["seconds"] = self.budget.seconds
+        content |= {"seconds": self.budget.seconds} if self.settings.max_minutes else {}
         if self.evaluation is not None:
             content["evaluation"] = self.evaluation.state()
         if contents == "full":
@@ -392,7 +393,7 @@ class Trainer:
         return content
 
     def _restore(self, checkpoint: dict) -> None:
-        """Go on where the checkpoint was written. The networks have their weights already, see `_build_networks`."""
+        """Continue where the checkpoint was written. The networks have their weights already, see `_build_networks`."""
         check_same_data(checkpoint, self.records, self.data_settings.data_dir)
         restore_state(self.optimizers, self.average, checkpoint)
         self.step = checkpoint["step"]
