@@ -41,7 +41,7 @@ _ONLY_FOR = {  # options that mean nothing for the others
 _SETTINGS = {  # files in cfg/, of the encoders and of the GAN; other data sets use those of `folder`
     "birds": ("bird", "bird"),
     "coco": ("coco", "coco"),
-    "folder": ("folder", "folder"),
+    "folder": ("folder", "folder_projected"),
     "toybirds": ("toybirds", "toybirds_ssa"),
 }
 LINK = "linked_images"  # in the root, to images outside it

@@ -189,7 +189,9 @@ def test_the_next_commands_are_filled_in(root, capsys, monkeypatch, tmp_path_fac
     encoders, gan = (line.split() for line in capsys.readouterr().out.splitlines()[-3:-1])
     pretrain = "python pretrain_DAMSM.py --cfg cfg/DAMSM/folder.yml --data-dir"
     assert " ".join(encoders) == f"{pretrain} '{spaced}' --set TRAIN.BATCH_SIZE 8"
-    assert " ".join(gan) == f"python main.py --cfg cfg/folder.yml --data-dir '{spaced}' --set TRAIN.BATCH_SIZE 8"
+    assert (
+        " ".join(gan) == f"python main.py --cfg cfg/folder_projected.yml --data-dir '{spaced}' --set TRAIN.BATCH_SIZE 8"
+    )
 
     # A second data set of one's own: its encoders do not meet those of the first.
     Path("DAMSMencoders/folder").mkdir(parents=True)
