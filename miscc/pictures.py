@@ -9,6 +9,7 @@ import textwrap
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -42,6 +43,15 @@ def grid(rows: Sequence[Sequence[np.ndarray]], gap: int = 2) -> np.ndarray:
     return canvas
 
 
+def _fitted(text: str, font: Any, width: int) -> str:
+    """The text, or its start with an ellipsis, in at most so many pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
+
+
 def caption_grid(
     captions: Sequence[str],
     cells: Sequence[Sequence[np.ndarray]],
@@ -70,8 +80,11 @@ def caption_grid(
     draw = ImageDraw.Draw(canvas)
     for column in range(min(columns, len(captions))):
         for index, heading in enumerate(headings):
+            # Cut where the next one begins.
+            following = next((i for i in range(index + 1, len(headings)) if headings[i]), per_caption)
+            room = (following - index) * (cell_size + gap) - gap
             x = column * block_width + text_width + gap + index * (cell_size + gap)
-            draw.text((x, gap // 2), heading, fill="black", font=font)
+            draw.text((x, gap // 2), _fitted(heading, font, room), fill="black", font=font)
 
     # A caption, wrapped, and its pictures to the right of it.
     for row, (caption, pictures) in enumerate(zip(captions, cells, strict=True)):

@@ -128,6 +128,18 @@ def test_broken_images_are_named(tmp_path):
         open_rgb(tmp_path / "gone.png")
 
 
+def test_a_long_heading_is_cut_where_the_next_one_begins():
+    cells = [[np.zeros((8, 8, 3), dtype=np.uint8)] * 3]
+
+    def strip(*headings):
+        """(rows of the headings, pixels from the third picture on)"""
+        return caption_grid(["red"], cells, columns=1, headings=headings)[:22, 200 + 6 + 2 * (96 + 6) :]
+
+    long = "a name that would cover two pictures and more"
+    assert np.array_equal(strip(long, "", "mask"), strip("a", "", "mask")) and strip("a", "", "mask").min() < 255
+    assert strip(long, "", "").min() < 255, "without another heading it has the whole row"
+
+
 def test_pictures_for_people():
     red, blue = (np.full((4, 4, 3), colour, dtype=np.uint8) for colour in ([255, 0, 0], [0, 0, 255]))
     tiled = grid([[red, blue], [blue]], gap=1)
