@@ -31,6 +31,8 @@ CSS = """
 .gradio-container { width: 100% !important; max-width: 1100px !important; margin: 0 auto !important; }
 .gradio-container main, .gradio-container .wrap { width: 100%; }
 .pictures .grid-container { grid-template-columns: repeat(auto-fill, minmax(min(130px, 40vw), 1fr)) !important; }
+.pictures .grid-wrap { min-height: 0 !important; max-height: none !important; }
+#gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(min(230px, 35vw), 1fr)) !important; }
 .small-pixels img { image-rendering: pixelated; }
 """
 
