@@ -177,7 +177,7 @@ def build(options: argparse.Namespace, device: torch.device, changed: list[tuple
 def step_of(cfg: Config, encoder: str, batch_size: int, device: torch.device) -> Step:
     """A step of the system that the settings describe, with fresh networks and random images and captions.
 
-    encoder: name of the image encoder; small ones look at images of the last stage's size.
+    encoder: name of the image encoder; small ones read images of the last stage's size.
     """
     # Fresh networks, the same for the same settings.
     torch.manual_seed(0)

@@ -73,6 +73,10 @@ KINDS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], slice]] = {
 }
 
 
+def unchanged(images: Tensor) -> Tensor:
+    return images
+
+
 def augmentation(
     kinds: Iterable[str], seed: int, step: int, indices: Sequence[int], probability: Tensor | None = None
 ) -> Augmentation:
@@ -80,11 +84,12 @@ def augmentation(
 
     probability: of changing an image at all, scalar in [0, 1], on any device; None: all are.
     """
+    # Nothing to draw, and no copy to a GPU that it would wait for.
+    if not (wanted := [KINDS[name] for name in KINDS if name in set(kinds)]):  # colour before shift and cutout
+        return unchanged
+
     rows = [stream(seed, "augment", step, index).random(NUM_DRAWS) for index in indices]
     draws = torch.from_numpy(np.array(rows, dtype=np.float32))
-
-    # Colour before shift and cutout, whatever the order of the setting.
-    wanted = [KINDS[name] for name in KINDS if name in set(kinds)]
 
     def apply(images: Tensor) -> Tensor:
         # Real and fake images see the same draws.

@@ -103,7 +103,7 @@ class AdversarialSystem(System):
 
     @property
     def controlling_sign(self) -> str:
-        """The name in the log of the sign that ADA reads: the paper's discriminator's where there is one, of its last stage."""
+        """Name in the log of the mean sign that ADA follows: the paper's D's (of its last stage), else the projected D's."""
         return "sign/real" if "discriminator" in self.networks else "sign/projected_real"
 
     def observe(self, stats: Mapping[str, Tensor], batch_size: int) -> None:
@@ -198,8 +198,8 @@ class AdversarialSystem(System):
         if not weight:
             return {}
 
-        # The noise of the next caption is as good as new noise, and takes none from the run's generator. Two captions at
-        # least: batch norm takes no single one.
+        # The noise of the next caption is as good as new noise, and takes none from the run's generator. At least two
+        # captions: batch norm cannot train on one.
         half = slice(0, max(2, len(noise) // 2))
         other_noise = noise.roll(-1, dims=0)[half]
         others = self.networks["generator"](other_noise, text.select(half)).images[-1]

@@ -162,8 +162,8 @@ def check_weights_hash(key: str, part: str, settings: Any, backbone: Backbone) -
     """
     if settings.weights_hash not in ("", backbone.weights_hash):
         raise CheckpointError(
-            f"{key}: the {part} was trained on {settings.backbone} with the hash {settings.weights_hash}, the weights here "
-            f"have {backbone.weights_hash}; name the file that it was trained on"
+            f"{key}: the {part} was trained on {settings.backbone} with the hash {settings.weights_hash}, "
+            f"{settings.weights or 'its package'} has {backbone.weights_hash}; put the weights there that it was trained on"
         )
 
 

@@ -223,7 +223,10 @@ def losses_of_features(
 ) -> dict[str, Tensor]:
     """DAMSM losses of encoded images and captions: {"words", "sentence"}, as `matching_losses`.
 
-    regions (N, D, h, w), code (N, D): of the images; words (N, D, T), sentence (N, D): of their captions.
+    regions: (N, D, h, w), and code: (N, D), of the images.
+    words: (N, D, T), sentence: (N, D), and lengths: (N,), of their captions.
+    class_ids: (N,).
+    gamma1, gamma2, gamma3: see miscc.losses.word_loss.
     """
     by_word = word_loss(regions, words, lengths, class_ids, gamma1, gamma2, gamma3)
     by_sentence = sentence_loss(code, sentence, class_ids, gamma3)

@@ -326,13 +326,13 @@ class GALIP(AdversarialSystem):
         text = self.text_encoder(batch.captions, batch.lengths).detach()
         fake_images = generator(noise, text).images[-1]
         seen = self.seen(batch, fake_images)
-        fake_maps, fake_codes = image_encoder(seen.fake)
+        fake_maps, fake_codes = image_encoder(fake_images)
         with torch.no_grad():
             real_maps = image_encoder.patches(seen.real)
 
         # D alone sees augmented images; captions are matched to the images themselves.
         if self.settings.augment_kinds:
-            _, fake_codes = image_encoder(fake_images)
+            fake_maps = image_encoder.patches(seen.fake)
 
         # D: real pairs up; fake images and wrong captions down; and the penalty.
         losses, stats = self.discriminator_losses(real_maps, [m.detach() for m in fake_maps], text.sentence)

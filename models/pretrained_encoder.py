@@ -1,7 +1,7 @@
 """An image encoder for small images that sees the features of a frozen network beside its own. Ours, from no paper.
 
-Trained from scratch on a few thousand pairs, DAMSM's small encoder learns colours and places; what rarely tells two images of a
-batch apart, such as the pattern of a wing, it does not find. A network that has seen ImageNet shows it from the start.
+Trained from scratch on a few thousand pairs, DAMSM's small encoder learns colours and places. It does not find what rarely
+tells two images of a batch apart, such as the pattern of a wing; a network trained on ImageNet has that from the start.
 """
 
 from dataclasses import dataclass

@@ -65,8 +65,8 @@ def _precision(about: Mapping[str, Any]) -> list[str]:
     if not about.get("half"):
         return []
     return [
-        "Its weights are stored in half precision. Sample pictures and scores are those of the checkpoint before it was "
-        "rounded: single values of an image differ by a level or two of 255.", "",
+        "Its matrices and kernels are rounded to half precision: single values of an image may differ by a few levels of 255 "
+        "from what the scored checkpoint draws.", "",
     ]  # fmt: skip
 
 

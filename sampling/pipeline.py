@@ -115,6 +115,7 @@ class TextToImage:
             "epoch": checkpoint.get("epoch"),
             "config": checkpoint.get("config", {}),
             "examples": checkpoint.get("examples", []),
+            "half": checkpoint.get("half", False),
             "trained_with": networks_in_training(checkpoint),
         }
         vocabulary = vocabulary_of(checkpoint["vocabulary"])
@@ -136,8 +137,10 @@ class TextToImage:
     ) -> Path:
         """Write model.safetensors, config.json, vocabulary.json and README.md into a folder, and return it.
 
-        examples: captions that README.md shows with their images; half: weights in half precision. Raises UserError where
-        something is there already.
+        examples: captions that README.md shows with their images.
+        half: weights in half precision.
+
+        Raises UserError where something is there already.
         """
         from sampling.publish import publish  # which imports this file
 

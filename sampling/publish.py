@@ -16,7 +16,7 @@ from miscc.pictures import caption_grid, save_image, unit_to_uint8
 from models.registry import network_name, to_state
 from sampling.model_card import model_card, without_local_paths
 from sampling.pipeline import TextToImage
-from sampling.published import CARD, CONFIG, PICTURE, WEIGHTS, weight_file, write_published
+from sampling.published import CARD, CONFIG, PICTURE, WEIGHTS, to_half_precision, weight_file, write_published
 from sampling.requests import read_captions
 
 logger = logging.getLogger(__name__)
@@ -48,13 +48,17 @@ def publish(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise UserError(f"{folder}: exists already; give --overwrite or another folder")
 
-    # Draw before anything is written: an example without a known word ends here.
+    # What may be refused comes before anything is written: weights that are too large, an example without a known word.
+    networks = {"generator": pipeline.generator, "text_encoder": pipeline.text_encoder}
+    states = {part: to_state(network_name(network), network) for part, network in networks.items()}
+    if half:
+        states = {part: to_half_precision(part, entry) for part, entry in states.items()}
     drawn = pipeline.generate(list(examples)) if examples else None
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)  # until all is written, this is no model
 
     # The card before config.json, which write_published writes last.
-    about = describe(pipeline, examples) | {"half": half}
+    about = describe(pipeline, examples) | {"half": half or bool(pipeline.origin.get("half"))}
     if drawn is not None:
         masks = [[unit_to_uint8(mask)] for mask in drawn.masks[-1]] if drawn.masks else [[] for _ in examples]
         cells = [[image, *mask] for image, mask in zip(drawn.images, masks, strict=True)]
@@ -63,9 +67,7 @@ def publish(
     write_text(folder / CARD, card)
 
     # Weights, vocabulary, config.json.
-    networks = {"generator": pipeline.generator, "text_encoder": pipeline.text_encoder}
-    states = {part: to_state(network_name(network), network) for part, network in networks.items()}
-    write_published(folder, states, pipeline.vocabulary, about, half)
+    write_published(folder, states, pipeline.vocabulary, about)
     return folder
 
 
@@ -136,7 +138,7 @@ def main(words: Sequence[str] | None = None) -> None:
     add(
         "--half",
         action="store_true",
-        help="weights in half precision: half of the size, images a level or two of 255 off",
+        help="weights in half precision: half of the size; images differ by a few levels of 255",
     )
     add("--overwrite", action="store_true", help="replace what is in the folder")
     options = parser.parse_args(words)

@@ -16,6 +16,7 @@ from miscc.checkpoint import load_checkpoint, validate
 from miscc.errors import CheckpointError, DamagedError, DataError
 from miscc.files import hash_of_file, read_json, write_atomically, write_json
 from miscc.vocabulary import Vocabulary, read_words
+from sampling.trained_with import entries_of
 
 WEIGHTS, CONFIG, VOCABULARY, CARD, PICTURE = (
     "model.safetensors", "config.json", "vocabulary.json", "README.md", "samples.png",
@@ -71,16 +72,14 @@ def find_published(name: str | Path) -> Path:
         raise CheckpointError(f"{name}: no such folder, and it cannot be fetched: {reason}") from None
 
 
-def write_published(
-    folder: Path, networks: Mapping[str, Mapping[str, Any]], words: Vocabulary, about: dict, half: bool = False
-) -> None:
+def write_published(folder: Path, networks: Mapping[str, Mapping[str, Any]], words: Vocabulary, about: dict) -> None:
     """Write weights, vocabulary and, last of all, config.json, without which the folder is not taken for a model.
 
-    networks: {"generator", "text_encoder"} as models.registry.to_state has them; about: what config.json says besides; half:
-    matrices and kernels as float16. Raises CheckpointError for values that float16 does not hold.
+    networks: {"generator", "text_encoder"} as models.registry.to_state has them.
+    about: what config.json says besides.
     """
     tensors = {
-        f"{part}.{name}": _halved(name, tensor) if half else tensor.detach().cpu().contiguous().clone()
+        f"{part}.{name}": tensor.detach().cpu().contiguous().clone()
         for part in PARTS
         for name, tensor in networks[part]["state"].items()
     }
@@ -95,15 +94,21 @@ def write_published(
     write_json(folder / CONFIG, {"format": FORMAT, **about, **checksum, **described})
 
 
-def _halved(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A matrix or kernel as float16; biases, statistics and whole numbers, which are few, as they are."""
-    kept = tensor.detach().cpu().contiguous().clone()
-    if kept.dim() < 2 or not kept.is_floating_point():
-        return kept
-    rounded = kept.half()
-    if not torch.isfinite(rounded).all():
-        raise CheckpointError(f"{name} has values that half precision does not hold; publish it without --half")
-    return rounded
+def to_half_precision(part: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A network as models.registry.to_state has it, with matrices and kernels as float16.
+
+    Biases and statistics, which are few, stay as they are. Raises CheckpointError for values that float16 does not hold.
+    """
+    state = dict(entry["state"])
+    for name, tensor in state.items():
+        if tensor.dim() < 2 or not tensor.is_floating_point():
+            continue
+        state[name] = tensor.half()
+        if not torch.isfinite(state[name]).all():
+            raise CheckpointError(
+                f"{part}.{name} has values that half precision does not hold; publish it without --half"
+            )
+    return {**entry, "state": state}
 
 
 def read_published(folder: str | Path) -> dict[str, Any]:
@@ -142,7 +147,7 @@ def read_published(folder: str | Path) -> dict[str, Any]:
     if config.get("averaged"):
         networks["generator_ema"] = networks.pop("generator")
     trained_with, examples = config.get("trained_with"), config.get("examples")
-    known = {"trained_with": [one for one in trained_with if _is_entry(one)]} if isinstance(trained_with, list) else {}
+    known = {"trained_with": entries_of(trained_with)} if isinstance(trained_with, list) else {}
     return {
         **known,
         "networks": networks,
@@ -150,15 +155,9 @@ def read_published(folder: str | Path) -> dict[str, Any]:
         "config": config.get("settings") or {},
         "step": config.get("step"),
         "epoch": config.get("epoch"),
+        "half": config.get("half") is True,
         "examples": [text for text in examples if isinstance(text, str)] if isinstance(examples, list) else [],
     }
-
-
-def _is_entry(value: Any) -> bool:
-    """Whether this is a network of the training, as sampling/trained_with.py has them."""
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        return False
-    return {"network", "role", "weights_hash", "file"} <= value.keys()
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -19,8 +19,9 @@ def networks_in_training(checkpoint: Mapping[str, Any]) -> list[dict[str, str]]:
     weights_hash, file: "" where they are not known; without a hash any weights of that name count as the same.
     starting_hash: of DAMSM's encoders as the training began, which may have learnt on since; absent where it is not known.
     """
-    if "trained_with" in checkpoint:  # of a published model, which holds no discriminator
-        return list(checkpoint["trained_with"])
+    # One that holds no discriminator and no image encoder, of a training or published, says it itself.
+    if "trained_with" in checkpoint:
+        return entries_of(checkpoint["trained_with"])
     networks, config = checkpoint["networks"], checkpoint.get("config") or {}
     found: list[dict[str, str]] = []
 
@@ -54,6 +55,18 @@ def networks_in_training(checkpoint: Mapping[str, Any]) -> list[dict[str, str]]:
         backbone, weights_hash = arguments.get("backbone") or "", arguments.get("weights_hash") or ""
         add("clip" if backbone == "clip" else backbone, "image encoder", "" if backbone == "clip" else weights_hash)
     return found
+
+
+def entries_of(value: Any) -> list[dict[str, str]]:
+    """What is an entry of `networks_in_training` in a list from a file; [] for anything else."""
+    entries = value if isinstance(value, list) else []
+    return [entry for entry in entries if _is_entry(entry)]
+
+
+def _is_entry(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        return False
+    return {"network", "role", "weights_hash", "file"} <= value.keys()
 
 
 def starting_hash(text_encoder: nn.Module) -> str:

@@ -14,7 +14,7 @@ from models.types import Update
 from training.guard import Guard, Rollback, choose_checkpoint, is_before, rate_factor, remedies, seed_after
 from training.run_dir import RunDir
 from training.trainer import Trainer, train
-from training.watch import WatchSettings
+from training.watch import Finding, WatchSettings
 
 CPU = World(0, 1, torch.device("cpu"))
 WATCH = (("TRAIN.WATCH.EVERY", "2"), ("TRAIN.WATCH.PATIENCE", "2"), ("TRAIN.SAVE_EVERY", "4"), ("TRAIN.MAX_EPOCH", "9"))
@@ -261,6 +261,13 @@ def test_advice_names_only_keys_that_the_system_reads(tiny):
     assert remedies("discriminator", {"TRAIN.PENALTY_WEIGHT", "GAN.DISCRIMINATOR"}) == (
         "raise TRAIN.PENALTY_WEIGHT, GAN.DISCRIMINATOR both"
     )
+
+
+@pytest.mark.parametrize(("diversity", "advised"), [("0", True), ("0.1", False)])
+def test_what_is_used_already_is_no_advice(diversity, advised, tiny):
+    guard = Trainer(tiny(("TRAIN.DIVERSITY", diversity)), CPU).guard
+    line = guard.line(Finding("variety", "the generator collapses"), 10)
+    assert "lower TRAIN.GENERATOR_LR" in line and ("TRAIN.DIVERSITY 0.1" in line) == advised
 
 
 # -- which checkpoint ----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from miscc.checkpoint import load_checkpoint
 from miscc.distributed import World
 from miscc.errors import CheckpointError, ConfigError
 from models import networks_of
+from models.backbones import efficientnet_lite_file
 from models.pretrained_encoder import PretrainedImageEncoder, to_grid
 from models.registry import from_state, to_state
 from sampling.encoders import load_encoders
@@ -32,8 +33,8 @@ def test_to_the_grid_by_hand():
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_regions_are_the_grid_of_the_small_encoder(size):
     encoder = PretrainedImageEncoder(image_size=size, nf=2).eval()
-    for given in (size, 2 * size):  # other images are resized
-        regions, code = encoder(torch.rand(2, 3, given, given))
+    for actual in (size, 2 * size):  # other images are resized
+        regions, code = encoder(torch.rand(2, 3, actual, actual))
         assert regions.shape == (2, 256, 8, 8) and code.shape == (2, 256)
 
 
@@ -89,10 +90,14 @@ def test_pretraining_resumes_and_a_gan_trains_beside_it(damsm, drawn_folder, tmp
     # A GAN whose images it matches to captions knows which network took part.
     assert load_encoders(whole / "best.pth").image_size == 16
     text = GAN_YAML.format(data=drawn_folder, output=tmp_path / "output", encoders=whole / "best.pth")
-    train(settings(tmp_path / "gan.yml", text, overrides=(("TRAIN.MAX_STEPS", "2"),)), CPU)
+    train(settings(tmp_path / "gan.yml", text, overrides=(("TRAIN.MAX_STEPS", "5"),)), CPU)
     checkpoint = load_checkpoint(tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints" / "last.pth")
     (entry,) = [one for one in networks_in_training(checkpoint) if one["network"] == "efficientnet-lite0"]
     assert entry["role"] == "image encoder" and len(entry["weights_hash"]) >= 8
+
+    # So does its checkpoint for drawing, which holds no image encoder.
+    numbered = load_checkpoint(tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints" / "epoch_0001.pth")
+    assert "image_encoder" not in numbered["networks"] and entry in networks_in_training(numbered)
 
 
 def test_a_score_during_training_is_by_another_network(monkeypatch):
@@ -104,11 +109,27 @@ def test_a_score_during_training_is_by_another_network(monkeypatch):
         raise ImportError("that is all this test wants to know")
 
     monkeypatch.setattr("eval.features.networks.load_network", load)
-    encoder = PretrainedImageEncoder(image_size=16, nf=2)
+    encoder, other = (PretrainedImageEncoder(image_size=16, nf=2, backbone=f"efficientnet-lite{n}") for n in (0, 2))
     for networks in ((), (encoder,)):
-        with pytest.raises(ConfigError, match="TRAIN.EVAL_MEASURE"):
+        with pytest.raises(ConfigError, match="TRAIN.EVAL_MEASURE: .* cannot be computed here"):
             Evaluation(None, 16, CPU.device, EvaluationSettings(), networks=networks)
     assert loaded == ["efficientnet-lite0", "efficientnet-lite2"]
+    with pytest.raises(ConfigError, match="TRAIN.EVAL_MEASURE: all networks of .* train here .* DAMSM.BACKBONE"):
+        Evaluation(None, 16, CPU.device, EvaluationSettings(), networks=(encoder, other))
+
+
+def test_a_weight_file_may_move_until_the_training_goes_on(damsm, tmp_path):
+    first, second = tmp_path / "first.pth", tmp_path / "second.pth"
+    first.write_bytes(efficientnet_lite_file("efficientnet-lite0").read_bytes())
+    pretrain(damsm(("DAMSM.BACKBONE_WEIGHTS", str(first)), ("TRAIN.MAX_EPOCH", "1")), CPU.device, tmp_path / "out")
+    assert load_encoders(tmp_path / "out" / "best.pth").image_encoder.settings.weights == str(first)
+    first.rename(second)
+    with pytest.raises(CheckpointError, match="first.pth"):
+        load_encoders(tmp_path / "out" / "best.pth")
+    pretrain(damsm(("DAMSM.BACKBONE_WEIGHTS", str(second))), CPU.device, tmp_path / "out", resume=True)
+    assert load_checkpoint(tmp_path / "out" / "last.pth")["networks"]["image_encoder"]["arguments"]["weights"] == str(
+        second
+    )
 
 
 def test_missing_weights_are_asked_for(damsm, tmp_path):

@@ -59,7 +59,7 @@ def test_half_precision_takes_half_of_the_room_and_draws_nearly_the_same(tmp_pat
     assert all(parameter.dtype == torch.float32 for parameter in again.generator.parameters())
     images = [one.generate(CAPTIONS, seed=4).images.astype(int) for one in (pipeline, again)]
     assert 0 < np.abs(images[0] - images[1]).max() <= 3
-    assert "stored in half precision" in (tmp_path / "half" / "README.md").read_text()
+    assert "rounded to half precision" in (tmp_path / "half" / "README.md").read_text()
     assert "half precision" not in (tmp_path / "whole" / "README.md").read_text()
 
 
@@ -70,8 +70,25 @@ def test_what_half_precision_does_not_hold_is_refused(tmp_path):
         CheckpointError, match="fc.weight has values that half precision does not hold; publish it without"
     ):
         pipeline.save_pretrained(tmp_path / "model", half=True)
-    with pytest.raises(CheckpointError, match=r"a folder without config\.json"):
+    with pytest.raises(CheckpointError, match="no such|a folder without"):
         load_model(tmp_path / "model")
+
+
+def test_a_refused_model_leaves_the_one_that_is_there(tmp_path):
+    folder = tiny_pipeline().save_pretrained(tmp_path / "model", examples=CAPTIONS)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    pipeline = tiny_pipeline()
+    torch.nn.init.constant_(pipeline.generator.fc.weight, 70_000.0)
+    with pytest.raises(CheckpointError, match="generator.fc.weight has values"):
+        pipeline.save_pretrained(folder, examples=CAPTIONS[:1], half=True, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_model_that_was_rounded_says_so_when_it_is_published_again(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "half", half=True)
+    TextToImage.from_pretrained(tmp_path / "half", "cpu").save_pretrained(tmp_path / "again")
+    assert "rounded to half precision" in (tmp_path / "again" / "README.md").read_text()
+    assert TextToImage.from_pretrained(tmp_path / "again", "cpu").origin["half"] is True
 
 
 def test_loading_runs_no_code(tmp_path, monkeypatch):

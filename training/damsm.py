@@ -333,7 +333,11 @@ class EncoderTrainer:
         """The encoders of the checkpoint, or of NET_E, with their vocabulary; None, None: they start anew."""
         # Of the run that is resumed.
         if checkpoint is not None:
-            networks = {part: from_state(entry, networks_of(part)) for part, entry in checkpoint["networks"].items()}
+            entries = dict(checkpoint["networks"])
+            if entries["image_encoder"]["name"] == "pretrained":  # its backbone's file may have moved since
+                arguments = entries["image_encoder"]["arguments"] | self.backbone_arguments
+                entries["image_encoder"] = {**entries["image_encoder"], "arguments": arguments}
+            networks = {part: from_state(entry, networks_of(part)) for part, entry in entries.items()}
             return networks, Vocabulary(checkpoint["vocabulary"])
 
         # Of a file.
@@ -356,7 +360,7 @@ class EncoderTrainer:
         if kind in ("small", "pretrained"):
             size = self.settings.image_size
             if size < 16 or size & (size - 1):
-                raise ConfigError(f"TREE.BASE_SIZE: the small encoder takes powers of two from 16 on, not {size}")
+                raise ConfigError(f"TREE.BASE_SIZE: the {kind} encoder takes powers of two from 16 on, not {size}")
             arguments["image_size"] = size
         if kind == "pretrained":
             arguments |= self.backbone_arguments

@@ -28,7 +28,7 @@ from training.settings import EvaluationSettings
 
 logger = logging.getLogger(__name__)
 
-# TRAIN.EVAL_MEASURE: (networks, resize filter). The first network that is no discriminator's backbone is used.
+# TRAIN.EVAL_MEASURE: (networks, resize filter). The first network that nothing in the training has as its backbone is used.
 MEASURES = {
     "FD": (("efficientnet-lite0", "efficientnet-lite2"), "clean"),  # weights come with their packages: works anywhere
     "FID": (("inception-tf",), "tf1"),  # what papers mean, where the weights are
@@ -101,7 +101,12 @@ class Evaluation:
         # The network of the score.
         names, resize = MEASURES[settings.measure]
         seen = {module.name for network in networks for module in network.modules() if isinstance(module, Backbone)}
-        name = next(name for name in names if name not in seen)
+        name = next((name for name in names if name not in seen), None)
+        if name is None:
+            raise ConfigError(
+                f"TRAIN.EVAL_MEASURE: all networks of {settings.measure} train here ({', '.join(names)}) and would flatter; "
+                f"choose another measure, or another GAN.PROJECTED.BACKBONE or DAMSM.BACKBONE"
+            )
         try:
             self.network = load_network(name, resize=resize, device=device)
         except (UserError, ImportError) as error:

@@ -19,7 +19,7 @@ from training.step import restore_adam
 FREE = {"RESTORE", "GPU_ID", "WORKERS", "DATA_CACHE", "DATA_CACHE_DIR", "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS", "TRAIN.MAX_MINUTES",
         "TRAIN.TRACKER"}  # fmt: skip
 # What shapes the encoders, their data or the order of it.
-ENCODER_KEYS = ("SEED", "RNN_TYPE", "DAMSM.IMAGE_ENCODER", "DAMSM.BACKBONE", "TREE.BASE_SIZE", "TEXT.EMBEDDING_DIM",
+ENCODER_KEYS = ("SEED", "RNN_TYPE", "DAMSM.IMAGE_ENCODER", "TREE.BASE_SIZE", "TEXT.EMBEDDING_DIM",
                 "TEXT.WORDS_NUM", "TRAIN.HELD_OUT", "TRAIN.BATCH_SIZE")  # fmt: skip
 
 
@@ -42,7 +42,8 @@ def check_resumable(checkpoint: Mapping, cfg: Config) -> None:
 def check_encoders_resumable(checkpoint: Mapping, cfg: Mapping) -> None:
     """`check_resumable` for a training of the encoders."""
     _check_parts(checkpoint, ("optimizers", "step", "config", "best"), "pretrain_DAMSM.py")
-    check_fixed_settings(checkpoint["config"], cfg, ENCODER_KEYS, "--overwrite")
+    keys = [*ENCODER_KEYS, *(["DAMSM.BACKBONE"] if cfg["DAMSM"]["IMAGE_ENCODER"] == "pretrained" else [])]
+    check_fixed_settings(checkpoint["config"], cfg, keys, "--overwrite")
 
 
 def _check_parts(checkpoint: Mapping, parts: Iterable[str], command: str) -> None:

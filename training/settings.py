@@ -128,7 +128,7 @@ class EvaluationSettings:
     measure: str = setting(
         "TRAIN.EVAL_MEASURE",
         "FD",
-        "the score: FD by EfficientNet-lite0 (-lite2 where that is a discriminator's backbone), or FID by TensorFlow's Inception",
+        "the score: FD by EfficientNet-lite0 (-lite2 where that is a backbone in the training), or FID by TensorFlow's Inception",
         ("FD", "FID"),
     )
 

@@ -30,7 +30,7 @@ from models.registry import network_name, to_state
 from models.types import Generator
 from sampling.folders import generated_picture
 from sampling.pipeline import TextToImage
-from sampling.trained_with import starting_hash
+from sampling.trained_with import networks_in_training, starting_hash
 from training.build import build_system, check_batch_size, resumed_networks, starting_networks
 from training.compute import checkpoint_activations, compile_networks, peak_memory_mib, use_channels_last
 from training.data import batches_from, fixed_captions, make_dataset, next_batch
@@ -286,7 +286,7 @@ class Trainer:
         return self.exchanges_signals() and distributed.any_process(bool(stop.received), self.world)
 
     def exchanges_signals(self) -> bool:
-        """Whether the processes tell each other of signals after this step: not after each, since that waits for the GPU."""
+        """Whether the processes share received signals after this step: not after each one, since that waits for the GPU."""
         return self.world.size == 1 or self.step % CHECK_STOP_EVERY == 0
 
     # -- pictures and evaluations --------------------------------------------------------------------------------
@@ -370,21 +370,21 @@ class Trainer:
 
     def checkpoint(self, contents: str = "full", scheduled: bool = True) -> dict[str, Any]:
         """Everything ("full"), all but the optimizers ("networks"), or G, its average and the text encoder ("drawing")."""
-        networks = self.networks_and_average()
-        if contents == "drawing":
-            networks = {part: networks[part] for part in DRAWING if part in networks}
+        networks = {part: to_state(network_name(net), net) for part, net in self.networks_and_average().items()}
         content: dict[str, Any] = {
             "config": self.config,
             "vocabulary": self.vocabulary.words,
-            "networks": {part: to_state(network_name(network), network) for part, network in networks.items()},
+            "networks": networks,
             "step": self.step,
             "epoch": self.step // self.steps_per_epoch,
             "data": fingerprint(self.records),
         }
         content |= {"encoders_hash": self.encoders_hash} if self.encoders_hash else {}  # former runs have none
         content |= {"seconds": self.budget.seconds} if self.settings.max_minutes else {}
-        if self.evaluation is not None:
-            content["evaluation"] = self.evaluation.state()
+        content |= {"evaluation": self.evaluation.state()} if self.evaluation is not None else {}
+        if contents == "drawing":
+            content["trained_with"] = networks_in_training(content)
+            content["networks"] = {part: networks[part] for part in DRAWING if part in networks}
         if contents == "full":
             content["optimizers"] = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
             content["watch"] = self.guard.state(scheduled)

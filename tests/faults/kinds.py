@@ -155,7 +155,10 @@ def read_only(rng: Random, place: Place) -> Fault:
             folder = run.last.parent if run.last.parent.is_dir() else run.path
             if os.geteuid():
                 folder.chmod(0o555)
-            elif subprocess.run(["chattr", "+i", str(folder)], capture_output=True).returncode:
+            elif (
+                shutil.which("chattr") is None
+                or subprocess.run(["chattr", "+i", folder], capture_output=True).returncode
+            ):
                 continue
             changed.append(folder)
         return bool(changed)

@@ -95,7 +95,8 @@ def main() -> int:
             # The counts so far, for people who cannot wait; what is wrong, at once; and whether it is enough.
             (folder / "table.md").write_text(table(outcomes) + "\n")
             if wrong := found[-1].wrong:
-                print(f"seed {options.seed}, case {case} ({', '.join(o.kind for o in found)}): {wrong}")
+                again = f"--each --kinds {' '.join(map(repr, kinds))}" if options.each else f"--case {case}"
+                print(f"seed {options.seed}, {again} ({', '.join(o.kind for o in found)}): {wrong}")
                 print(f"  its files: {folder / f'case{case}'}", flush=True)
             if not options.each and sum(o.struck for o in outcomes) >= options.number:
                 break
