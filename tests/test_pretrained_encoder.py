@@ -25,6 +25,11 @@ CPU = World(0, 1, torch.device("cpu"))
 def test_to_the_grid_by_hand():
     x = torch.arange(16.0).view(1, 1, 4, 4)
     assert to_grid(x, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5], "means of 2×2"
+    corner = torch.zeros(1, 1, 6, 6)
+    corner[..., 0, 0] = 9.0
+    assert to_grid(corner, 2).flatten().tolist() == [1.0, 0.0, 0.0, 0.0], (
+        "a mean of all nine, not the one in the middle"
+    )
     coarse = torch.tensor([[0.0, 4.0]]).expand(1, 1, 2, 2)
     assert to_grid(coarse, 4)[0, 0, 0].tolist() == [0.0, 1.0, 3.0, 4.0]
     assert torch.equal(to_grid(x, 4), x)
