@@ -26,6 +26,7 @@ from models import IMAGE_ENCODERS, SYSTEMS, TEXT_ENCODERS
 from models.adversarial import AdversarialSystem
 from models.choice import chosen_system, keys_of, system_parts
 from models.clip_features import ClipImageEncoder, ClipTextEncoder, untrained_clip
+from models.damsm import SmallImageEncoder
 from models.types import Generator, Network, System, TextFeatures, Update
 from training.build import build_networks, build_system
 from training.compute import checkpoint_activations, compile_networks, use_channels_last
@@ -214,7 +215,9 @@ def step_of(cfg: Config, encoder: str, batch_size: int, device: torch.device) ->
 def fresh_damsm(cfg: Config, encoder: str, image_size: int) -> dict[str, Network]:
     """DAMSM's encoders without training; encoder: name of the image encoder."""
     text_dim = cfg.TEXT.EMBEDDING_DIM
-    arguments = {"text_dim": text_dim} | ({"image_size": image_size} if encoder in ("small", "pretrained") else {})
+    arguments = {"text_dim": text_dim} | (
+        {"image_size": image_size} if issubclass(IMAGE_ENCODERS[encoder], SmallImageEncoder) else {}
+    )
     return {
         "text_encoder": TEXT_ENCODERS["rnn"](NUM_WORDS, text_dim, max_words=cfg.TEXT.WORDS_NUM),
         "image_encoder": IMAGE_ENCODERS[encoder](**arguments),

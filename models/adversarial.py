@@ -94,6 +94,15 @@ class AdversarialSystem(System):
         kinds = {"discriminator": ("real", "fake"), "projected": ("projected_real", "projected_fake")}
         return {part: pair for part, pair in kinds.items() if part in self.networks}
 
+    def keys_in_use(self) -> set[str]:
+        settings = self.settings
+        used = {
+            "GAN.DISCRIMINATOR": len(self.discriminators()) == len(DISCRIMINATORS),
+            "TRAIN.DIVERSITY": settings.diversity_weight > 0,
+            "TRAIN.AUGMENT": bool(settings.augment_kinds),
+        }
+        return {key for key, is_used in used.items() if is_used}
+
     # -- state ---------------------------------------------------------------------------------------------------
 
     @property

@@ -273,7 +273,9 @@ class AttnGAN(AdversarialSystem):
         stats = {name: stats[name] for name in stats if name.startswith("logits/") or name in self.observed}
         stats |= self._by_size("discriminator", losses)
         total = {"discriminator": torch.stack(losses).sum()}
-        yield Update("discriminator", total | ({"lecam": torch.stack(lecam).sum()} if lecam else {}), stats)
+        if lecam:
+            total["lecam"] = torch.stack(lecam).sum()
+        yield Update("discriminator", total, stats)
 
         # Generator: fake images up at every stage, the condition near N(0, 1), the last image matched to its words.
         with no_parameter_grad(discriminator, *self.encoders()):

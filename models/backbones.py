@@ -80,7 +80,8 @@ class Backbone(nn.Module):
             stages, state = self._stages_and_state(name, weights)
         except WeightFileError as error:
             raise CheckpointError(f"{key}: {error}") from None
-        self.name, self.channels, self.weights_hash = name, tuple(stages.channels), hash_tensors(state)
+        self.name, self.weights, self.key, self.weights_hash = name, weights, key, hash_tensors(state)
+        self.channels = tuple(stages.channels)
         self.strides, self.image_size, self.as_map = tuple(stages.strides), stages.image_size, stages.as_map
         self.stages = nn.ModuleList(stages.stages)
 
@@ -99,6 +100,17 @@ class Backbone(nn.Module):
         # weights before they are loaded: the caller's random state stays as it was.
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             return BACKBONES[name](weights)
+
+    def check_hash(self, expected: str, part: str) -> None:
+        """Raises CheckpointError where a network on this backbone was trained on other weights; part: what it is, for people.
+
+        expected: the hash that the network keeps; "": it is new, and takes any.
+        """
+        if expected not in ("", self.weights_hash):
+            raise CheckpointError(
+                f"{self.key}: the {part} was trained on {self.name} with the hash {expected}, {self.weights or 'its package'} "
+                f"has {self.weights_hash}; name the file that it was trained on"
+            )
 
     def train(self, mode: bool = True) -> "Backbone":
         """Always in eval mode."""
@@ -151,20 +163,6 @@ class PatchTokens(nn.Module):
         patches = self.conv(images).flatten(2).transpose(1, 2)
         class_token = self.class_token.to(patches.dtype).expand(len(patches), 1, -1)
         return self.norm(torch.cat([class_token, patches], dim=1) + self.positions)
-
-
-def check_weights_hash(key: str, part: str, settings: Any, backbone: Backbone) -> None:
-    """Raises CheckpointError where a network was trained on other weights than the backbone has.
-
-    key: of the setting that names the weight file.
-    part: what the network is, for people.
-    settings: of the network: backbone, and weights_hash, "" where it is new.
-    """
-    if settings.weights_hash not in ("", backbone.weights_hash):
-        raise CheckpointError(
-            f"{key}: the {part} was trained on {settings.backbone} with the hash {settings.weights_hash}, "
-            f"{settings.weights or 'its package'} has {backbone.weights_hash}; put the weights there that it was trained on"
-        )
 
 
 def freeze(module: nn.Module, device: torch.device) -> None:

@@ -12,11 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miscc.settings import setting
-from models.backbones import BACKBONES, Backbone, check_weights_hash
+from models.backbones import BACKBONES, Backbone
 from models.damsm import GRID, SmallImageEncoder
 from models.layers import resize
 
 NUM_STAGES = 3  # of the backbone's four: the coarsest tells what an image shows, not where
+
+
+def backbone_weights_setting() -> Any:
+    """DAMSM.BACKBONE_WEIGHTS, which the GANs' loop reads, too: the file may lie elsewhere than when the encoder was trained."""
+    return setting(
+        "DAMSM.BACKBONE_WEIGHTS",
+        "",
+        "weight file of the image encoder's frozen network; empty: where it was in pretraining, at first the one in its package",
+    )
 
 
 class PretrainedImageEncoder(SmallImageEncoder):
@@ -35,11 +44,7 @@ class PretrainedImageEncoder(SmallImageEncoder):
         backbone: str = setting(
             "DAMSM.BACKBONE", "efficientnet-lite0", "frozen network of DAMSM.IMAGE_ENCODER pretrained", tuple(BACKBONES)
         )
-        weights: str = setting(
-            "DAMSM.BACKBONE_WEIGHTS",
-            "",
-            "weight file of that frozen network; empty: the one in its package, where there is one",
-        )
+        weights: str = backbone_weights_setting()
         weights_hash: str = ""
 
     def __init__(self, *arguments: Any, **named: Any):
@@ -47,7 +52,7 @@ class PretrainedImageEncoder(SmallImageEncoder):
 
         # The frozen part: always the same numbers, brought to one scale by a batch norm.
         self.backbone = Backbone(self.settings.backbone, self.settings.weights, key="DAMSM.BACKBONE_WEIGHTS")
-        check_weights_hash("DAMSM.BACKBONE_WEIGHTS", "encoder", self.settings, self.backbone)
+        self.backbone.check_hash(self.settings.weights_hash, "encoder")
         self.change_settings(weights_hash=self.backbone.weights_hash)
         num_frozen = sum(self.backbone.channels[:NUM_STAGES])
         self.norm = nn.BatchNorm2d(num_frozen, affine=False)

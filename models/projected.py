@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from miscc.errors import ConfigError
 from miscc.settings import setting
-from models.backbones import BACKBONES, Backbone, check_weights_hash
+from models.backbones import BACKBONES, Backbone
 from models.layers import resize
 from models.settings import SentenceSettings
 from models.types import Discriminator
@@ -169,7 +169,7 @@ class ProjectedDiscriminator(Discriminator):
             )
         if settings.input_size % strides[-1]:
             raise ConfigError(f"GAN.PROJECTED.INPUT: must be a multiple of {strides[-1]}, not {settings.input_size}")
-        check_weights_hash("GAN.PROJECTED.WEIGHTS", "discriminator", settings, self.backbone)
+        self.backbone.check_hash(settings.weights_hash, "discriminator")
         self.change_settings(weights_hash=self.backbone.weights_hash)
         widths = [settings.width * factor for factor in SCALE_WIDTHS]
         self.mixing = RandomMixing(self.backbone.channels, widths, settings.seed)

@@ -43,6 +43,17 @@ def from_state(entry: Mapping[str, Any], registry: Mapping[str, type[Network]]) 
     return module
 
 
+def with_weight_file(entry: Mapping[str, Any], file: str) -> Mapping[str, Any]:
+    """The `to_state` of a network on a frozen backbone, which reads its weights from `file` now; "": from where it did.
+
+    Other networks stay as they are. Whether these are the weights that it was trained on, the network checks by their hash.
+    """
+    arguments = entry["arguments"]
+    if not file or not isinstance(arguments, Mapping) or "weights_hash" not in arguments:
+        return entry
+    return {**entry, "arguments": {**arguments, "weights": file}}
+
+
 def _check_sizes(kind: type[Network], entry: Mapping[str, Any]) -> None:
     """Raise ValueError where the arguments mean other sizes than the tensors have: that network could be larger than memory."""
     # Built without values, for its sizes alone.

@@ -273,6 +273,10 @@ class System:
         """
         return {}
 
+    def keys_in_use(self) -> set[str]:
+        """Keys of parts that this training has already, so that the watch does not advise to add them."""
+        return set()
+
     def train(self) -> None:
         """Put every network in the mode that it trains in."""
         raise NotImplementedError

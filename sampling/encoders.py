@@ -13,7 +13,7 @@ from miscc.errors import CheckpointError, DataError
 from miscc.vocabulary import Vocabulary
 from models import networks_of
 from models.clip_files import load_clip_weights, load_tokenizer
-from models.registry import from_state
+from models.registry import from_state, with_weight_file
 from models.released import load_image_encoder, load_text_encoder, naming
 from models.types import CaptionEncoder, Generator, ImageEncoder, Network
 
@@ -41,12 +41,15 @@ class Encoders(NamedTuple):
         return self.image_encoder.image_size
 
 
-def load_encoders(path: str | Path, device: str | torch.device = "cpu", max_words: int = 18) -> Encoders:
+def load_encoders(
+    path: str | Path, device: str | torch.device = "cpu", max_words: int = 18, backbone_weights: str = ""
+) -> Encoders:
     """DAMSM's encoders, frozen and in eval mode, from one of our checkpoints or the authors' text_encoder*.pth.
 
     The authors' image_encoder*.pth is looked for beside it.
 
     max_words: for the authors' files, which do not store it
+    backbone_weights: where the weights of the image encoder's frozen backbone lie now; "": where they did
 
     Raises CheckpointError when a file is missing, broken or of another kind.
     """
@@ -61,7 +64,8 @@ def load_encoders(path: str | Path, device: str | torch.device = "cpu", max_word
     content = load_file(path)
     if isinstance(content, dict) and "networks" in content:
         validate(content, path)
-        networks = rebuild_networks(content, ("text_encoder", "image_encoder"), path)
+        entries = {name: with_weight_file(entry, backbone_weights) for name, entry in content["networks"].items()}
+        networks = rebuild_networks({"networks": entries}, ("text_encoder", "image_encoder"), path)
         if "text_encoder" not in networks:
             raise CheckpointError(f"{path}: holds no text encoder but {', '.join(content['networks'])}")
         text_encoder = cast(CaptionEncoder, networks["text_encoder"])

@@ -263,11 +263,19 @@ def test_advice_names_only_keys_that_the_system_reads(tiny):
     )
 
 
-@pytest.mark.parametrize(("diversity", "advised"), [("0", True), ("0.1", False)])
-def test_what_is_used_already_is_no_advice(diversity, advised, tiny):
-    guard = Trainer(tiny(("TRAIN.DIVERSITY", diversity)), CPU).guard
-    line = guard.line(Finding("variety", "the generator collapses"), 10)
-    assert "lower TRAIN.GENERATOR_LR" in line and ("TRAIN.DIVERSITY 0.1" in line) == advised
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "advice"),
+    [
+        ("variety", "TRAIN.DIVERSITY", "0.1", "TRAIN.DIVERSITY 0.1"),
+        ("variety", "GAN.DISCRIMINATOR", "both", "GAN.DISCRIMINATOR both"),
+        ("discriminator", "TRAIN.AUGMENT", "cutout", "TRAIN.AUGMENT translation,cutout"),
+    ],
+)
+def test_what_is_used_already_is_no_advice(kind, key, value, advice, tiny):
+    small = (("GAN.PROJECTED.INPUT", "32"), ("GAN.PROJECTED.WIDTH", "4"))
+    trainers = [Trainer(tiny(*small, *more), CPU) for more in ((), ((key, value),))]
+    lines = [trainer.guard.line(Finding(kind, "it fails"), 10) for trainer in trainers]
+    assert advice in lines[0] and advice not in lines[1] and all("lower TRAIN." in line for line in lines)
 
 
 # -- which checkpoint ----------------------------------------------------------------------------------------------

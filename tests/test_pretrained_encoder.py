@@ -123,7 +123,8 @@ def test_a_score_during_training_is_by_another_network(monkeypatch):
         Evaluation(None, 16, CPU.device, EvaluationSettings(), networks=(encoder, other))
 
 
-def test_a_weight_file_may_move_until_the_training_goes_on(damsm, tmp_path):
+def test_a_weight_file_may_move(damsm, drawn_folder, tmp_path):
+    """Between pretraining, its resume, a GAN's training and that one's resume."""
     first, second = tmp_path / "first.pth", tmp_path / "second.pth"
     first.write_bytes(efficientnet_lite_file("efficientnet-lite0").read_bytes())
     pretrain(damsm(("DAMSM.BACKBONE_WEIGHTS", str(first)), ("TRAIN.MAX_EPOCH", "1")), CPU.device, tmp_path / "out")
@@ -135,6 +136,31 @@ def test_a_weight_file_may_move_until_the_training_goes_on(damsm, tmp_path):
     assert load_checkpoint(tmp_path / "out" / "last.pth")["networks"]["image_encoder"]["arguments"]["weights"] == str(
         second
     )
+
+    # A GAN beside these encoders, with a projected D on the same file; then both go on from the first place.
+    text = GAN_YAML.format(data=drawn_folder, output=tmp_path / "output", encoders=tmp_path / "out" / "best.pth")
+    small = (("GAN.PROJECTED.INPUT", "32"), ("GAN.PROJECTED.WIDTH", "4"), ("GAN.DISCRIMINATOR", "projected"))
+
+    def cfg(steps, file):
+        files = (("DAMSM.BACKBONE_WEIGHTS", str(file)), ("GAN.PROJECTED.WEIGHTS", str(file)))
+        return settings(tmp_path / "gan.yml", text, overrides=(*small, *files, ("TRAIN.MAX_STEPS", str(steps))))
+
+    train(cfg(1, second), CPU)
+    second.rename(first)
+    with pytest.raises(CheckpointError, match="second.pth"):
+        train(cfg(2, second), CPU, resume=True)
+    train(cfg(2, first), CPU, resume=True)
+
+    # Another file in its place is not taken.
+    torch.save({"a": torch.zeros(1)}, second)
+    with pytest.raises(CheckpointError, match="second.pth: are not the weights"):
+        train(cfg(3, second), CPU, resume=True)
+
+
+def test_a_backbone_beside_another_encoder_is_named(damsm, tmp_path):
+    changes = (("DAMSM.IMAGE_ENCODER", "small"), ("DAMSM.BACKBONE", "efficientnet-lite2"))
+    with pytest.raises(ConfigError, match="DAMSM.BACKBONE: has no meaning for the image encoder small; set"):
+        pretrain(damsm(*changes), CPU.device, tmp_path / "out")
 
 
 def test_missing_weights_are_asked_for(damsm, tmp_path):

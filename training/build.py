@@ -18,7 +18,7 @@ from models.choice import ChosenSystem
 from models.clip_features import untrained_clip
 from models.clip_files import UNTRAINED
 from models.mixed_text import mixed_text_encoder
-from models.registry import from_state, network_name
+from models.registry import from_state, network_name, with_weight_file
 from models.released import holds, load_discriminator, load_discriminator_files, load_generator, naming
 from models.types import CaptionEncoder, Discriminator, Generator, Network, System
 from sampling.encoders import (
@@ -73,10 +73,16 @@ def starting_networks(
     return networks, vocabulary
 
 
-def resumed_networks(system: ChosenSystem, checkpoint: Mapping) -> tuple[dict[str, Network], Vocabulary]:
-    """The networks of a run's checkpoint, all but the average. Raises CheckpointError where one is missing."""
+def resumed_networks(
+    system: ChosenSystem, checkpoint: Mapping, backbone_weights: str = ""
+) -> tuple[dict[str, Network], Vocabulary]:
+    """The networks of a run's checkpoint, all but the average. Raises CheckpointError where one is missing.
+
+    backbone_weights: where the weights of the image encoder's frozen backbone lie now; "": where they did.
+    """
+    files = {"image_encoder": backbone_weights, "projected": system.networks.get("projected", {}).get("weights", "")}
     networks = {
-        part: from_state(entry, networks_of(part))
+        part: from_state(with_weight_file(entry, files.get(part, "")), networks_of(part))
         for part, entry in checkpoint["networks"].items()
         if part != "generator_ema"
     }
@@ -183,7 +189,7 @@ def _check_same_network(network: Network, fresh: Network, key: str, part: str, n
 
 def damsm_encoders(start: StartSettings, data: DataSettings) -> Encoders:
     """Those that TEXT.DAMSM_NAME names, for captions of TEXT.WORDS_NUM words."""
-    encoders = load_encoders(start.encoders, max_words=data.max_words)
+    encoders = load_encoders(start.encoders, max_words=data.max_words, backbone_weights=start.backbone_weights)
     # The caption length is this training's; the checkpoint must draw with the same.
     encoders.text_encoder.change_settings(max_words=data.max_words)
     return encoders

@@ -27,10 +27,10 @@ from miscc.randomness import seed_everything
 from miscc.settings import arguments_from, from_config
 from miscc.vocabulary import Vocabulary
 from models import IMAGE_ENCODERS, TEXT_ENCODERS, networks_of
-from models.damsm import TextEncoder, losses_of_features
+from models.damsm import SmallImageEncoder, TextEncoder, losses_of_features
 from models.modes import eval_mode
 from models.pretrained_encoder import PretrainedImageEncoder
-from models.registry import from_state, network_name, to_state
+from models.registry import from_state, network_name, to_state, with_weight_file
 from models.types import CaptionEncoder, ImageEncoder, Network, TextFeatures, Update
 from sampling.encoders import load_encoders, released_vocabulary
 from training.build import check_batch_size
@@ -332,11 +332,9 @@ class EncoderTrainer:
     def _stored_encoders(self, checkpoint: dict | None) -> tuple[dict[str, Network] | None, Vocabulary | None]:
         """The encoders of the checkpoint, or of NET_E, with their vocabulary; None, None: they start anew."""
         # Of the run that is resumed.
+        weights = self.backbone_arguments["weights"]
         if checkpoint is not None:
-            entries = dict(checkpoint["networks"])
-            if entries["image_encoder"]["name"] == "pretrained":  # its backbone's file may have moved since
-                arguments = entries["image_encoder"]["arguments"] | self.backbone_arguments
-                entries["image_encoder"] = {**entries["image_encoder"], "arguments": arguments}
+            entries = {part: with_weight_file(entry, weights) for part, entry in checkpoint["networks"].items()}
             networks = {part: from_state(entry, networks_of(part)) for part, entry in entries.items()}
             return networks, Vocabulary(checkpoint["vocabulary"])
 
@@ -344,7 +342,7 @@ class EncoderTrainer:
         file, data = self.settings.former_encoders, self.data_settings
         if not file:
             return None, None
-        encoders = load_encoders(file, max_words=data.max_words)
+        encoders = load_encoders(file, max_words=data.max_words, backbone_weights=weights)
         if encoders.image_encoder is None:
             raise CheckpointError(
                 f"TRAIN.NET_E: there is no image encoder beside {file}; put its image_encoder*.pth there"
@@ -355,15 +353,19 @@ class EncoderTrainer:
     def _fresh_encoders(self) -> dict[str, Network]:
         """Encoders with random weights, Inception's trunk with ImageNet's. Raises ConfigError, CheckpointError."""
         # The image encoder comes first: the order decides which random numbers become whose initial weights.
-        kind = self.settings.image_encoder
+        kind, unset = self.settings.image_encoder, PretrainedImageEncoder.Settings()
         arguments = {"text_dim": self.text_arguments["text_dim"]}
-        if kind in ("small", "pretrained"):
+        if issubclass(IMAGE_ENCODERS[kind], SmallImageEncoder):
             size = self.settings.image_size
             if size < 16 or size & (size - 1):
                 raise ConfigError(f"TREE.BASE_SIZE: the {kind} encoder takes powers of two from 16 on, not {size}")
             arguments["image_size"] = size
-        if kind == "pretrained":
+        if IMAGE_ENCODERS[kind] is PretrainedImageEncoder:
             arguments |= self.backbone_arguments
+        elif self.backbone_arguments != {"backbone": unset.backbone, "weights": unset.weights}:
+            raise ConfigError(
+                f"DAMSM.BACKBONE: has no meaning for the image encoder {kind}; set DAMSM.IMAGE_ENCODER pretrained"
+            )
         image_encoder = IMAGE_ENCODERS[kind](**arguments)
         if kind == "inception":
             load_imagenet_weights(image_encoder.get_submodule("trunk"), self.settings.inception_weights)

@@ -132,12 +132,7 @@ class Guard:
     def line(self, finding: Finding, step: int) -> str:
         """A finding for people: what was seen, since when, and what usually helps."""
         # No advice to add what is there already.
-        both = {"discriminator", "projected"} <= self.system.networks.keys()
-        used = {
-            "GAN.DISCRIMINATOR": both,
-            "TRAIN.DIVERSITY": getattr(self.system.settings, "diversity_weight", 0.0) > 0,
-        }
-        helps = remedies(finding.kind, self.keys - {key for key, is_used in used.items() if is_used})
+        helps = remedies(finding.kind, self.keys - self.system.keys_in_use())
         since = step - (self.settings.patience - 1) * self.settings.every
         return f"{finding.text}, at every look since step {since}. What usually helps: {helps}"
 

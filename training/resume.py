@@ -18,6 +18,8 @@ from training.step import restore_adam
 # What may differ from run to run and is not reported.
 FREE = {"RESTORE", "GPU_ID", "WORKERS", "DATA_CACHE", "DATA_CACHE_DIR", "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS", "TRAIN.MAX_MINUTES",
         "TRAIN.TRACKER"}  # fmt: skip
+# Where a file lies, of which a network keeps the hash.
+MOVABLE = {"GAN.PROJECTED.WEIGHTS"}
 # What shapes the encoders, their data or the order of it.
 ENCODER_KEYS = ("SEED", "RNN_TYPE", "DAMSM.IMAGE_ENCODER", "TREE.BASE_SIZE", "TEXT.EMBEDDING_DIM",
                 "TEXT.WORDS_NUM", "TRAIN.HELD_OUT", "TRAIN.BATCH_SIZE")  # fmt: skip
@@ -34,7 +36,7 @@ def check_resumable(checkpoint: Mapping, cfg: Config) -> None:
 
     # The same data, networks and order.
     check_same_held_out(checkpoint["config"], cfg)
-    shaping = keys_of(network_parts(cfg.GAN.NAME))
+    shaping = keys_of(network_parts(cfg.GAN.NAME)) - MOVABLE
     shaping |= {"SEED", "TRAIN.BATCH_SIZE", "TEXT.ENCODER", "GAN.DISCRIMINATOR"}
     check_fixed_settings(checkpoint["config"], cfg, sorted(shaping), "without --resume or RESTORE: True")
 

@@ -12,7 +12,7 @@ from models import SYSTEMS
 from models.choice import SystemChoice, find_system, keys_of, load_for_system, system_parts
 from models.clip_files import MODEL
 from models.damsm import TextEncoder
-from models.pretrained_encoder import PretrainedImageEncoder
+from models.pretrained_encoder import PretrainedImageEncoder, backbone_weights_setting
 from models.settings import (
     BetasSettings,
     ClipSizeSettings,
@@ -177,6 +177,7 @@ class StartSettings(FormerEncodersSettings, ClipSizeSettings, ImageSizeSettings,
         MODEL,
         "CLIP's weights: a file, a folder, or a name in Hugging Face's cache; untrained: small, random, means nothing",
     )
+    backbone_weights: str = backbone_weights_setting()
     clip_scaled_twice: bool = setting(
         "CLIP.SCALED_TWICE",
         True,

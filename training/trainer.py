@@ -143,7 +143,7 @@ class Trainer:
             self.encoders_hash = starting_hash(networks["text_encoder"])
         else:
             self.encoders_hash = checkpoint.get("encoders_hash", "")
-            networks, self.vocabulary = resumed_networks(self.chosen, checkpoint)
+            networks, self.vocabulary = resumed_networks(self.chosen, checkpoint, start.backbone_weights)
         self.networks = {
             part: distributed.synchronise(network.to(self.device), self.world) for part, network in networks.items()
         }
