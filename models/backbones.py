@@ -33,10 +33,6 @@ DINO_NAMES = (
 )
 
 
-class WeightFileError(CheckpointError):
-    """A weight file that is missing, or holds another network; the text lacks the key, which `Backbone` knows."""
-
-
 def unchanged(x: Tensor) -> Tensor:
     return x
 
@@ -78,7 +74,7 @@ class Backbone(nn.Module):
         super().__init__()
         try:
             stages, state = self._stages_and_state(name, weights)
-        except WeightFileError as error:
+        except CheckpointError as error:
             raise CheckpointError(f"{key}: {error}") from None
         self.name, self.weights, self.key, self.weights_hash = name, weights, key, hash_tensors(state)
         self.channels = tuple(stages.channels)
@@ -303,7 +299,7 @@ def _resnet(name: str, weights: str, channels: Sequence[int]) -> tuple[Stages, d
 
 def _want_file(weights: str, what: str) -> None:
     if not weights:
-        raise WeightFileError(f"is empty, and nothing is downloaded; name the file of {what}")
+        raise CheckpointError(f"is empty, and nothing is downloaded; name the file of {what}")
 
 
 def _vision_transformer(
@@ -313,7 +309,7 @@ def _vision_transformer(
     # Where the groups end.
     num_blocks, grid_size = len(blocks), round((len(tokens.positions) - 1) ** 0.5)
     if num_blocks < 4:
-        raise WeightFileError(
+        raise CheckpointError(
             f"holds a Vision Transformer of {num_blocks} blocks, at least 4 are needed; name another file"
         )
     ends = [num_blocks * part // 4 for part in range(5)]
