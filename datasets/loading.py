@@ -5,11 +5,13 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from datasets.similar import with_similar_batches
 from datasets.text_image import Sample, TextImageDataset
 from miscc.batch import Batch
 from miscc.errors import ConfigError, DataError
@@ -30,6 +32,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
+Arrange = Callable[[int, np.ndarray], np.ndarray]  # epoch, shuffled indices -> the indices in the epoch's order
+
+
 class EpochBatches(Sampler):
     """Endless batches of (epoch, index); each epoch is a permutation drawn from (seed, epoch).
 
@@ -45,6 +50,7 @@ class EpochBatches(Sampler):
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        arrange: Arrange | None = None,
     ):
         """
         num_samples: of the data set
@@ -52,6 +58,7 @@ class EpochBatches(Sampler):
         seed: of the order
         start_step: the first batch
         rank, world_size: of this process, and the number of processes
+        arrange: puts an epoch's permutation into another order; of (seed, epoch) alone, too
 
         Raises DataError if the data set is smaller than one batch, ConfigError if ranks cannot share a batch equally.
         """
@@ -68,6 +75,7 @@ class EpochBatches(Sampler):
         self.start_step = start_step
         self.rank = rank
         self.world_size = world_size
+        self.arrange = arrange
         self.batches_per_epoch = num_samples // batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -77,6 +85,8 @@ class EpochBatches(Sampler):
 
         while True:
             order = stream(self.seed, "order", epoch).permutation(self.num_samples)
+            if self.arrange is not None:
+                order = self.arrange(epoch, order)
             for index in range(batch, self.batches_per_epoch):
                 start = index * self.batch_size + self.rank * share
                 yield [(epoch, int(image)) for image in order[start : start + share]]
@@ -151,13 +161,21 @@ def training_loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
+    similar: float = 0.0,
 ) -> DataLoader:
     """Endless batches from `start_step` on; see EpochBatches, which is the loader's `batch_sampler`.
 
     workers: reading processes, which stay from epoch to epoch and use one thread each; 0: the main process reads
     pin_memory: page-locked batches, for a GPU
+    similar: share of the batches whose captions resemble each other, in [0, 1]
     """
-    batches = EpochBatches(len(dataset), batch_size, seed, start_step, rank, world_size)
+
+    def arrange(epoch: int, order: np.ndarray) -> np.ndarray:
+        rng = stream(seed, "similar", epoch)
+        return with_similar_batches(order, lambda index: dataset.caption(epoch, index)[0], batch_size, similar, rng)
+
+    order = (len(dataset), batch_size, seed, start_step, rank, world_size)
+    batches = EpochBatches(*order, arrange=arrange if similar else None)
     return _loader(dataset, workers, batch_sampler=batches, pin_memory=pin_memory)
 
 

@@ -24,6 +24,12 @@ class DataSettings(DatasetSettings):
     captions_per_image: int = setting(
         "TEXT.CAPTIONS_PER_IMAGE", 10, "captions of an image that are used at most", above=0
     )
+    similar_batches: float = setting(
+        "TRAIN.SIMILAR_BATCHES",
+        0.0,
+        "share of the batches whose captions resemble each other, so that DAMSM and D's mismatched pairs turn on details",
+        maximum=1,
+    )
     max_words: int = setting("TEXT.WORDS_NUM", 18, "words of a caption at most", above=0, maximum=4096)
 
     def __post_init__(self) -> None:

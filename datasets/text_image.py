@@ -184,7 +184,7 @@ class TextImageDataset(Dataset):
     def _sample(self, epoch: int, index: int, number: int | None) -> Sample:
         """Image `index` as this epoch crops and flips it, with its caption `number` or, for None, one that is drawn."""
         images = self._images(epoch, index)
-        tokens, number = self._caption(epoch, index, number)
+        tokens, number = self.caption(epoch, index, number)
         caption = np.zeros(self.max_words, dtype=np.int64)
         caption[: len(tokens)] = tokens
         return Sample(
@@ -197,8 +197,8 @@ class TextImageDataset(Dataset):
             caption_number=number,
         )
 
-    def _caption(self, epoch: int, index: int, number: int | None) -> tuple[list[int], int]:
-        """The indices of a caption's words, at most max_words, and which caption it is."""
+    def caption(self, epoch: int, index: int, number: int | None = None) -> tuple[list[int], int]:
+        """The indices of a caption's words, at most max_words, and which caption it is; number None: as the epoch draws it."""
         captions = self.records.captions[index]
         if not self.augment:
             number = 0 if number is None else number % len(captions)

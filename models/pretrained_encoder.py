@@ -5,7 +5,7 @@ tells two images of a batch apart, such as the pattern of a wing; a network trai
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ def backbone_weights_setting() -> Any:
 
 
 class PretrainedImageEncoder(SmallImageEncoder):
-    """SmallImageEncoder, joined with features of a frozen network on the same 8×8 grid.
+    """SmallImageEncoder, with features of a frozen network added to its own on the same 8×8 grid.
 
     text_dim, image_size, nf: as for SmallImageEncoder.
     backbone: name of the frozen network, in models.backbones.BACKBONES.
@@ -57,9 +57,17 @@ class PretrainedImageEncoder(SmallImageEncoder):
         num_frozen = sum(self.backbone.channels[:NUM_STAGES])
         self.norm = nn.BatchNorm2d(num_frozen, affine=False)
 
-        # Joined with the encoder's own features, as many as before.
+        # What it adds to the encoder's own features: nothing at first, so that a small encoder's weights give what they gave.
         num_own = 8 * self.settings.nf
-        self.join = nn.Sequential(*self._layer(num_own + num_frozen, num_own, stride=1))
+        self.added = nn.Sequential(*self._layer(num_own + num_frozen, num_own, stride=1))
+        nn.init.zeros_(cast(Tensor, self.added[1].weight))
+
+    @classmethod
+    def from_small(cls, small: SmallImageEncoder, backbone: str, weights: str) -> "PretrainedImageEncoder":
+        """An encoder that gives what `small` gives, until training has taught it to use the backbone's features, too."""
+        encoder = cls(**small.arguments, backbone=backbone, weights=weights)
+        encoder.load_state_dict(encoder.state_dict() | small.state_dict())
+        return encoder
 
     def features(self, images: Tensor) -> Tensor:
         """images (N, 3, H, W) in [-1, 1] -> (N, 8·nf, 8, 8)."""
@@ -68,7 +76,7 @@ class PretrainedImageEncoder(SmallImageEncoder):
         # Of the size that the backbone reads. Fine features are averaged, coarse ones enlarged.
         seen = resize(images, self.backbone.image_size or max(self.image_size, self.backbone.strides[-1]))
         frozen = [to_grid(scale, GRID) for scale in self.backbone(seen)[:NUM_STAGES]]
-        return self.join(torch.cat([own, self.norm(torch.cat(frozen, dim=1)).to(own.dtype)], dim=1))
+        return own + self.added(torch.cat([own, self.norm(torch.cat(frozen, dim=1)).to(own.dtype)], dim=1))
 
 
 def to_grid(x: Tensor, size: int) -> Tensor:

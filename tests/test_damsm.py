@@ -16,8 +16,9 @@ from miscc.errors import CheckpointError, ConfigError, TrainingError
 from miscc.settings import from_config
 from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder
 from sampling.encoders import load_encoders
-from training.damsm import EncoderTrainer, load_imagenet_weights, pretrain
+from training.damsm import EncoderTrainer, pretrain
 from training.data import split_pairs
+from training.encoders import load_imagenet_weights
 from training.retrieval import retrieval_at
 from training.schedule import Budget
 

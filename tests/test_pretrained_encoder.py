@@ -10,6 +10,7 @@ from miscc.distributed import World
 from miscc.errors import CheckpointError, ConfigError
 from models import networks_of
 from models.backbones import efficientnet_lite_file
+from models.damsm import SmallImageEncoder
 from models.pretrained_encoder import PretrainedImageEncoder, to_grid
 from models.registry import from_state, to_state
 from sampling.encoders import load_encoders
@@ -43,16 +44,29 @@ def test_regions_are_the_grid_of_the_small_encoder(size):
         assert regions.shape == (2, 256, 8, 8) and code.shape == (2, 256)
 
 
-def test_frozen_features_reach_the_regions_and_gradients_the_image():
+def test_it_starts_as_the_small_encoder_that_it_is_given():
+    small = SmallImageEncoder(image_size=32, nf=2).eval()
+    encoder = PretrainedImageEncoder.from_small(small, "efficientnet-lite0", "").eval()
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert all(torch.equal(a, b) for a, b in zip(encoder(images), small(images), strict=True))
+
+
+def test_training_makes_it_use_the_frozen_features():
     encoder = PretrainedImageEncoder(image_size=32, nf=2)
-    images = torch.rand(2, 3, 32, 32, requires_grad=True)
-    before = encoder(images)[0]
+    images = torch.rand(4, 3, 32, 32, requires_grad=True)
+    encoder(images)[0].square().sum().backward()
+    scale = encoder.added[1].weight
+    assert scale.grad.abs().min() > 0, "from zero on, it is trained"
+
     with torch.no_grad():
-        encoder.join[0].weight[:, :16] = 0  # without its own features
-    regions = encoder(images)[0]
-    assert not torch.equal(regions, before) and regions.std() > 0
-    regions.square().sum().backward()
+        scale.fill_(1.0)
+    images.grad = None
+    both = encoder(images)[0]
+    both.square().sum().backward()
     assert images.grad.abs().sum() > 0
+    with torch.no_grad():
+        encoder.added[0].weight[:, 16:] = 0  # without the frozen features
+    assert not torch.equal(encoder(images)[0], both)
 
 
 def test_nothing_of_the_backbone_trains_or_is_stored_but_its_hash():
@@ -68,6 +82,13 @@ def test_nothing_of_the_backbone_trains_or_is_stored_but_its_hash():
     other = entry | {"arguments": entry["arguments"] | {"weights_hash": "0123"}}
     with pytest.raises(CheckpointError, match="DAMSM.BACKBONE_WEIGHTS: the encoder was trained on .* hash 0123"):
         from_state(other, networks_of("image_encoder"))
+
+
+def test_weights_of_another_structure_are_refused():
+    entry = to_state("pretrained", PretrainedImageEncoder(image_size=32, nf=2))
+    entry["state"] = {name.replace("added.", "join."): value for name, value in entry["state"].items()}
+    with pytest.raises(CheckpointError, match=r"added\."):
+        from_state(entry, networks_of("image_encoder"))
 
 
 @pytest.fixture
@@ -103,6 +124,15 @@ def test_pretraining_resumes_and_a_gan_trains_beside_it(damsm, drawn_folder, tmp
     # So does its checkpoint for drawing, which holds no image encoder.
     numbered = load_checkpoint(tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints" / "epoch_0001.pth")
     assert "image_encoder" not in numbered["networks"] and entry in networks_in_training(numbered)
+
+
+def test_pretraining_goes_on_from_small_encoders(damsm, encoders, tmp_path):
+    pretrain(damsm(("TRAIN.NET_E", str(encoders)), ("TRAIN.MAX_EPOCH", "1")), torch.device("cpu"), tmp_path / "wider")
+    before, after = load_encoders(encoders), load_encoders(tmp_path / "wider" / "best.pth")
+    assert type(before.image_encoder) is SmallImageEncoder and type(after.image_encoder) is PretrainedImageEncoder
+    assert after.vocabulary.words == before.vocabulary.words and after.image_encoder.added[1].weight.abs().sum() > 0
+    moved = (after.text_encoder.embedding.weight - before.text_encoder.embedding.weight).abs().max()
+    assert 0 < moved < 0.1, "an epoch away from where they were, not anew"
 
 
 def test_a_score_during_training_is_by_another_network(monkeypatch):

@@ -7,34 +7,30 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torchvision.models import Inception_V3_Weights
+from torch import Tensor
 
 from datasets.loading import ordered_loader
 from datasets.records import Records
 from datasets.settings import DataSettings
 from datasets.text_image import TextImageDataset
 from miscc.batch import Batch
-from miscc.checkpoint import load_file, save_checkpoint
+from miscc.checkpoint import save_checkpoint
 from miscc.config import Config, to_plain, to_yaml
 from miscc.distributed import World
-from miscc.errors import CheckpointError, ConfigError, TrainingError
+from miscc.errors import CheckpointError, TrainingError
 from miscc.files import remove_unfinished, write_text
 from miscc.images import to_uint8
 from miscc.losses import word_attention
 from miscc.pictures import attention_picture, save_image
 from miscc.randomness import seed_everything
 from miscc.settings import arguments_from, from_config
-from miscc.vocabulary import Vocabulary
-from models import IMAGE_ENCODERS, TEXT_ENCODERS, networks_of
-from models.damsm import SmallImageEncoder, TextEncoder, losses_of_features
+from models.damsm import TextEncoder, losses_of_features
 from models.modes import eval_mode
-from models.pretrained_encoder import PretrainedImageEncoder
-from models.registry import from_state, network_name, to_state, with_weight_file
-from models.types import CaptionEncoder, ImageEncoder, Network, TextFeatures, Update
-from sampling.encoders import load_encoders, released_vocabulary
+from models.registry import network_name, to_state
+from models.types import CaptionEncoder, ImageEncoder, TextFeatures, Update
 from training.build import check_batch_size
 from training.data import batches_from, make_dataset, next_batch, split_pairs
+from training.encoders import backbone_arguments, fresh_encoders, stored_encoders
 from training.progress import Progress, StopSignal
 from training.resume import check_encoders_resumable, check_same_data, fingerprint, restore_state
 from training.retrieval import retrieval_at
@@ -95,20 +91,21 @@ class EncoderTrainer:
         self.config, self.seed, self.device = to_plain(cfg), cfg.SEED, device
         self.settings = from_config(PretrainingSettings, cfg)
         self.data_settings = from_config(DataSettings, cfg)
-        self.text_arguments = arguments_from(TextEncoder.Settings, cfg)
-        chosen = arguments_from(PretrainedImageEncoder.Settings, cfg)
-        self.backbone_arguments = {name: chosen[name] for name in ("backbone", "weights")}
+        text_arguments, backbone = arguments_from(TextEncoder.Settings, cfg), backbone_arguments(cfg)
         check_batch_size(self.settings.batch_size)
         if checkpoint is not None:
             check_encoders_resumable(checkpoint, cfg)
 
         # Pairs, and encoders with a vocabulary for them.
         seed_everything(self.seed)  # the initial weights
-        networks, vocabulary = self._stored_encoders(checkpoint)
+        networks, vocabulary = stored_encoders(self.settings, self.data_settings, backbone, checkpoint)
         settings = (self.data_settings, self.settings.held_out, self.seed)
         self.records, self.validation = split_pairs(*settings, vocabulary)
         self.vocabulary = vocabulary or self.records.vocabulary
-        self.networks = {part: network.to(device) for part, network in (networks or self._fresh_encoders()).items()}
+        if networks is None:
+            words = {"vocabulary_size": len(self.vocabulary), "max_words": self.data_settings.max_words}
+            networks = fresh_encoders(self.settings, words | text_arguments, backbone)
+        self.networks = {part: network.to(device) for part, network in networks.items()}
         self.text_encoder = cast(CaptionEncoder, self.networks["text_encoder"])
         self.image_encoder = cast(ImageEncoder, self.networks["image_encoder"])
         self.dataset = self._dataset(self.records, augment=True)
@@ -141,7 +138,7 @@ class EncoderTrainer:
             f"{len(self.vocabulary)} words, epoch {self.step // self.steps_per_epoch + 1} of {max_epoch}"
         )
         order = (self.settings.batch_size, self.seed, self.step)
-        batches = iter(batches_from(self.dataset, *order, self.data_settings.workers, self.world))
+        batches = iter(batches_from(self.dataset, *order, self.data_settings, self.world))
         self.budget.start()
         with StopSignal() as stop:
             for epoch in range(self.step // self.steps_per_epoch, max_epoch):
@@ -305,7 +302,7 @@ class EncoderTrainer:
         } | ({"seconds": self.budget.seconds} if self.settings.max_minutes else {})
 
     def _restore(self, checkpoint: dict) -> None:
-        """Continue where the checkpoint was written. The networks have their weights already, see `_stored_encoders`."""
+        """Continue where the checkpoint was written. The networks have their weights already, see `stored_encoders`."""
         check_same_data(checkpoint, self.records, self.data_settings.data_dir)
         restore_state({"encoders": self.optimizer}, None, checkpoint)
         self.step = checkpoint["step"]
@@ -323,77 +320,6 @@ class EncoderTrainer:
         progress.say(f"stopped after step {self.step}, saved {run.last}; go on with the same command and --resume")
         return 128 + number
 
-    # -- build ---------------------------------------------------------------------------------------------------
-
     def _dataset(self, records: Records, augment: bool) -> TextImageDataset:
         """Records as a data set of one image size."""
         return make_dataset(self.data_settings, records, [self.settings.image_size], self.seed, augment)
-
-    def _stored_encoders(self, checkpoint: dict | None) -> tuple[dict[str, Network] | None, Vocabulary | None]:
-        """The encoders of the checkpoint, or of NET_E, with their vocabulary; None, None: they start anew."""
-        # Of the run that is resumed.
-        weights = self.backbone_arguments["weights"]
-        if checkpoint is not None:
-            entries = {part: with_weight_file(entry, weights) for part, entry in checkpoint["networks"].items()}
-            networks = {part: from_state(entry, networks_of(part)) for part, entry in entries.items()}
-            return networks, Vocabulary(checkpoint["vocabulary"])
-
-        # Of a file.
-        file, data = self.settings.former_encoders, self.data_settings
-        if not file:
-            return None, None
-        encoders = load_encoders(file, max_words=data.max_words, backbone_weights=weights)
-        if encoders.image_encoder is None:
-            raise CheckpointError(
-                f"TRAIN.NET_E: there is no image encoder beside {file}; put its image_encoder*.pth there"
-            )
-        vocabulary = encoders.vocabulary or released_vocabulary(data.data_dir)
-        return {"text_encoder": encoders.text_encoder, "image_encoder": encoders.image_encoder}, vocabulary
-
-    def _fresh_encoders(self) -> dict[str, Network]:
-        """Encoders with random weights, Inception's trunk with ImageNet's. Raises ConfigError, CheckpointError."""
-        # The image encoder comes first: the order decides which random numbers become whose initial weights.
-        kind, unset = self.settings.image_encoder, PretrainedImageEncoder.Settings()
-        arguments = {"text_dim": self.text_arguments["text_dim"]}
-        if issubclass(IMAGE_ENCODERS[kind], SmallImageEncoder):
-            size = self.settings.image_size
-            if size < 16 or size & (size - 1):
-                raise ConfigError(f"TREE.BASE_SIZE: the {kind} encoder takes powers of two from 16 on, not {size}")
-            arguments["image_size"] = size
-        if IMAGE_ENCODERS[kind] is PretrainedImageEncoder:
-            arguments |= self.backbone_arguments
-        elif self.backbone_arguments != {"backbone": unset.backbone, "weights": unset.weights}:
-            raise ConfigError(
-                f"DAMSM.BACKBONE: has no meaning for the image encoder {kind}; set DAMSM.IMAGE_ENCODER pretrained"
-            )
-        image_encoder = IMAGE_ENCODERS[kind](**arguments)
-        if kind == "inception":
-            load_imagenet_weights(image_encoder.get_submodule("trunk"), self.settings.inception_weights)
-
-        # The text encoder knows the words of the data.
-        sizes = {"vocabulary_size": len(self.vocabulary), "max_words": self.data_settings.max_words}
-        text_encoder = TEXT_ENCODERS["rnn"](**sizes, **self.text_arguments)
-        return {"text_encoder": text_encoder, "image_encoder": image_encoder}
-
-
-def load_imagenet_weights(trunk: nn.Module, path: str) -> None:
-    """Put torchvision's ImageNet weights into Inception-v3. Raises CheckpointError, saying where to get them."""
-    # The file: the user's, or torchvision's.
-    url = Inception_V3_Weights.IMAGENET1K_V1.url
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    file = Path(path) if path else cached
-    if not file.is_file():
-        raise CheckpointError(
-            f"{file}: no ImageNet weights of Inception-v3 there; download {url} to {cached} or set "
-            f"DAMSM.INCEPTION_WEIGHTS to the file (or train a light encoder: --set DAMSM.IMAGE_ENCODER pretrained or small)"
-        )
-
-    # Its tensors; those of the classifier, which the trunk lacks, are left out.
-    state = load_file(file)
-    expected = trunk.state_dict()
-    missing = [name for name in expected if name not in state or state[name].shape != expected[name].shape]
-    if missing:
-        raise CheckpointError(
-            f"{file}: is not torchvision's inception_v3, {len(missing)} tensors missing ({missing[0]}); download {url} again"
-        )
-    trunk.load_state_dict({name: state[name] for name in expected})

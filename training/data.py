@@ -107,23 +107,24 @@ def fixed_captions(settings: DataSettings, vocabulary: Vocabulary, training_reco
 
 
 def batches_from(
-    dataset: TextImageDataset, batch_size: int, seed: int, step: int, workers: int, world: World
+    dataset: TextImageDataset, batch_size: int, seed: int, step: int, settings: DataSettings, world: World
 ) -> Iterable[Batch]:
     """This process's share of the endless batches of a training, from a step on.
 
     batch_size: of all processes together.
     seed: of the order.
-    workers: WORKERS.
+    settings: how many processes read, and which share of the batches holds similar captions.
     """
     return training_loader(
         dataset,
         batch_size,
         seed,
         start_step=step,
-        workers=usable_workers(workers, world.device),
+        workers=usable_workers(settings.workers, world.device),
         rank=world.rank,
         world_size=world.size,
         pin_memory=world.device.type == "cuda",
+        similar=settings.similar_batches,
     )
 
 

@@ -196,7 +196,7 @@ class Trainer:
         for line in introduction(self, run):
             progress.say(line)
         order = (settings.batch_size, self.order_seed, self.step)
-        batches, epoch = iter(batches_from(self.dataset, *order, self.data_settings.workers, self.world)), -1
+        batches, epoch = iter(batches_from(self.dataset, *order, self.data_settings, self.world)), -1
         seconds, timed_from = 0.0, self.step
         self.budget.start()
         pictured = self.budget.seconds
