@@ -57,16 +57,16 @@ class PretrainedImageEncoder(SmallImageEncoder):
         num_frozen = sum(self.backbone.channels[:NUM_STAGES])
         self.norm = nn.BatchNorm2d(num_frozen, affine=False)
 
-        # What it adds to the encoder's own features: nothing at first, so that a small encoder's weights give what they gave.
+        # What it adds to the encoder's own features.
         num_own = 8 * self.settings.nf
         self.added = nn.Sequential(*self._layer(num_own + num_frozen, num_own, stride=1))
-        nn.init.zeros_(cast(Tensor, self.added[1].weight))
 
     @classmethod
     def from_small(cls, small: SmallImageEncoder, backbone: str, weights: str) -> "PretrainedImageEncoder":
         """An encoder that gives what `small` gives, until training has taught it to use the backbone's features, too."""
         encoder = cls(**small.arguments, backbone=backbone, weights=weights)
         encoder.load_state_dict(encoder.state_dict() | small.state_dict())
+        nn.init.zeros_(cast(Tensor, encoder.added[1].weight))  # not in a fresh one, which learns faster without
         return encoder
 
     def features(self, images: Tensor) -> Tensor:

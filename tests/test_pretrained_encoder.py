@@ -52,7 +52,7 @@ def test_it_starts_as_the_small_encoder_that_it_is_given():
 
 
 def test_training_makes_it_use_the_frozen_features():
-    encoder = PretrainedImageEncoder(image_size=32, nf=2)
+    encoder = PretrainedImageEncoder.from_small(SmallImageEncoder(image_size=32, nf=2), "efficientnet-lite0", "")
     images = torch.rand(4, 3, 32, 32, requires_grad=True)
     encoder(images)[0].square().sum().backward()
     scale = encoder.added[1].weight
