@@ -5,6 +5,7 @@ is learned of the others. Between "a red bird with striped wings" and "a red bir
 same holds for D's mismatched pairs, which are captions of the same batch.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -29,7 +30,7 @@ def with_similar_batches(
     """
     # Similar batches, beside random ones.
     num_batches = len(order) // batch_size
-    num_grouped = round(share * num_batches) * batch_size
+    num_grouped = math.ceil(share * num_batches) * batch_size  # a share above 0 is one batch at least
     grouped = order[:num_grouped]
     groups = similar_groups(word_vectors([caption_of(int(index)) for index in grouped]), batch_size, rng)
     others = order[num_grouped : num_batches * batch_size].reshape(-1, batch_size)

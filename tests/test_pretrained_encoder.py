@@ -135,6 +135,24 @@ def test_pretraining_goes_on_from_small_encoders(damsm, encoders, tmp_path):
     assert 0 < moved < 0.1, "an epoch away from where they were, not anew"
 
 
+def test_encoders_of_another_kind_than_the_settings_are_refused(damsm, encoders, tmp_path):
+    def start(*overrides):
+        pretrain(damsm(*overrides, ("TRAIN.MAX_EPOCH", "1")), torch.device("cpu"), tmp_path / "out", overwrite=True)
+
+    with pytest.raises(
+        ConfigError, match="TRAIN.NET_E: .* is small, .* say inception; --set DAMSM.IMAGE_ENCODER small"
+    ):
+        start(("TRAIN.NET_E", str(encoders)), ("DAMSM.IMAGE_ENCODER", "inception"))
+    assert not (tmp_path / "out" / "best.pth").exists()
+
+    start()
+    stored = ("TRAIN.NET_E", str(tmp_path / "out" / "best.pth"))
+    with pytest.raises(ConfigError, match="stands on efficientnet-lite0, .* --set DAMSM.BACKBONE efficientnet-lite0"):
+        start(stored, ("DAMSM.BACKBONE", "efficientnet-lite2"))
+    with pytest.raises(ConfigError, match="is pretrained, the settings say small"):
+        start(stored, ("DAMSM.IMAGE_ENCODER", "small"))
+
+
 def test_a_score_during_training_is_by_another_network(monkeypatch):
     """The measure's first network is the encoder's backbone: the second is loaded."""
     loaded = []

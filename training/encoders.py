@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from miscc.vocabulary import Vocabulary
 from models import IMAGE_ENCODERS, TEXT_ENCODERS, networks_of
 from models.damsm import SmallImageEncoder
 from models.pretrained_encoder import PretrainedImageEncoder
-from models.registry import from_state, with_weight_file
+from models.registry import from_state, network_name, with_weight_file
 from models.types import Network
 from sampling.encoders import load_encoders, released_vocabulary
 from training.settings import PretrainingSettings
@@ -36,7 +36,7 @@ def stored_encoders(
 
     backbone: see `backbone_arguments`; a checkpoint's own frozen network may lie in another file.
 
-    Raises CheckpointError for files that hold no encoders.
+    Raises CheckpointError for files that hold no encoders, ConfigError for encoders of another kind than the settings'.
     """
     # Of the run that is resumed.
     if checkpoint is not None:
@@ -53,10 +53,20 @@ def stored_encoders(
         raise CheckpointError(f"TRAIN.NET_E: there is no image encoder beside {file}; put its image_encoder*.pth there")
     vocabulary = encoders.vocabulary or released_vocabulary(data.data_dir)
 
-    # A small image encoder goes on as a pretrained one where the settings say so.
-    image_encoder = encoders.image_encoder
-    if settings.image_encoder == "pretrained" and type(image_encoder) is SmallImageEncoder:
-        image_encoder = PretrainedImageEncoder.from_small(image_encoder, **backbone)
+    # A small image encoder goes on as a pretrained one where the settings say so; nothing else changes its kind.
+    image_encoder, kind = encoders.image_encoder, network_name(encoders.image_encoder)
+    if settings.image_encoder == "pretrained" and kind == "small":
+        image_encoder = PretrainedImageEncoder.from_small(cast(SmallImageEncoder, image_encoder), **backbone)
+    elif kind != settings.image_encoder:
+        raise ConfigError(
+            f"TRAIN.NET_E: the image encoder of {file} is {kind}, the settings say {settings.image_encoder}; "
+            f"--set DAMSM.IMAGE_ENCODER {kind}"
+        )
+    elif isinstance(image_encoder, PretrainedImageEncoder) and image_encoder.backbone.name != backbone["backbone"]:
+        raise ConfigError(
+            f"TRAIN.NET_E: the image encoder of {file} stands on {image_encoder.backbone.name}, the settings say "
+            f"{backbone['backbone']}; --set DAMSM.BACKBONE {image_encoder.backbone.name}"
+        )
     return {"text_encoder": encoders.text_encoder, "image_encoder": image_encoder}, vocabulary
 
 

@@ -147,7 +147,9 @@ class FormerEncodersSettings:
     """AttnGAN's key, whose meaning differs between its two programs."""
 
     former_encoders: str = setting(
-        "TRAIN.NET_E", "", "AttnGAN's name for TEXT.DAMSM_NAME; in pretraining: encoders to continue from"
+        "TRAIN.NET_E",
+        "",
+        "AttnGAN's name for TEXT.DAMSM_NAME; in pretraining: encoders to go on from, small ones also as pretrained",
     )
 
 
