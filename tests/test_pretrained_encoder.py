@@ -143,6 +143,8 @@ def test_encoders_of_another_kind_than_the_settings_are_refused(damsm, encoders,
         ConfigError, match="TRAIN.NET_E: .* is small, .* say inception; --set DAMSM.IMAGE_ENCODER small"
     ):
         start(("TRAIN.NET_E", str(encoders)), ("DAMSM.IMAGE_ENCODER", "inception"))
+    with pytest.raises(CheckpointError, match="^TRAIN.NET_E: .*missing.pth: no such encoders; give the best.pth"):
+        start(("TRAIN.NET_E", str(tmp_path / "missing.pth")))
     assert not (tmp_path / "out" / "best.pth").exists()
 
     start()

@@ -48,6 +48,11 @@ def stored_encoders(
     file = settings.former_encoders
     if not file:
         return None, None
+    if not Path(file).is_file():
+        raise CheckpointError(
+            f"TRAIN.NET_E: {file}: no such encoders; give the best.pth of a pretraining or a text_encoder*.pth, or leave it "
+            f"empty to start anew"
+        )
     encoders = load_encoders(file, max_words=data.max_words, backbone_weights=backbone["weights"])
     if encoders.image_encoder is None:
         raise CheckpointError(f"TRAIN.NET_E: there is no image encoder beside {file}; put its image_encoder*.pth there")
