@@ -17,6 +17,8 @@ from miscc.batch import Batch
 from miscc.errors import ConfigError, DataError
 from miscc.randomness import stream
 
+Arrange = Callable[[int, np.ndarray], np.ndarray]  # epoch, shuffled indices -> the indices in the epoch's order
+
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Samples -> one Batch; a single image size comes as a tensor, several as a list of tensors."""
@@ -30,9 +32,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
         indices=torch.tensor([sample.index for sample in samples]),
         caption_numbers=torch.tensor([sample.caption_number for sample in samples]),
     )
-
-
-Arrange = Callable[[int, np.ndarray], np.ndarray]  # epoch, shuffled indices -> the indices in the epoch's order
 
 
 class EpochBatches(Sampler):
@@ -58,7 +57,7 @@ class EpochBatches(Sampler):
         seed: of the order
         start_step: the first batch
         rank, world_size: of this process, and the number of processes
-        arrange: puts an epoch's permutation into another order; of (seed, epoch) alone, too
+        arrange: (epoch, permutation) -> the order to use, a function of (seed, epoch) alone; None: the permutation
 
         Raises DataError if the data set is smaller than one batch, ConfigError if ranks cannot share a batch equally.
         """
@@ -174,8 +173,8 @@ def training_loader(
         rng = stream(seed, "similar", epoch)
         return with_similar_batches(order, lambda index: dataset.caption(epoch, index)[0], batch_size, similar, rng)
 
-    order = (len(dataset), batch_size, seed, start_step, rank, world_size)
-    batches = EpochBatches(*order, arrange=arrange if similar else None)
+    options = (len(dataset), batch_size, seed, start_step, rank, world_size)
+    batches = EpochBatches(*options, arrange=arrange if similar else None)
     return _loader(dataset, workers, batch_sampler=batches, pin_memory=pin_memory)
 
 

@@ -27,7 +27,7 @@ class DataSettings(DatasetSettings):
     similar_batches: float = setting(
         "TRAIN.SIMILAR_BATCHES",
         0.0,
-        "share of the batches whose captions resemble each other, so that DAMSM and D's mismatched pairs turn on details",
+        "share of the batches whose captions resemble each other, so that DAMSM and D's mismatched pairs differ in details",
         maximum=1,
     )
     max_words: int = setting("TEXT.WORDS_NUM", 18, "words of a caption at most", above=0, maximum=4096)

@@ -1,8 +1,8 @@
 """Batches of captions that resemble each other. Ours; the idea is that of hard negatives (Faghri et al., VSE++, 2018).
 
-Two captions of a random batch differ in most words, so that a few words, such as the main colour, tell them apart, and nothing
-is learned of the others. Between "a red bird with striped wings" and "a red bird with plain wings" it takes the pattern. The
-same holds for D's mismatched pairs, which are captions of the same batch.
+The captions of a random batch differ in most words, so that a few of them, such as the main colour, are enough to match each
+image, and the others are not learned. To match "a red bird with striped wings" against "a red bird with plain wings" the
+encoders must use the pattern. The same holds for D's mismatched pairs, which are captions of the same batch.
 """
 
 import math
@@ -24,13 +24,18 @@ def with_similar_batches(
 
     order: (N,) shuffled indices of images; similar batches are made of the first ones, so that each epoch has other images
     caption_of: index of an image -> indices of its caption's words in this epoch
+    batch_size: images of a batch, on all processes together
     share: of the batches, in [0, 1]
+    rng: draws the groups and the order of the batches
 
     Returns (M,) indices, M the largest multiple of batch_size up to N: each image at most once.
     """
     # Similar batches, beside random ones.
     num_batches = len(order) // batch_size
-    num_grouped = math.ceil(share * num_batches) * batch_size  # a share above 0 is one batch at least
+    num_similar = (
+        max(1, math.ceil(round(share * num_batches, 6))) if share else 0
+    )  # a share above 0 is one batch at least
+    num_grouped = num_similar * batch_size
     grouped = order[:num_grouped]
     groups = similar_groups(word_vectors([caption_of(int(index)) for index in grouped]), batch_size, rng)
     others = order[num_grouped : num_batches * batch_size].reshape(-1, batch_size)
@@ -45,7 +50,7 @@ def word_vectors(captions: Sequence[Sequence[int]]) -> sparse.csr_matrix:
 
     captions: indices of words. Pairs, since "red wings" and "a red head" share no more than a colour.
 
-    Rows are of length 1, or 0 where a caption holds nothing but what all have.
+    Rows have norm 1, or 0 where a caption holds only what all captions have.
     """
     # Which caption has which words and pairs.
     seen: dict[tuple[int, ...], int] = {}
@@ -64,26 +69,32 @@ def word_vectors(captions: Sequence[Sequence[int]]) -> sparse.csr_matrix:
 
 
 def similar_groups(vectors: sparse.csr_matrix, size: int, rng: np.random.Generator) -> np.ndarray:
-    """(N / size, size) rows of `vectors`, similar ones together; N is a multiple of size.
+    """(N / size, size) indices of rows of `vectors`, similar ones together.
 
-    Halves halved again: each cut sorts the rows by which of two of them, drawn at random, they resemble more (a random
-    projection tree). Groups are alike, but not each row's nearest ones: those would often be captions of the same content,
-    which nothing can tell apart. N rows take N log N steps.
+    Splits the rows in two until each part has `size` of them (random projection tree, Dasgupta and Freund 2008): a split draws
+    two rows and sorts all by the difference of their similarities to the two. The rows of a group are similar, but they are not
+    nearest neighbours, which often have the same content: nothing could match those. O(N log N).
+
+    vectors: (N, M) with rows of norm 1 or 0; N is a multiple of size.
+    rng: draws the two rows of each split.
     """
     if vectors.shape[0] == 0:
         return np.empty((0, size), dtype=np.int64)
-    groups, waiting = [], [np.arange(vectors.shape[0])]
-    while waiting:
-        rows = waiting.pop()
+    groups, pending = [], [np.arange(vectors.shape[0])]
+    while pending:
+        rows = pending.pop()
         if len(rows) == size:
             groups.append(rows)
             continue
 
-        # Sorted between the two, and cut at a multiple of the size. Equals keep their order.
+        # Similarity of all rows to two of them.
         first, second = rng.choice(rows, 2, replace=False)
-        these, two = (cast(sparse.csr_matrix, vectors[part]) for part in (rows, [second, first]))
-        to_second, to_first = (these @ two.T).toarray().T
-        rows = rows[np.argsort(to_second - to_first, kind="stable")]
+        candidates, two = (cast(sparse.csr_matrix, vectors[part]) for part in (rows, [first, second]))
+        to_first, to_second = (candidates @ two.T).toarray().T
+
+        # Sorted from the first to the second, and split at a multiple of the size. Equals keep their order; rounded, since
+        # processors differ in the last bit, and every process must have the same order.
+        rows = rows[np.argsort(np.round(to_second - to_first, 9), kind="stable")]
         middle = len(rows) // size // 2 * size
-        waiting += [rows[:middle], rows[middle:]]
+        pending += [rows[:middle], rows[middle:]]
     return np.stack(groups)

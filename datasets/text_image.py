@@ -198,7 +198,12 @@ class TextImageDataset(Dataset):
         )
 
     def caption(self, epoch: int, index: int, number: int | None = None) -> tuple[list[int], int]:
-        """The indices of a caption's words, at most max_words, and which caption it is; number None: as the epoch draws it."""
+        """A caption of image `index`, and which of its captions it is.
+
+        number: which caption; None: the one that the epoch draws.
+
+        Returns (indices of its words, at most max_words; the caption's index).
+        """
         captions = self.records.captions[index]
         if not self.augment:
             number = 0 if number is None else number % len(captions)

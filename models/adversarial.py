@@ -207,8 +207,7 @@ class AdversarialSystem(System):
         if not weight:
             return {}
 
-        # The noise of the next caption is as good as new noise, and takes none from the run's generator. At least two
-        # captions: batch norm cannot train on one.
+        # Other noise: that of the next caption. At least two captions: batch norm cannot train on one.
         half = slice(0, max(2, len(noise) // 2))
         other_noise = noise.roll(-1, dims=0)[half]
         others = self.networks["generator"](other_noise, text.select(half)).images[-1]
@@ -220,7 +219,7 @@ class AdversarialSystem(System):
 
 
 def logit_stats(logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """{kind of pair: D's logits (N,)} -> {name in the log: mean of the logits, and mean of their signs}."""
+    """{kind of pair: D's logits, of any shape} -> {name in the log: mean of the logits, and mean of their signs}."""
     # Half precision, under autocast, would round the means.
     values = {name: value.detach().float() for name, value in logits.items()}
     stats = {f"logits/{name}": value.mean() for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""Frozen image networks, weights from a file, cut into four stages, whose features others see: projected D, image encoder.
+"""Frozen image networks in four stages, with weights from a file: features for the projected D and the image encoder.
 
 A new one is a function from a weight file to its Stages and state dict, and one line in BACKBONES. Their weights never train
 and are in no state dict: a checkpoint names them by their hash.
@@ -34,6 +34,7 @@ DINO_NAMES = (
 
 
 def unchanged(x: Tensor) -> Tensor:
+    """The `as_map` of stages that give maps as they are."""
     return x
 
 
@@ -197,7 +198,7 @@ def resnet50(weights: str) -> tuple[Stages, dict[str, Tensor]]:
 
 def clip(weights: str) -> tuple[Stages, dict[str, Tensor]]:
     """CLIP's ViT, from files of OpenAI, Hugging Face or open_clip: images of its own size; all stages have its width."""
-    _want_file(weights, "a CLIP, a file or a folder (OpenAI's ViT-B-16.pt, or as Hugging Face keeps one)")
+    _require_file(weights, "a CLIP, a file or a folder (OpenAI's ViT-B-16.pt, or as Hugging Face keeps one)")
     visual = load_clip_weights(weights)[0].visual
     tokens = PatchTokens(visual.conv1, visual.class_embedding, visual.positional_embedding, visual.ln_pre)
     normalisation = (MEAN, DEVIATION)
@@ -206,7 +207,7 @@ def clip(weights: str) -> tuple[Stages, dict[str, Tensor]]:
 
 def dino(weights: str) -> tuple[Stages, dict[str, Tensor]]:
     """DINO's ViTs (Caron et al. 2021), or timm's with the same tensor names; sizes and channels as for `clip`."""
-    _want_file(
+    _require_file(
         weights,
         "a DINO (dino_deitsmall16_pretrain.pth or dino_vitbase16_pretrain.pth, from github.com/facebookresearch/dino)",
     )
@@ -279,7 +280,7 @@ def _efficientnet_lite(name: str, weights: str) -> tuple[Stages, dict[str, Tenso
 
 
 def _resnet(name: str, weights: str, channels: Sequence[int]) -> tuple[Stages, dict[str, Tensor]]:
-    _want_file(weights, f"torchvision's {name} ({name}-*.pth, from https://download.pytorch.org/models/)")
+    _require_file(weights, f"torchvision's {name} ({name}-*.pth, from https://download.pytorch.org/models/)")
     network = getattr(torchvision.models, name)(weights=None).eval()
     state = load_weights(network, weights, f"torchvision's {name}")
 
@@ -297,7 +298,7 @@ def _resnet(name: str, weights: str, channels: Sequence[int]) -> tuple[Stages, d
     return Stages([stem, network.layer2, network.layer3, network.layer4], channels, IMAGENET), state
 
 
-def _want_file(weights: str, what: str) -> None:
+def _require_file(weights: str, what: str) -> None:
     if not weights:
         raise CheckpointError(f"is empty, and nothing is downloaded; name the file of {what}")
 
@@ -311,6 +312,10 @@ def _vision_transformer(
     if num_blocks < 4:
         raise CheckpointError(
             f"holds a Vision Transformer of {num_blocks} blocks, at least 4 are needed; name another file"
+        )
+    if grid_size**2 != len(tokens.positions) - 1:
+        raise CheckpointError(
+            f"holds {len(tokens.positions)} positions, which are no square grid and a class token; name another file"
         )
     ends = [num_blocks * part // 4 for part in range(5)]
     groups = [list(blocks[start:end]) for start, end in zip(ends, ends[1:], strict=False)]

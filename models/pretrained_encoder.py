@@ -36,7 +36,7 @@ class PretrainedImageEncoder(SmallImageEncoder):
     weights: its weight file; "": the one in its package, where there is one.
     weights_hash: of the weights that the encoder was trained with; "": any.
 
-    Raises CheckpointError for weights that are missing or others.
+    Raises CheckpointError for missing weights and for weights of another hash.
     """
 
     @dataclass(frozen=True)
@@ -63,10 +63,16 @@ class PretrainedImageEncoder(SmallImageEncoder):
 
     @classmethod
     def from_small(cls, small: SmallImageEncoder, backbone: str, weights: str) -> "PretrainedImageEncoder":
-        """An encoder that gives what `small` gives, until training has taught it to use the backbone's features, too."""
+        """An encoder with the same output as `small`: the scale of what the frozen network adds is 0.
+
+        small: trained or not; its sizes are kept.
+        backbone, weights: as for the class.
+
+        Raises CheckpointError as the class does.
+        """
         encoder = cls(**small.arguments, backbone=backbone, weights=weights)
         encoder.load_state_dict(encoder.state_dict() | small.state_dict())
-        nn.init.zeros_(cast(Tensor, encoder.added[1].weight))  # not in a fresh one, which learns faster without
+        nn.init.zeros_(cast(Tensor, encoder.added[1].weight))  # 1 in a fresh one, which learns faster so
         return encoder
 
     def features(self, images: Tensor) -> Tensor:

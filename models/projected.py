@@ -1,7 +1,8 @@
 """Projected discriminator (Sauer et al., NeurIPS 2021, arXiv 2111.01007): D sees only the features of a frozen network.
 
 Departures from the paper: mixing across scales by 1×1 convolutions before the upsampling (the two commute), at the size of
-each scale's own features; heads with GroupNorm, so that an image's logits do not depend on its batch; hinge over all logits.
+each scale's own features; heads with GroupNorm, so that an image's logits do not depend on its batch (unless
+BATCH_STATISTIC is on); hinge over all logits.
 """
 
 import math
@@ -115,7 +116,8 @@ class ProjectedDiscriminator(Discriminator):
     weights_hash: of the backbone's weights that a checkpoint was trained with; "": any.
     seed: of the random projections.
 
-    Raises ConfigError for an input size that the backbone does not read, CheckpointError for weights that are missing or others.
+    Raises ConfigError for an input size that the backbone does not read, CheckpointError for missing weights and for weights of
+    another hash.
     """
 
     @dataclass(frozen=True)

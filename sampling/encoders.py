@@ -125,6 +125,20 @@ def check_sentence_length(text_encoder: CaptionEncoder, generator: Generator, pa
         raise CheckpointError(f"{path}: gives features of length {actual}, the generator expects {expected}")
 
 
+def check_vocabulary(text_encoder: CaptionEncoder, vocabulary: Vocabulary, source: str, data_dir: str | Path) -> None:
+    """Raises CheckpointError where the encoder knows another number of words than the vocabulary has: its indices differ.
+
+    source: the encoder's setting and file, for the error.
+    data_dir: whose captions.pickle gives the vocabulary of encoders that hold none.
+    """
+    num_known = text_encoder.embedding.num_embeddings
+    if num_known != len(vocabulary):
+        raise CheckpointError(
+            f"{source} knows {num_known} words, its vocabulary (without one of its own, the captions.pickle in {data_dir}) has "
+            f"{len(vocabulary)}; take the one that these encoders were trained with"
+        )
+
+
 def rebuild_networks(checkpoint: dict, names: tuple[str, ...], path: str | Path) -> dict[str, Network]:
     """{name: network} of these names that the checkpoint holds, in eval mode without gradients. path: for errors."""
     networks = {}

@@ -197,6 +197,7 @@ def test_a_system_that_is_not_there_is_named(tmp_path):
         ("BATCH_SIZE: 8", "BATCH_SIZE: no such setting; did you mean TRAIN.BATCH_SIZE"),
         ("TRAIN: {BATCH_SIZE: many}", "TRAIN.BATCH_SIZE: must be a whole number"),
         ("TRAIN: {BATCH_SIZE: 0}", "TRAIN.BATCH_SIZE: must be greater than 0"),
+        ("TRAIN: {MAX_EPOCH: 0}", "TRAIN.MAX_EPOCH: must be greater than 0"),
         ("TRAIN: {BATCH_SIZE: 2.5}", "TRAIN.BATCH_SIZE: must be a whole number"),
         ("TRAIN: {GENERATOR_LR: .nan}", "TRAIN.GENERATOR_LR: must be a number"),
         ("TRAIN: {BETAS: [0.9]}", "TRAIN.BETAS: must be two numbers"),

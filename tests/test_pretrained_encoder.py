@@ -155,6 +155,42 @@ def test_encoders_of_another_kind_than_the_settings_are_refused(damsm, encoders,
         start(stored, ("DAMSM.IMAGE_ENCODER", "small"))
 
 
+def test_encoders_that_do_not_fit_the_settings_or_their_words_are_refused(damsm, encoders, tmp_path):
+    stored = load_checkpoint(encoders)
+
+    def refused(match, *overrides, file=encoders):
+        cfg = damsm(("TRAIN.NET_E", str(file)), ("DAMSM.IMAGE_ENCODER", "small"), *overrides)
+        with pytest.raises((ConfigError, CheckpointError), match=f"^TRAIN.NET_E: {match}"):
+            pretrain(cfg, CPU.device, tmp_path / "out")
+
+    refused(".* is for 16 px, TREE.BASE_SIZE says 32; --set TREE.BASE_SIZE 16", ("TREE.BASE_SIZE", "32"))
+    refused("the text_dim of .* is 256, TEXT.EMBEDDING_DIM says 128; set it to 256", ("TEXT.EMBEDDING_DIM", "128"))
+    refused("the rnn_type of .* is LSTM, RNN_TYPE says GRU; set it to LSTM", ("RNN_TYPE", "GRU"))
+
+    # A vocabulary with a word more: every index after it would mean another word.
+    torch.save(stored | {"vocabulary": [*stored["vocabulary"], "zyzzyva"]}, tmp_path / "words.pth")
+    refused(".*words.pth knows .* words, its vocabulary .* take the one", file=tmp_path / "words.pth")
+
+    # No image encoder.
+    networks = {"text_encoder": stored["networks"]["text_encoder"]}
+    torch.save(stored | {"networks": networks}, tmp_path / "text.pth")
+    refused(".*text.pth comes without an image encoder; give encoders of pretrain_DAMSM", file=tmp_path / "text.pth")
+
+
+def test_the_words_of_a_caption_are_those_of_the_settings(damsm, encoders, tmp_path):
+    cfg = damsm(("TRAIN.NET_E", str(encoders)), ("TEXT.WORDS_NUM", "25"), ("TRAIN.MAX_EPOCH", "1"))
+    pretrain(cfg, CPU.device, tmp_path / "out")
+    assert load_encoders(encoders).max_words == 18 and load_encoders(tmp_path / "out" / "best.pth").max_words == 25
+
+
+def test_a_frozen_network_without_a_use_is_refused(damsm, encoders, tmp_path):
+    for key, value in (("DAMSM.BACKBONE", "efficientnet-lite2"), ("DAMSM.BACKBONE_WEIGHTS", "a.pth")):
+        for start in ("", str(encoders)):
+            cfg = damsm(("TRAIN.NET_E", start), ("DAMSM.IMAGE_ENCODER", "small"), (key, value))
+            with pytest.raises(ConfigError, match=f"^{key}: has no meaning for the image encoder small"):
+                pretrain(cfg, CPU.device, tmp_path / "out")
+
+
 def test_a_score_during_training_is_by_another_network(monkeypatch):
     """The measure's first network is the encoder's backbone: the second is loaded."""
     loaded = []

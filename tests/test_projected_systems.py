@@ -10,6 +10,7 @@ from tiny_systems import changed_by_a_step, make_batch, make_networks
 from miscc.checkpoint import load_checkpoint
 from miscc.distributed import World
 from miscc.errors import ConfigError
+from models.backbones import efficientnet_lite_file
 from models.df_gan import DFGAN, DFDiscriminator, DFGenerator
 from models.layers import OneWayDiscriminator
 from models.projected import ProjectedDiscriminator
@@ -159,6 +160,24 @@ def test_a_run_keeps_its_kind_of_discriminator(tiny):
     train(tiny(("TRAIN.MAX_STEPS", "1")), CPU)
     with pytest.raises(ConfigError, match="GAN.DISCRIMINATOR: the run was started with paper, not both"):
         train(tiny(("GAN.DISCRIMINATOR", "both"), *TINY), CPU, resume=True)
+
+
+def test_weights_of_the_papers_discriminator_have_no_use_without_it(tiny, encoders):
+    cfg = tiny(("GAN.DISCRIMINATOR", "projected"), ("TRAIN.NET_D", str(encoders)), *TINY)
+    with pytest.raises(ConfigError, match="TRAIN.NET_D: no discriminator of the paper's kind .* paper or both"):
+        train(cfg, CPU)
+
+
+def test_a_training_goes_on_from_networks_whose_backbone_file_has_moved(tiny, tmp_path):
+    first, second = tmp_path / "first.pth", tmp_path / "second.pth"
+    first.write_bytes(efficientnet_lite_file("efficientnet-lite0").read_bytes())
+    projected = (("GAN.DISCRIMINATOR", "projected"), ("TRAIN.MAX_STEPS", "1"), *TINY)
+    train(tiny(("GAN.PROJECTED.WEIGHTS", str(first)), *projected), CPU)
+    (run,) = (tmp_path / "output").iterdir()
+
+    first.rename(second)
+    start = ("TRAIN.NET_G", str(run / "checkpoints" / "last.pth"))
+    assert train(tiny(("GAN.PROJECTED.WEIGHTS", str(second)), start, *projected), CPU) == 0
 
 
 def test_micro_batches_and_dry_run(tiny, tmp_path):

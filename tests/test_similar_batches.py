@@ -33,6 +33,18 @@ def test_vectors_by_hand():
     assert np.allclose(vectors, expected), "what all captions have counts nothing, and a caption of that alone is 0"
 
 
+def test_a_share_is_not_rounded_up_by_its_last_bit():
+    """0.07 of 100 batches is 7.000000000000001 in floating point: 7 of them, not 8, hold similar captions."""
+    captions = [[index % 10, 10 + index % 7] for index in range(200)]
+    calls = []
+    for share in (0.07, 0.55, 1e-12, 0.0):
+        read = []
+        caption_of = lambda index, read=read: (read.append(index), captions[index])[1]  # noqa: E731
+        with_similar_batches(np.arange(200), caption_of, 2, share, np.random.default_rng(0))
+        calls.append(len(read) // 2)
+    assert calls == [7, 55, 1, 0]
+
+
 def test_pairs_tell_whose_colour_it_is():
     red, wings, head = 1, 2, 3
     captions = [[red, wings, 9, head], [red, head, 9, wings], [red, wings, head, 9], [4, 5, 6, 7]]
@@ -135,6 +147,17 @@ def test_both_loops_resume_with_them(drawn_folder, encoders, tmp_path):
     train(gan("two", 6), CPU, resume=True)
     last = "00000-tiny-ssa_gan/checkpoints/last.pth"
     assert_same_state(content(tmp_path / "one" / last), content(tmp_path / "two" / last))
+
+    # Another share is another order: images would come twice in the epoch, or never.
+    text = GAN_YAML.format(data=drawn_folder, output=tmp_path / "two", encoders=encoders)
+    other = (("TRAIN.MAX_STEPS", "8"), ("TRAIN.SIMILAR_BATCHES", "0.25"))
+    with pytest.raises(ConfigError, match="TRAIN.SIMILAR_BATCHES: the run was started with 0.5, not 0.25"):
+        train(settings(tmp_path / "gan.yml", text, overrides=other), CPU, resume=True)
+    text = DAMSM_YAML.format(data=drawn_folder, epochs=3)
+    with pytest.raises(ConfigError, match="TRAIN.SIMILAR_BATCHES: the run was started with 0.5, not 0.0"):
+        pretrain(settings(tmp_path / "damsm.yml", text, "damsm"), CPU.device, tmp_path / "parts", resume=True)
+
+    # Without them the losses are others.
     plain = GAN_YAML.format(data=drawn_folder, output=tmp_path / "plain", encoders=encoders)
     train(settings(tmp_path / "gan.yml", plain, overrides=(("TRAIN.MAX_STEPS", "6"),)), CPU)
     rows = [(tmp_path / name / last).parents[1] / "stats.jsonl" for name in ("one", "plain")]

@@ -24,6 +24,7 @@ from models.types import CaptionEncoder, Discriminator, Generator, Network, Syst
 from sampling.encoders import (
     Encoders,
     check_sentence_length,
+    check_vocabulary,
     load_clip_encoders,
     load_encoders,
     released_vocabulary,
@@ -131,11 +132,16 @@ def networks_from_files(start: StartSettings, fresh: Mapping[str, Network], name
     if start.generator_file:
         networks = _from_generator_file(start, fresh)
     if start.discriminator_file:
+        if "discriminator" not in fresh:
+            raise ConfigError(
+                "TRAIN.NET_D: no discriminator of the paper's kind is trained with GAN.DISCRIMINATOR projected; leave it "
+                "empty, or set GAN.DISCRIMINATOR paper or both"
+            )
         like = cast(Discriminator, fresh["discriminator"])
         networks["discriminator"] = load_discriminator_files(start.discriminator_file, like)
 
     # They must be what the settings would build.
-    if networks and "discriminator" not in networks:
+    if networks and "discriminator" in fresh and "discriminator" not in networks:
         logger.warning("the discriminator starts anew; TRAIN.NET_D names the one that goes with TRAIN.NET_G")
     for part, network in networks.items():
         key = "TRAIN.NET_D" if part == "discriminator" and start.discriminator_file else "TRAIN.NET_G"
@@ -156,14 +162,20 @@ def _from_generator_file(start: StartSettings, fresh: Mapping[str, Network]) -> 
             raise CheckpointError(f"TRAIN.NET_G: {path} holds no generator but {', '.join(stored)}")
         parts = tuple(fresh) if start.with_discriminator else ("generator",)
         with naming(path):
-            return {part: from_state(stored[part], networks_of(part)) for part in parts if part in stored}
+            return {part: _network_of(stored[part], fresh[part], part) for part in parts if part in stored}
 
     # The authors'.
     with naming(path):
         networks: dict[str, Network] = {"generator": load_generator(content)}
-        if start.with_discriminator and not start.discriminator_file and holds(content, "discriminator"):
+        wanted = start.with_discriminator and not start.discriminator_file and "discriminator" in fresh
+        if wanted and holds(content, "discriminator"):
             networks["discriminator"] = load_discriminator(content)
     return networks
+
+
+def _network_of(entry: Mapping, fresh: Network, part: str) -> Network:
+    """A stored network; a frozen backbone in it is read from where the settings say that its file lies."""
+    return from_state(with_weight_file(entry, fresh.arguments.get("weights", "")), networks_of(part))
 
 
 def _check_same_network(network: Network, fresh: Network, key: str, part: str, name: str) -> None:
@@ -176,7 +188,10 @@ def _check_same_network(network: Network, fresh: Network, key: str, part: str, n
         raise CheckpointError(
             f"{key}: holds the {part} of {network_name(network)}, the settings are for {name}; set GAN.NAME"
         )
+    has_hash = "weights_hash" in network.arguments
     for argument, one in settings_of(type(network).Settings).items():
+        if argument == "weights" and has_hash:  # a file may move: its hash has been compared
+            continue
         stored, configured = network.arguments.get(argument), fresh.arguments.get(argument)
         if stored != configured:
             raise CheckpointError(
@@ -236,12 +251,7 @@ def encoders_for(system: ChosenSystem, start: StartSettings, data: DataSettings)
         encoders = encoders._replace(image_encoder=None)  # no loss uses it
 
     # They must know the vocabulary's words, and include an image encoder where a loss needs it.
-    num_known = encoders.text_encoder.embedding.num_embeddings
-    if num_known != len(vocabulary):
-        raise CheckpointError(
-            f"{key}: {start.encoders_path} knows {num_known} words, its vocabulary (without one of its own, the captions.pickle "
-            f"in {data.data_dir}) has {len(vocabulary)}; take the one that these encoders were trained with"
-        )
+    check_vocabulary(encoders.text_encoder, vocabulary, f"{key}: {start.encoders_path}", data.data_dir)
     if encoders.image_encoder is None and objective.needs_image_encoder:
         raise CheckpointError(
             f"{key}: there is no image encoder beside {start.encoders_path}; put the released "

@@ -49,7 +49,7 @@ LOG_EVERY = 20  # steps
 def pretrain(
     cfg: Config, device: torch.device, folder: str | Path, resume: bool = False, overwrite: bool = False
 ) -> int:
-    """Train text and image encoder until MAX_EPOCH, PATIENCE or a signal; best.pth and last.pth go to `folder`.
+    """Train text and image encoder until MAX_EPOCH, MAX_MINUTES, PATIENCE or a signal; best.pth and last.pth go to `folder`.
 
     Returns the exit code: 0, or 128 + the signal's number. Raises UserError where something is missing, where encoders
     are in the folder already, or when the loss is no longer finite.
@@ -98,7 +98,7 @@ class EncoderTrainer:
 
         # Pairs, and encoders with a vocabulary for them.
         seed_everything(self.seed)  # the initial weights
-        networks, vocabulary = stored_encoders(self.settings, self.data_settings, backbone, checkpoint)
+        networks, vocabulary = stored_encoders(self.settings, self.data_settings, text_arguments, backbone, checkpoint)
         settings = (self.data_settings, self.settings.held_out, self.seed)
         self.records, self.validation = split_pairs(*settings, vocabulary)
         self.vocabulary = vocabulary or self.records.vocabulary

@@ -12,14 +12,14 @@ from datasets.settings import DataSettings
 from miscc.checkpoint import load_file
 from miscc.config import Config
 from miscc.errors import CheckpointError, ConfigError
-from miscc.settings import arguments_from
+from miscc.settings import arguments_from, settings_of
 from miscc.vocabulary import Vocabulary
 from models import IMAGE_ENCODERS, TEXT_ENCODERS, networks_of
-from models.damsm import SmallImageEncoder
+from models.damsm import SmallImageEncoder, TextEncoder
 from models.pretrained_encoder import PretrainedImageEncoder
 from models.registry import from_state, network_name, with_weight_file
 from models.types import Network
-from sampling.encoders import load_encoders, released_vocabulary
+from sampling.encoders import Encoders, check_vocabulary, load_encoders, released_vocabulary
 from training.settings import PretrainingSettings
 
 
@@ -30,13 +30,22 @@ def backbone_arguments(cfg: Config) -> dict[str, str]:
 
 
 def stored_encoders(
-    settings: PretrainingSettings, data: DataSettings, backbone: Mapping[str, str], checkpoint: Mapping | None
+    settings: PretrainingSettings,
+    data: DataSettings,
+    text: Mapping[str, Any],
+    backbone: Mapping[str, str],
+    checkpoint: Mapping | None,
 ) -> tuple[dict[str, Network] | None, Vocabulary | None]:
     """The encoders of the checkpoint, or of NET_E, with their vocabulary; None, None: they start anew.
 
+    settings: name the file in NET_E, and what its encoders must be.
+    data: its folder holds the vocabulary of the authors' encoders; it says how many words of a caption are read.
+    text: arguments of the text encoder that the settings give.
     backbone: see `backbone_arguments`; a checkpoint's own frozen network may lie in another file.
+    checkpoint: of the run that is resumed.
 
-    Raises CheckpointError for files that hold no encoders, ConfigError for encoders of another kind than the settings'.
+    Raises CheckpointError for files that hold no encoders or do not fit their vocabulary, DataError where there is no
+    vocabulary, ConfigError for encoders of another kind than the settings'.
     """
     # Of the run that is resumed.
     if checkpoint is not None:
@@ -54,37 +63,91 @@ def stored_encoders(
             f"empty to start anew"
         )
     encoders = load_encoders(file, max_words=data.max_words, backbone_weights=backbone["weights"])
-    if encoders.image_encoder is None:
-        raise CheckpointError(f"TRAIN.NET_E: there is no image encoder beside {file}; put its image_encoder*.pth there")
-    vocabulary = encoders.vocabulary or released_vocabulary(data.data_dir)
 
-    # A small image encoder goes on as a pretrained one where the settings say so; nothing else changes its kind.
-    image_encoder, kind = encoders.image_encoder, network_name(encoders.image_encoder)
-    if settings.image_encoder == "pretrained" and kind == "small":
-        image_encoder = PretrainedImageEncoder.from_small(cast(SmallImageEncoder, image_encoder), **backbone)
-    elif kind != settings.image_encoder:
-        raise ConfigError(
-            f"TRAIN.NET_E: the image encoder of {file} is {kind}, the settings say {settings.image_encoder}; "
-            f"--set DAMSM.IMAGE_ENCODER {kind}"
+    # Its words; captions are read as long as these settings say.
+    vocabulary = encoders.vocabulary or released_vocabulary(data.data_dir)
+    check_vocabulary(encoders.text_encoder, vocabulary, f"TRAIN.NET_E: {file}", data.data_dir)
+    encoders.text_encoder.change_settings(max_words=data.max_words)
+    _check_text_encoder(encoders, text)
+    return {
+        "text_encoder": encoders.text_encoder,
+        "image_encoder": _image_encoder(encoders, settings, backbone),
+    }, vocabulary
+
+
+def _check_text_encoder(encoders: Encoders, text: Mapping[str, Any]) -> None:
+    """Raises ConfigError where NET_E's text encoder differs from the one that the settings would build."""
+    for argument, one in settings_of(TextEncoder.Settings).items():
+        stored, configured = encoders.text_encoder.arguments.get(argument), text[argument]
+        if stored != configured:
+            raise ConfigError(
+                f"TRAIN.NET_E: the {argument} of {encoders.file} is {stored}, {one.key} says {configured}; set it to {stored}"
+            )
+
+
+def _image_encoder(encoders: Encoders, settings: PretrainingSettings, backbone: Mapping[str, str]) -> Network:
+    """NET_E's image encoder; a small one goes on as a pretrained one where the settings say so.
+
+    Raises CheckpointError where there is none that can be trained, ConfigError where it is not what the settings say.
+    """
+    # One that is trained here.
+    file, encoder = encoders.file, encoders.image_encoder
+    if encoder is None:
+        raise CheckpointError(
+            f"TRAIN.NET_E: {file} comes without an image encoder; give encoders of pretrain_DAMSM.py, or put the authors' "
+            f"image_encoder*.pth beside their text_encoder*.pth"
         )
-    elif isinstance(image_encoder, PretrainedImageEncoder) and image_encoder.backbone.name != backbone["backbone"]:
-        raise ConfigError(
-            f"TRAIN.NET_E: the image encoder of {file} stands on {image_encoder.backbone.name}, the settings say "
-            f"{backbone['backbone']}; --set DAMSM.BACKBONE {image_encoder.backbone.name}"
+    kind, wanted = network_name(encoder), settings.image_encoder
+    if kind not in settings_of(PretrainingSettings)["image_encoder"].choices:
+        raise CheckpointError(
+            f"TRAIN.NET_E: the image encoder of {file} is {kind}, which is not trained here; give encoders of pretrain_DAMSM.py"
         )
-    return {"text_encoder": encoders.text_encoder, "image_encoder": image_encoder}, vocabulary
+
+    # The kind that the settings say. A small one may become a pretrained one; nothing else changes its kind.
+    if kind != wanted and (kind, wanted) != ("small", "pretrained"):
+        raise ConfigError(
+            f"TRAIN.NET_E: the image encoder of {file} is {kind}, the settings say {wanted}; --set DAMSM.IMAGE_ENCODER {kind}"
+        )
+    if isinstance(encoder, SmallImageEncoder) and encoder.image_size != settings.image_size:
+        raise ConfigError(
+            f"TRAIN.NET_E: the image encoder of {file} is for {encoder.image_size} px, TREE.BASE_SIZE says "
+            f"{settings.image_size}; --set TREE.BASE_SIZE {encoder.image_size}"
+        )
+    if kind == "small" and wanted == "pretrained":
+        return PretrainedImageEncoder.from_small(cast(SmallImageEncoder, encoder), **backbone)
+
+    # On the frozen network that the settings name, if they name one.
+    if isinstance(encoder, PretrainedImageEncoder):
+        if encoder.backbone.name != backbone["backbone"]:
+            raise ConfigError(
+                f"TRAIN.NET_E: the image encoder of {file} stands on {encoder.backbone.name}, the settings say "
+                f"{backbone['backbone']}; --set DAMSM.BACKBONE {encoder.backbone.name}"
+            )
+    else:
+        _check_no_backbone(kind, backbone)
+    return encoder
+
+
+def _check_no_backbone(kind: str, backbone: Mapping[str, str]) -> None:
+    """Raises ConfigError where the settings name a frozen network for an image encoder without one."""
+    for argument, key in (("backbone", "DAMSM.BACKBONE"), ("weights", "DAMSM.BACKBONE_WEIGHTS")):
+        if backbone[argument] != getattr(PretrainedImageEncoder.Settings(), argument):
+            raise ConfigError(f"{key}: has no meaning for the image encoder {kind}; set DAMSM.IMAGE_ENCODER pretrained")
 
 
 def fresh_encoders(
     settings: PretrainingSettings, text: Mapping[str, Any], backbone: Mapping[str, str]
 ) -> dict[str, Network]:
-    """Encoders with random weights, Inception's trunk with ImageNet's. Raises ConfigError, CheckpointError.
+    """Encoders with random weights, Inception's trunk with ImageNet's.
 
+    settings: kind of the image encoder, and its image size.
     text: arguments of the text encoder.
     backbone: see `backbone_arguments`.
+
+    Raises ConfigError for a size that the encoder does not take, CheckpointError where there are no ImageNet weights.
     """
     # The image encoder comes first: the order decides which random numbers become whose initial weights.
-    kind, unset = settings.image_encoder, PretrainedImageEncoder.Settings()
+    kind = settings.image_encoder
     arguments: dict[str, Any] = {"text_dim": text["text_dim"]}
     if issubclass(IMAGE_ENCODERS[kind], SmallImageEncoder):
         size = settings.image_size
@@ -93,10 +156,8 @@ def fresh_encoders(
         arguments["image_size"] = size
     if IMAGE_ENCODERS[kind] is PretrainedImageEncoder:
         arguments |= backbone
-    elif backbone != {"backbone": unset.backbone, "weights": unset.weights}:
-        raise ConfigError(
-            f"DAMSM.BACKBONE: has no meaning for the image encoder {kind}; set DAMSM.IMAGE_ENCODER pretrained"
-        )
+    else:
+        _check_no_backbone(kind, backbone)
     image_encoder = IMAGE_ENCODERS[kind](**arguments)
     if kind == "inception":
         load_imagenet_weights(image_encoder.get_submodule("trunk"), settings.inception_weights)

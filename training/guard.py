@@ -331,7 +331,7 @@ def go_back(trainer: "Trainer", error: CollapseError, run: RunDir | None, progre
 
     # The minutes used and the best score stay; so does best.pth.
     watch = (checkpoint or {}).get("watch", {}) | {"rollbacks": [list(rollback) for rollback in rollbacks]}
-    carried: dict[str, Any] = {"watch": watch, "seconds": trainer.budget.seconds}
+    carried: dict[str, Any] = {"watch": watch, "seconds": distributed.share(trainer.budget.seconds, trainer.world)}
     if trainer.evaluation is not None:
         carried["evaluation"] = trainer.evaluation.state()
     return Return(checkpoint, carried)

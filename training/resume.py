@@ -22,7 +22,7 @@ FREE = {"RESTORE", "GPU_ID", "WORKERS", "DATA_CACHE", "DATA_CACHE_DIR", "TRAIN.M
 MOVABLE = {"GAN.PROJECTED.WEIGHTS"}
 # What shapes the encoders, their data or the order of it.
 ENCODER_KEYS = ("SEED", "RNN_TYPE", "DAMSM.IMAGE_ENCODER", "TREE.BASE_SIZE", "TEXT.EMBEDDING_DIM",
-                "TEXT.WORDS_NUM", "TRAIN.HELD_OUT", "TRAIN.BATCH_SIZE")  # fmt: skip
+                "TEXT.WORDS_NUM", "TRAIN.HELD_OUT", "TRAIN.BATCH_SIZE", "TRAIN.SIMILAR_BATCHES")  # fmt: skip
 
 
 def check_resumable(checkpoint: Mapping, cfg: Config) -> None:
@@ -37,7 +37,7 @@ def check_resumable(checkpoint: Mapping, cfg: Config) -> None:
     # The same data, networks and order.
     check_same_held_out(checkpoint["config"], cfg)
     shaping = keys_of(network_parts(cfg.GAN.NAME)) - MOVABLE
-    shaping |= {"SEED", "TRAIN.BATCH_SIZE", "TEXT.ENCODER", "GAN.DISCRIMINATOR"}
+    shaping |= {"SEED", "TRAIN.BATCH_SIZE", "TRAIN.SIMILAR_BATCHES", "TEXT.ENCODER", "GAN.DISCRIMINATOR"}
     check_fixed_settings(checkpoint["config"], cfg, sorted(shaping), "without --resume or RESTORE: True")
 
 

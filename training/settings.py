@@ -31,9 +31,11 @@ class LoopSettings:
     """Settings of both loops: the GANs' and the encoders'."""
 
     batch_size: int = setting("TRAIN.BATCH_SIZE", 24, "images per step, over all GPUs together", above=0, maximum=10**6)
-    max_epoch: int = setting("TRAIN.MAX_EPOCH", 600, "epochs to train")
+    max_epoch: int = setting("TRAIN.MAX_EPOCH", 600, "epochs to train", above=0)
     max_minutes: float = setting(
-        "TRAIN.MAX_MINUTES", 0.0, "stop after so many minutes, those before a --resume included; 0: no limit"
+        "TRAIN.MAX_MINUTES",
+        0.0,
+        "stop after so many minutes, those before a --resume included where it was set then, too; 0: no limit",
     )
     lr_decay_from: float = setting(
         "TRAIN.LR_DECAY_FROM",

@@ -29,7 +29,7 @@ class Clipping(NamedTuple):
 
 
 class Stepper:
-    """Takes the optimizer steps that an objective asks for.
+    """Takes the optimizer steps that an objective yields.
 
     objective: yields the updates of one training step.
     optimizers: by the names that the updates give.
@@ -56,7 +56,7 @@ class Stepper:
         self.precision, self.accumulate, self.global_damsm = precision, accumulate, global_damsm
         self.clipping = clipping
         if world.device.type == "cuda":
-            if precision == "bf16" and not torch.cuda.is_bf16_supported():
+            if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
                 raise ConfigError("TRAIN.PRECISION: this GPU does not compute in bf16; take tf32 or fp32")
             torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
             torch.backends.cudnn.allow_tf32 = precision != "fp32"
@@ -123,7 +123,7 @@ def supported_precision(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "tf32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "tf32"
     # A CPU without these instructions would emulate them, many times slower.
     is_supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return "bf16" if is_supported() else "tf32"

@@ -52,7 +52,7 @@ NUM_PICTURED = 12  # fixed test captions in the picture of a run's state
 
 
 def train(cfg: Config, world: World, resume: bool = False, resume_if_exists: bool = False) -> int:
-    """Train the system that cfg.GAN.NAME names until MAX_EPOCH, or MAX_STEPS, or a signal.
+    """Train the system that cfg.GAN.NAME names until MAX_EPOCH, MAX_STEPS, MAX_MINUTES or a signal.
 
     resume: continue the newest run of this configuration where it stopped.
     resume_if_exists: the same if there is one, else start.
@@ -251,8 +251,8 @@ class Trainer:
 
     def train_step(self, batch: Batch, epoch: int, wants_log: bool = False) -> dict[str, float]:
         """One training step: every update of the system, then the average. Returns the values to log, if wanted."""
-        # Randomness depends on seed, epoch and image alone: a resumed run draws the same.
-        seed_everything(self.order_seed, self.step, self.world.rank)  # dropout, where encoders are fine-tuned with it
+        # Noise depends on seed, epoch and image alone, dropout on seed, step and process: a resumed run draws the same.
+        seed_everything(self.order_seed, self.step, self.world.rank)
         noise_dim = self.system.generator.noise_dim
         noise = noise_for(self.order_seed, epoch, batch.indices.tolist(), noise_dim).to(self.device, non_blocking=True)
 
