@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from miscc.batch import Batch
 from miscc.errors import ConfigError
+from miscc.settings import settings_of
 from models.damsm import InceptionEncoder
 from models.kernels import Conv2d
 from models.layers import DownBlock, OneWayDiscriminator
@@ -23,6 +24,10 @@ from models.ssa_gan import SSAGAN, SSCBN, SSAGenerator
 from models.types import TextFeatures, Update
 
 Module = TypeVar("Module", bound=nn.Module)
+
+# The settings of the objective that PlainSSAGAN computes with.
+COMPUTED = {"betas", "generator_lr", "discriminator_lr", "gamma1", "gamma2", "gamma3", "damsm_weight", "damsm_factor",
+            "penalty_weight", "penalty_power"}  # fmt: skip
 
 
 class PlainSSCBN(SSCBN):
@@ -213,7 +218,16 @@ class PlainSSAGAN(SSAGAN):
 
 
 def plain_system(system: SSAGAN) -> PlainSSAGAN:
-    """The plain form of a system of ours, on copies of its networks: same settings, same weights."""
+    """The plain form of a system of ours, on copies of its networks: same settings, same weights.
+
+    Raises ConfigError where the settings ask for a loss that the plain form does not have: the ratio would mean nothing.
+    """
+    for name, one in settings_of(type(system).Settings).items():
+        if name not in COMPUTED and getattr(system.settings, name) != one.default:
+            raise ConfigError(
+                f"{one.key}: bench/reference.py has no plain form of it; leave --reference out, or the key"
+            )
+
     networks = {name: plain_copy(network) for name, network in system.networks.items()}
     plain = PlainSSAGAN(networks, **vars(system.settings))
     plain.train()

@@ -1,4 +1,4 @@
-"""Draws the house as docs/house.svg: rooms, files with their line counts, and who imports whom: `python docs/house.py`.
+"""Draws the house as docs/house.svg: rooms, files, and who imports whom: `python docs/house.py`.
 
 Reads the sources with ast and imports nothing of the project, so it runs on a bare Python.
 """
@@ -17,7 +17,7 @@ ENTRANCE = "entry scripts"  # drawn like a room
 
 # Sizes in pixels.
 WIDTH, MARGIN, GAP = 1180, 24, 56  # of the picture; GAP between two floors, where the arrows are
-COLUMN, LINE, TITLE = 196, 16, 34  # a column of files, a line of text, the head of a room
+COLUMN, LINE, TITLE = 166, 16, 34  # a column of files, a line of text, the head of a room
 MIN_LINES = 9  # in a column; longer where a floor would be too wide
 
 
@@ -26,17 +26,13 @@ class Room:
     """One folder of the top level, or the entry scripts together.
 
     name: the folder's name
-    files: {path within the room: number of lines}, sub-folders included
+    files: paths within the room, sub-folders included, without empty package files
     imports: names of the other rooms that its files import
     """
 
     name: str
-    files: Mapping[str, int]
+    files: tuple[str, ...]
     imports: frozenset[str]
-
-    @property
-    def num_lines(self) -> int:
-        return sum(self.files.values())
 
 
 def read_rooms(root: Path = ROOT) -> dict[str, Room]:
@@ -53,13 +49,14 @@ def read_rooms(root: Path = ROOT) -> dict[str, Room]:
 
 
 def _read_room(name: str, folder: Path, paths: Iterable[Path], known: Iterable[str]) -> Room:
-    files, imports = {}, set()
+    files, imports = [], set()
     for path in paths:
-        # Lines of each file, and the modules that it imports.
+        # A package file of one line says no more than its folder's name.
         source = path.read_text(encoding="utf-8")
-        files[path.relative_to(folder).as_posix()] = len(source.splitlines())
+        if len(source.splitlines()) > 1:
+            files.append(path.relative_to(folder).as_posix())
         imports |= {module.split(".")[0] for module in _imported_modules(source)}
-    return Room(name, files, frozenset(imports & set(known) - {name}))
+    return Room(name, tuple(files), frozenset(imports & set(known) - {name}))
 
 
 def _imported_modules(source: str) -> Iterator[str]:
@@ -150,9 +147,8 @@ def _box_size(room: Room, num_lines: int) -> tuple[float, float]:
 
 
 def _columns(room: Room, num_lines: int) -> Iterator[list[str]]:
-    """The room's files in columns of num_lines; empty package files are left out."""
-    names = [name for name, lines in room.files.items() if lines > 1]
-    names.sort(key=lambda name: (name.count("/"), name))
+    """The room's files in columns of num_lines, those of sub-folders last."""
+    names = sorted(room.files, key=lambda name: (name.count("/"), name))
     for start in range(0, len(names), num_lines):
         yield names[start : start + num_lines]
 
@@ -183,23 +179,18 @@ def _draw_room(room: Room, box: Box, num_lines: int) -> Iterator[str]:
         f'fill="#f4f7fb" stroke="#345"/>'
     )
 
-    # The room's name and size.
+    # The room's name.
     title = room.name if room.name == ENTRANCE else f"{room.name}/"
     yield (
-        f'<text x="{box.x + 12:.0f}" y="{box.y + 21:.0f}" font-size="15" font-weight="bold" fill="#123">{title}'
-        f'<tspan font-size="11" font-weight="normal" fill="#678" dx="8">{room.num_lines:,} lines</tspan></text>'
+        f'<text x="{box.x + 12:.0f}" y="{box.y + 21:.0f}" font-size="15" font-weight="bold" fill="#123">{title}</text>'
     )
 
-    # Its files, each with its number of lines.
+    # Its files.
     for index, names in enumerate(_columns(room, num_lines)):
         x = box.x + 12 + index * COLUMN
         for row, name in enumerate(names):
             y = box.y + TITLE + row * LINE + 10
             yield f'<text x="{x:.0f}" y="{y:.0f}" font-size="11" fill="#222">{escape(name)}</text>'
-            yield (
-                f'<text x="{x + COLUMN - 16:.0f}" y="{y:.0f}" font-size="11" fill="#89a" text-anchor="end">'
-                f"{room.files[name]}</text>"
-            )
 
 
 def _arrow(importing: Box, imported: Box) -> str:

@@ -30,5 +30,14 @@ METRICS = {
 
 def find_metric(name: str) -> "type[Metric]":
     """The class of a metric of METRICS; imports its file."""
-    module, _, class_name = METRICS[name][0].partition(":")
-    return getattr(importlib.import_module(module), class_name)
+    place = METRICS[name][0]
+    module, _, class_name = place.partition(":")
+    try:
+        file = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:  # a package that the metric needs
+            raise
+        raise ValueError(f"METRICS in eval/__init__.py: {name}: there is no {place}") from None
+    if not hasattr(file, class_name):
+        raise ValueError(f"METRICS in eval/__init__.py: {name}: there is no {place}")
+    return getattr(file, class_name)

@@ -226,6 +226,11 @@ class Metric:
     needs: ClassVar[Needs] = Needs()
     accumulated: ClassVar[tuple[str, ...]] = ()
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if not cls.accumulated:  # or several processes would score the images of the first alone
+            raise TypeError(f"{cls.__name__}: name in `accumulated` what its update fills")
+
     @classmethod
     def from_run(cls, run: Run) -> "Metric":
         """The metric as a protocol asks for it. Raises UserError or ImportError where it cannot be computed."""

@@ -92,6 +92,12 @@ def schema_of(parts: Iterable[type]) -> dict[str, Setting]:
             known = schema.setdefault(one.key, one)
             if known._replace(default=one.default) != one:
                 raise ValueError(f"{one.key}: {part.__qualname__} declares it otherwise than another part")
+
+    # A group of keys cannot be a key, too.
+    for key in schema:
+        parents = {".".join(key.split(".")[:depth]) for depth in range(1, key.count(".") + 1)}
+        if both := parents & set(schema):
+            raise ValueError(f"{both.pop()}: is a setting and the group of {key}")
     return schema
 
 

@@ -215,7 +215,7 @@ class AdversarialSystem(System):
 
     def damsm_losses(self, images: Tensor, text: TextFeatures, batch: Batch) -> dict[str, Tensor]:
         """DAMSM losses of images (N, 3, H, W) in [-1, 1] and their captions: {"words", "sentence"}, not weighted."""
-        return matching_losses(self.image_encoder, images, text, batch, **self.settings.gammas)
+        return matching_losses(self.image_encoder, images, text, batch, **self.settings.matching)
 
 
 def logit_stats(logits: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -195,19 +195,21 @@ def matching_losses(
     gamma1: float,
     gamma2: float,
     gamma3: float,
+    mask_classes: bool = True,
 ) -> dict[str, Tensor]:
     """DAMSM losses of images and their captions: {"words", "sentence"}, each the sum of both directions.
 
     images: (N, 3, H, W) in [-1, 1].
     batch: gives lengths (N,) and class_ids (N,) of the captions, see miscc.losses.word_loss.
     gamma1, gamma2, gamma3: see miscc.losses.word_loss.
+    mask_classes: whether captions of the same class do not count as mismatches of each other's images.
 
     Inside `miscc.distributed.global_damsm` the images and captions of all processes form one batch.
     """
     rows = (*image_encoder(images), text.words, text.sentence, batch.lengths, batch.class_ids)
     regions, code, words, sentence, lengths, class_ids = all_gather_with_grad(*rows)
 
-    return losses_of_features(regions, code, words, sentence, lengths, class_ids, gamma1, gamma2, gamma3)
+    return losses_of_features(regions, code, words, sentence, lengths, class_ids, gamma1, gamma2, gamma3, mask_classes)
 
 
 def losses_of_features(
@@ -220,6 +222,7 @@ def losses_of_features(
     gamma1: float,
     gamma2: float,
     gamma3: float,
+    mask_classes: bool = True,
 ) -> dict[str, Tensor]:
     """DAMSM losses of encoded images and captions: {"words", "sentence"}, as `matching_losses`.
 
@@ -227,7 +230,9 @@ def losses_of_features(
     words: (N, D, T), sentence: (N, D), and lengths: (N,), of their captions.
     class_ids: (N,).
     gamma1, gamma2, gamma3: see miscc.losses.word_loss.
+    mask_classes: see `matching_losses`.
     """
-    by_word = word_loss(regions, words, lengths, class_ids, gamma1, gamma2, gamma3)
-    by_sentence = sentence_loss(code, sentence, class_ids, gamma3)
+    classes = class_ids if mask_classes else None
+    by_word = word_loss(regions, words, lengths, classes, gamma1, gamma2, gamma3)
+    by_sentence = sentence_loss(code, sentence, classes, gamma3)
     return {"words": by_word[0] + by_word[1], "sentence": by_sentence[0] + by_sentence[1]}

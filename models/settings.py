@@ -212,21 +212,31 @@ class DiscriminatorSettings:
 
 
 @dataclass(frozen=True)
-class GammaSettings:
-    """DAMSM's γ1, γ2, γ3."""
+class MatchingSettings:
+    """DAMSM's γ1, γ2, γ3, and which captions of a batch are mismatches of an image."""
 
     gamma1: float = setting("TRAIN.SMOOTH.GAMMA1", 5.0, "DAMSM: sharpness of attention over regions")
     gamma2: float = setting("TRAIN.SMOOTH.GAMMA2", 5.0, "DAMSM: sharpness in joining the words")
     gamma3: float = setting("TRAIN.SMOOTH.GAMMA3", 10.0, "DAMSM: sharpness of the match over the batch")
+    mask_classes: bool = setting(
+        "DAMSM.MASK_CLASSES",
+        True,
+        "captions of other images of the same class are no mismatches, as published; False: they are, as details tell them apart",
+    )
+
+    @property
+    def matching(self) -> dict[str, Any]:
+        """Arguments of `models.damsm.matching_losses`."""
+        return {"mask_classes": self.mask_classes} | self.gammas
 
     @property
     def gammas(self) -> dict[str, float]:
-        """Arguments of `models.damsm.matching_losses`."""
+        """γ1, γ2, γ3 by the names of the losses' arguments."""
         return {"gamma1": self.gamma1, "gamma2": self.gamma2, "gamma3": self.gamma3}
 
 
 @dataclass(frozen=True)
-class DamsmSettings(GammaSettings):
+class DamsmSettings(MatchingSettings):
     """Settings of a DAMSM loss in G's objective."""
 
     damsm_weight: float | None = setting(

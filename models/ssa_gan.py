@@ -264,7 +264,7 @@ class SSAGAN(AdversarialSystem):
         """(Encoders,) discriminator, penalty, (projected discriminator,) generator, in the authors' order."""
         encoded = self.text_encoder(batch.captions, batch.lengths)
         if self.settings.finetune_encoders:
-            yield Update("encoders", self.damsm_losses(batch.single_size, encoded, batch))
+            yield Update("encoders", self.damsm_losses(batch.single_size, encoded, batch), group="encoders")
         text = encoded.detach()
         fake = self.generator(noise, text)
 

@@ -51,16 +51,18 @@ class GeneratorOutput:
 class Update(NamedTuple):
     """One optimizer step: minimise the sum of `losses` with the optimizer of this name.
 
-    losses: {name: scalar}, logged as loss/name.
+    losses: {name: scalar}, logged as loss/name; a name stands for one loss of the step.
     stats: {name in the log: scalar}, for the log alone.
     is_penalty: True for a step of its own that minimises a gradient penalty; the log and the benchmark keep it apart
         from the other steps of the same optimizer.
+    group: what the log has in place of "loss", where another update of the step has losses of the same names.
     """
 
     optimizer: str
     losses: Mapping[str, Tensor]
     stats: Mapping[str, Tensor | float] = {}
     is_penalty: bool = False
+    group: str = "loss"
 
     @property
     def kind(self) -> str:

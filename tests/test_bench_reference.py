@@ -91,6 +91,12 @@ def test_there_is_no_plain_form_of_spectral_normalisation():
         plain_copy(OneWayDiscriminator(nf=2, image_size=8, spectral_normalisation=True))
 
 
+@pytest.mark.parametrize("changed", [{"diversity_weight": 0.1}, {"augment": "cutout"}, {"mask_classes": False}])
+def test_a_loss_without_a_plain_form_is_not_compared(changed):
+    with pytest.raises(ConfigError, match="(TRAIN.DIVERSITY|TRAIN.AUGMENT|DAMSM.MASK_CLASSES): .* no plain form of it"):
+        plain_system(make_system(**changed))
+
+
 def test_plain_inception_gives_the_same_features():
     torch.manual_seed(2)
     ours = InceptionEncoder().eval().requires_grad_(False)

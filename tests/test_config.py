@@ -1,15 +1,17 @@
 """Settings: released files load as they are, mistakes are named, every key has a reader."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from miscc.config import flatten, to_yaml
 from miscc.errors import ConfigError
-from miscc.settings import lookup, settings_of
+from miscc.settings import lookup, schema_of, setting, settings_of
 from models import SYSTEMS
 from models.choice import find_system, system_parts
+from models.settings import MatchingSettings
 from training.settings import ENCODER_PARTS, GAN_PARTS, keys_without_effect, load_config
 
 ROOT = Path(__file__).parents[1]
@@ -329,6 +331,15 @@ def test_our_own_files_load_without_a_warning(path):
 def test_flatten_and_lookup():
     assert flatten({"A": {"B": 1, "C": {"D": 2}}, "E": 3}) == {"A.B": 1, "A.C.D": 2, "E": 3}
     assert lookup({"A": {"B": {"C": 7}}}, "A.B.C") == 7
+
+
+def test_a_group_of_keys_is_no_setting():
+    @dataclass(frozen=True)
+    class Group:
+        weight: float = setting("TRAIN.SMOOTH", 0.0, "a key that TRAIN.SMOOTH.GAMMA1 makes a group")
+
+    with pytest.raises(ValueError, match="TRAIN.SMOOTH: is a setting and the group of TRAIN.SMOOTH.GAMMA1"):
+        schema_of([Group, MatchingSettings])
 
 
 def test_every_setting_is_read_somewhere():

@@ -10,11 +10,12 @@ from test_trainer import assert_same_state
 from torchvision.models import inception_v3
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from datasets.loading import collate
 from datasets.settings import DataSettings
 from miscc.checkpoint import load_checkpoint, save_checkpoint
 from miscc.errors import CheckpointError, ConfigError, TrainingError
 from miscc.settings import from_config
-from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder
+from models.damsm import InceptionEncoder, SmallImageEncoder, TextEncoder, losses_of_features
 from sampling.encoders import load_encoders
 from training.damsm import EncoderTrainer, pretrain
 from training.data import split_pairs
@@ -23,6 +24,32 @@ from training.retrieval import retrieval_at
 from training.schedule import Budget
 
 CPU = torch.device("cpu")
+
+
+def test_captions_of_the_same_class_are_mismatches_where_the_settings_say_so():
+    """With DAMSM.MASK_CLASSES False the losses are those of images that are all of classes of their own."""
+    torch.manual_seed(0)
+    features = (torch.randn(4, 8, 3, 3), torch.randn(4, 8), torch.randn(4, 8, 5), torch.randn(4, 8))
+    lengths, gammas = torch.tensor([5, 3, 4, 2]), {"gamma1": 4.0, "gamma2": 5.0, "gamma3": 10.0}
+
+    def losses(classes, **options):
+        found = losses_of_features(*features, lengths, torch.tensor(classes), **gammas, **options)
+        return {name: value.item() for name, value in found.items()}
+
+    alike = [0, 0, 1, 0]
+    assert losses(alike, mask_classes=False) == losses([0, 1, 2, 3]) == losses([0, 1, 2, 3], mask_classes=False)
+    assert losses(alike)["words"] < losses(alike, mask_classes=False)["words"]
+
+
+def test_pretraining_masks_classes_as_its_settings_say(drawn_folder, tmp_path):
+    def losses(*overrides):
+        cfg = settings(tmp_path / "damsm.yml", DAMSM_YAML.format(data=drawn_folder, epochs=1), "damsm", overrides)
+        trainer = EncoderTrainer(cfg, CPU)
+        batch = collate([trainer.dataset[0, index] for index in range(8)]).to(CPU)
+        alike = batch._replace(class_ids=torch.zeros(8, dtype=torch.int64))
+        return trainer.losses(alike, *trainer.encode(alike))
+
+    assert losses()["sentence"] == 0 and losses(("DAMSM.MASK_CLASSES", "False"))["sentence"] > 1
 
 
 @pytest.mark.parametrize("rnn_type", ["LSTM", "GRU"])

@@ -20,7 +20,7 @@ from datasets import load_records
 from eval.evaluate import evaluate, main
 from eval.features import networks
 from eval.metric import Metric, Run, ScoringBatch, Tools
-from eval.protocol.protocols import PROTOCOLS, Protocol
+from eval.protocol.protocols import PROTOCOLS, Protocol, find_protocol
 from eval.protocol.report import lines
 from eval.protocol.runner import ImageStream, run_protocol
 from miscc.distributed import World
@@ -101,14 +101,16 @@ def test_every_metric_has_a_class_a_script_and_a_description():
     for name, (place, about) in eval.METRICS.items():
         metric = eval.find_metric(name)
         assert issubclass(metric, Metric) and metric.__doc__ and about
-        assert callable(importlib.import_module(place.partition(":")[0]).main)
+        module = importlib.import_module(place.partition(":")[0])
+        assert callable(getattr(module, "main", None)), f"{module.__file__}: give it a main with run_script({place})"
 
 
 def test_every_metric_file_is_in_the_registry():
     registered = {place for place, _ in eval.METRICS.values()}
     for path in (ROOT / "eval").glob("*.py"):
         if path.stem != "metric" and re.search(r"^class \w+\((Bird)?Metric\)", path.read_text(encoding="utf-8"), re.M):
-            assert any(place.startswith(f"eval.{path.stem}:") for place in registered), path
+            known = any(place.startswith(f"eval.{path.stem}:") for place in registered)
+            assert known, f"{path}: add its line to METRICS in eval/__init__.py"
 
 
 def test_a_new_metric_is_scored_by_a_protocol(brightness, checkpoint, records):
@@ -127,6 +129,27 @@ def test_a_new_metric_is_scored_by_a_protocol(brightness, checkpoint, records):
 def test_a_protocol_cannot_name_a_metric_that_is_not_registered():
     with pytest.raises(ConfigError, match=r"metrics \['brightness'\]: choose from FID, KID"):
         Protocol("bright", "for tests", metrics=("brightness",))
+
+
+def test_a_metric_must_say_what_it_accumulates():
+    """Else each of several processes would keep its images to itself, and the score would be of the first one's."""
+    with pytest.raises(TypeError, match="Forgetful: name in `accumulated` what its update fills"):
+
+        class Forgetful(Metric):
+            def update(self, batch):
+                self.images = batch.images
+
+
+@pytest.mark.parametrize("place", ["eval.brightnes:Brightness", "eval.brightness:Brightnes"])
+def test_a_wrong_place_in_the_registry_is_a_mistake_and_no_missing_package(brightness, monkeypatch, place):
+    monkeypatch.setitem(eval.METRICS, "brightness", (place, "how bright the images are"))
+    with pytest.raises(ValueError, match=f"METRICS in eval/__init__.py: brightness: there is no {place}"):
+        eval.find_metric("brightness")
+
+
+def test_a_metric_in_place_of_a_protocol_is_told_of_its_script():
+    with pytest.raises(ConfigError, match="--protocol KID: unknown; that is a metric, which has a script of its own"):
+        find_protocol("KID")
 
 
 def test_help_lists_every_metric_and_protocol(brightness, capsys):

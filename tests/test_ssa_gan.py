@@ -101,6 +101,15 @@ def make_system(**settings):
     return system
 
 
+def test_the_objective_masks_classes_as_its_settings_say():
+    batch, text = make_batch(), text_features(4)
+    alike = batch._replace(class_ids=torch.zeros(4, dtype=torch.int64))
+    masked, compared = make_system(), make_system(mask_classes=False)
+    assert masked.damsm_losses(batch.images, text, alike)["words"] == 0, "nothing is left to compare with"
+    apart = compared.damsm_losses(batch.images, text, batch)["words"]
+    assert apart > 0 and compared.damsm_losses(batch.images, text, alike)["words"] == apart
+
+
 def test_the_order_of_updates_and_who_moves():
     history = changed_by_a_step(make_system(), make_batch(), torch.randn(4, 8))
     assert [(name, losses) for name, losses, _, _ in history] == [

@@ -99,6 +99,24 @@ def test_what_is_logged_of_an_update():
     }
 
 
+def test_a_loss_that_is_no_scalar_is_named():
+    stepper, *_ = stepper_of(lambda a, b, images: Update("both", {"good": a, "pixels": a * images}))
+    with pytest.raises(ValueError, match=r"the loss 'pixels' of the update 'both' is no scalar but \(1, 1, 1, 1\)"):
+        list(stepper.steps(batch_of(2.0), torch.zeros(1, 1)))
+
+
+def test_two_updates_of_a_step_cannot_log_one_name():
+    parameter = torch.nn.Parameter(torch.ones(1))
+    parameter.grad = torch.zeros(1)
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    first = Update("discriminator", {"hinge": torch.tensor(1.0)})
+    values = log_values(first, optimizer)
+    with pytest.raises(ValueError, match="two updates of a step log loss/hinge: give the losses other names"):
+        log_values(Update("generator", {"hinge": torch.tensor(2.0)}), optimizer, values)
+    both = log_values(Update("encoders", {"hinge": torch.tensor(2.0)}, group="encoders"), optimizer, values)
+    assert (both["loss/hinge"], both["encoders/hinge"]) == (1.0, 2.0)
+
+
 def test_the_first_step_with_a_loss_that_is_not_finite_is_named():
     check = FiniteCheck(CPU.device)
     for step, value in ((1, 1.0), (2, float("nan")), (3, 1.0), (4, float("inf"))):

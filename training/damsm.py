@@ -206,7 +206,7 @@ class EncoderTrainer:
     def losses(self, batch: Batch, text: TextFeatures, image: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """Word and sentence losses, each the sum of both directions."""
         rows = (*image, text.words, text.sentence, batch.lengths, batch.class_ids)
-        return losses_of_features(*rows, **self.settings.gammas)
+        return losses_of_features(*rows, **self.settings.matching)
 
     def end_epoch(self, epoch: int, run: EncoderDir, progress: Progress) -> None:
         """Validate, draw attention, save last, best and the numbered checkpoint that is due."""

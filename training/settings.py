@@ -16,8 +16,8 @@ from models.pretrained_encoder import PretrainedImageEncoder, backbone_weights_s
 from models.settings import (
     BetasSettings,
     ClipSizeSettings,
-    GammaSettings,
     ImageSizeSettings,
+    MatchingSettings,
     image_size_setting,
     sentence_dim_setting,
 )
@@ -199,7 +199,7 @@ class StartSettings(FormerEncodersSettings, ClipSizeSettings, ImageSizeSettings,
 
 
 @dataclass(frozen=True)
-class PretrainingSettings(FormerEncodersSettings, GammaSettings, BetasSettings, LoopSettings):
+class PretrainingSettings(FormerEncodersSettings, MatchingSettings, BetasSettings, LoopSettings):
     """Settings of the encoders' loop."""
 
     batch_size: int = 48

@@ -82,7 +82,7 @@ class Stepper:
                     on_phase(update, "forward")
                 if not done:
                     self.optimizers[update.optimizer].zero_grad(set_to_none=True)
-                loss = torch.stack(list(update.losses.values())).sum()
+                loss = sum_of_losses(update)
                 (loss if len(runs) == 1 else loss / len(runs)).backward()
                 losses = {name: value.detach() for name, value in update.losses.items()}
                 done.append(update._replace(losses=losses))
@@ -182,16 +182,36 @@ def check_accumulation(batch_size: int, num_processes: int, accumulate: int) -> 
         )
 
 
+def sum_of_losses(update: Update) -> Tensor:
+    """What the update minimises. Raises ValueError where a loss is not a scalar, naming it."""
+    for name, loss in update.losses.items():
+        if loss.ndim:
+            raise ValueError(f"the loss {name!r} of the update {update.kind!r} is no scalar but {tuple(loss.shape)}")
+    return torch.stack(list(update.losses.values())).sum()
+
+
 # -- what a step tells ---------------------------------------------------------------------------------------------
 
 
-def log_values(update: Update, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """{name in the log: scalar} of an update that has been taken: losses, stats, norm of the gradient."""
-    values = {f"loss/{name}": loss.detach() for name, loss in update.losses.items()}
+def log_values(
+    update: Update, optimizer: torch.optim.Optimizer, before: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """{name in the log: scalar} of an update that has been taken: losses, stats, norm of the gradient.
+
+    before: of the step's updates so far; theirs and the update's are returned. Raises ValueError where both have a name.
+    """
+    values = {f"{update.group}/{name}": loss.detach() for name, loss in update.losses.items()}
     stats = {name: torch.as_tensor(value).detach() for name, value in update.stats.items()}
     gradients = [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
     norms = torch._foreach_norm(gradients)
-    return values | stats | {f"gradient_norm/{update.kind}": torch.stack(norms).norm()}
+    values |= stats | {f"gradient_norm/{update.kind}": torch.stack(norms).norm()}
+
+    # One value a name.
+    if repeated := sorted(values.keys() & (before or {}).keys()):
+        raise ValueError(
+            f"two updates of a step log {', '.join(repeated)}: give the losses other names, or another group"
+        )
+    return {**(before or {}), **values}
 
 
 class FiniteCheck:

@@ -269,7 +269,7 @@ class Trainer:
             self.finite.record(update.losses, self.step + 1)
             self.guard.record(update)
             if wants_log:
-                values |= log_values(update, self.optimizers[update.optimizer])
+                values = log_values(update, self.optimizers[update.optimizer], values)
         if self.average is not None:
             self.average.update(self.networks["generator"])
         observed = {name: torch.as_tensor(stats[name]) for name in self.system.observed}

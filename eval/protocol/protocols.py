@@ -66,7 +66,9 @@ class Protocol:
     def __post_init__(self) -> None:
         wrong = [metric for metric in self.metrics if metric not in METRICS]
         if wrong or not self.metrics:
-            raise ConfigError(f"protocol {self.name}: metrics {wrong}: choose from {', '.join(METRICS)}")
+            raise ConfigError(
+                f"protocol {self.name}: metrics {wrong}: choose from {', '.join(METRICS)} (METRICS in eval/__init__.py)"
+            )
 
         # What is drawn, and what it is compared with.
         if self.real_crop not in CROPS or self.caption_choice not in CHOICES:
@@ -144,5 +146,6 @@ def find_protocol(name: str) -> Protocol:
     if name not in PROTOCOLS:
         near = difflib.get_close_matches(name, PROTOCOLS, n=1)
         hint = f"did you mean {near[0]}?" if near else ""
+        hint = "that is a metric, which has a script of its own under eval/." if name in METRICS else hint
         raise ConfigError(f"--protocol {name}: unknown; {hint} There are {', '.join(PROTOCOLS)}".replace(";  ", "; "))
     return PROTOCOLS[name]
