@@ -168,20 +168,22 @@ def test_a_new_metric_has_its_script(brightness, tmp_path, monkeypatch, capsys):
     assert 0 < score["value"] < 255 and score["protocol"]["num_images"] == 3
 
 
-def test_a_new_file_in_eval_runs_as_a_script(tmp_path):
+def test_the_metric_in_contributing_runs_as_a_script(tmp_path):
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r'```python\n("""Redness.*?)```', text, re.S)
     for path in ROOT.iterdir():
         if path.name not in ("eval", ".git"):
             (tmp_path / path.name).symlink_to(path)
     shutil.copytree(ROOT / "eval", tmp_path / "eval", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "eval" / "brightness.py").write_text(BRIGHTNESS)
+    (tmp_path / "eval" / "redness.py").write_text(example)
 
     folder = write_pictures(tmp_path / "pictures", 3)
-    command = [sys.executable, "eval/brightness.py", str(folder), "--json"]
+    command = [sys.executable, "eval/redness.py", str(folder), "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     (score,) = json.loads(done.stdout)["scores"]
-    pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])
-    assert score["value"] == pytest.approx(pixels.mean(), rel=1e-6) and score["protocol"]["num_images"] == 3
+    red = np.stack([np.asarray(Image.open(path))[..., 0] for path in sorted(folder.iterdir())])
+    assert score["value"] == pytest.approx(red.mean(), rel=1e-6) and score["protocol"]["num_images"] == 3
 
 
 def test_a_metric_of_several_processes_is_merged_from_what_it_has_accumulated(brightness):
