@@ -177,6 +177,18 @@ def test_encoders_that_do_not_fit_the_settings_or_their_words_are_refused(damsm,
     refused(".*text.pth comes without an image encoder; give encoders of pretrain_DAMSM", file=tmp_path / "text.pth")
 
 
+def test_a_text_encoder_goes_on_beside_a_fresh_image_encoder(damsm, encoders, tmp_path):
+    changes = (("TRAIN.NET_E", str(encoders)), ("DAMSM.KEEP_IMAGE_ENCODER", "False"), ("TRAIN.MAX_EPOCH", "1"))
+    pretrain(damsm(*changes), CPU.device, tmp_path / "out")
+    before, after = load_encoders(encoders), load_encoders(tmp_path / "out" / "best.pth")
+    moved = (after.text_encoder.embedding.weight - before.text_encoder.embedding.weight).abs().max()
+    assert 0 < moved < 0.1, "the text encoder went on from where it was"
+    shared = before.image_encoder.state_dict()["trunk.0.weight"]
+    assert (after.image_encoder.state_dict()["trunk.0.weight"] - shared).abs().mean() > 0.01, "the other did not"
+    with pytest.raises(ConfigError, match="DAMSM.KEEP_IMAGE_ENCODER: False is for encoders that go on; name them in"):
+        pretrain(damsm(changes[1]), CPU.device, tmp_path / "none")
+
+
 def test_the_words_of_a_caption_are_those_of_the_settings(damsm, encoders, tmp_path):
     cfg = damsm(("TRAIN.NET_E", str(encoders)), ("TEXT.WORDS_NUM", "25"), ("TRAIN.MAX_EPOCH", "1"))
     pretrain(cfg, CPU.device, tmp_path / "out")

@@ -69,10 +69,13 @@ def stored_encoders(
     check_vocabulary(encoders.text_encoder, vocabulary, f"TRAIN.NET_E: {file}", data.data_dir)
     encoders.text_encoder.change_settings(max_words=data.max_words)
     _check_text_encoder(encoders, text)
-    return {
-        "text_encoder": encoders.text_encoder,
-        "image_encoder": _image_encoder(encoders, settings, backbone),
-    }, vocabulary
+
+    # Its image encoder, or a fresh one beside the text encoder.
+    if settings.keep_image_encoder:
+        image_encoder = _image_encoder(encoders, settings, backbone)
+    else:
+        image_encoder = fresh_image_encoder(settings, text["text_dim"], backbone)
+    return {"text_encoder": encoders.text_encoder, "image_encoder": image_encoder}, vocabulary
 
 
 def _check_text_encoder(encoders: Encoders, text: Mapping[str, Any]) -> None:
@@ -94,8 +97,8 @@ def _image_encoder(encoders: Encoders, settings: PretrainingSettings, backbone: 
     file, encoder = encoders.file, encoders.image_encoder
     if encoder is None:
         raise CheckpointError(
-            f"TRAIN.NET_E: {file} comes without an image encoder; give encoders of pretrain_DAMSM.py, or put the authors' "
-            f"image_encoder*.pth beside their text_encoder*.pth"
+            f"TRAIN.NET_E: {file} comes without an image encoder; give encoders of pretrain_DAMSM.py, put the authors' "
+            f"image_encoder*.pth beside their text_encoder*.pth, or set DAMSM.KEEP_IMAGE_ENCODER False for a fresh one"
         )
     kind, wanted = network_name(encoder), settings.image_encoder
     if kind not in settings_of(PretrainingSettings)["image_encoder"].choices:
@@ -106,7 +109,8 @@ def _image_encoder(encoders: Encoders, settings: PretrainingSettings, backbone: 
     # The kind that the settings say. A small one may become a pretrained one; nothing else changes its kind.
     if kind != wanted and (kind, wanted) != ("small", "pretrained"):
         raise ConfigError(
-            f"TRAIN.NET_E: the image encoder of {file} is {kind}, the settings say {wanted}; --set DAMSM.IMAGE_ENCODER {kind}"
+            f"TRAIN.NET_E: the image encoder of {file} is {kind}, the settings say {wanted}; --set DAMSM.IMAGE_ENCODER {kind}, "
+            f"or DAMSM.KEEP_IMAGE_ENCODER False for a fresh one"
         )
     if isinstance(encoder, SmallImageEncoder) and encoder.image_size != settings.image_size:
         raise ConfigError(
@@ -138,17 +142,32 @@ def _check_no_backbone(kind: str, backbone: Mapping[str, str]) -> None:
 def fresh_encoders(
     settings: PretrainingSettings, text: Mapping[str, Any], backbone: Mapping[str, str]
 ) -> dict[str, Network]:
-    """Encoders with random weights, Inception's trunk with ImageNet's.
+    """Encoders with random weights; see `fresh_image_encoder`.
 
-    settings: kind of the image encoder, and its image size.
     text: arguments of the text encoder.
+
+    Raises as `fresh_image_encoder`, and ConfigError where DAMSM.KEEP_IMAGE_ENCODER has no file.
+    """
+    if not settings.keep_image_encoder:
+        raise ConfigError("DAMSM.KEEP_IMAGE_ENCODER: False is for encoders that go on; name them in TRAIN.NET_E")
+
+    # The image encoder comes first: the order decides which random numbers become whose initial weights.
+    image_encoder = fresh_image_encoder(settings, text["text_dim"], backbone)
+    return {"text_encoder": TEXT_ENCODERS["rnn"](**text), "image_encoder": image_encoder}
+
+
+def fresh_image_encoder(settings: PretrainingSettings, text_dim: int, backbone: Mapping[str, str]) -> Network:
+    """An image encoder with random weights, Inception's trunk with ImageNet's.
+
+    settings: its kind and image size.
+    text_dim: length of a word feature of the text encoder beside it.
     backbone: see `backbone_arguments`.
 
     Raises ConfigError for a size that the encoder does not take, CheckpointError where there are no ImageNet weights.
     """
-    # The image encoder comes first: the order decides which random numbers become whose initial weights.
+    # Its arguments.
     kind = settings.image_encoder
-    arguments: dict[str, Any] = {"text_dim": text["text_dim"]}
+    arguments: dict[str, Any] = {"text_dim": text_dim}
     if issubclass(IMAGE_ENCODERS[kind], SmallImageEncoder):
         size = settings.image_size
         if size < 16 or size & (size - 1):
@@ -158,11 +177,12 @@ def fresh_encoders(
         arguments |= backbone
     else:
         _check_no_backbone(kind, backbone)
+
+    # The network.
     image_encoder = IMAGE_ENCODERS[kind](**arguments)
     if kind == "inception":
         load_imagenet_weights(image_encoder.get_submodule("trunk"), settings.inception_weights)
-
-    return {"text_encoder": TEXT_ENCODERS["rnn"](**text), "image_encoder": image_encoder}
+    return image_encoder
 
 
 def load_imagenet_weights(trunk: nn.Module, path: str) -> None:

@@ -229,6 +229,11 @@ class PretrainingSettings(FormerEncodersSettings, MatchingSettings, BetasSetting
         "network of the image encoder to pretrain; small: from scratch; pretrained: small, beside a frozen network",
         ("inception", "small", "pretrained"),
     )
+    keep_image_encoder: bool = setting(
+        "DAMSM.KEEP_IMAGE_ENCODER",
+        True,
+        "TRAIN.NET_E's image encoder goes on, too; False: its text encoder alone, beside a fresh image encoder",
+    )
     inception_weights: str = setting(
         "DAMSM.INCEPTION_WEIGHTS", "", "ImageNet weights of torchvision's inception_v3; empty: torchvision's cache"
     )
