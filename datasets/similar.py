@@ -30,11 +30,9 @@ def with_similar_batches(
 
     Returns (M,) indices, M the largest multiple of batch_size up to N: each image at most once.
     """
-    # Similar batches, beside random ones.
+    # Similar batches, beside random ones. A share above 0 is one batch at least.
     num_batches = len(order) // batch_size
-    num_similar = (
-        max(1, math.ceil(round(share * num_batches, 6))) if share else 0
-    )  # a share above 0 is one batch at least
+    num_similar = max(1, math.ceil(round(share * num_batches, 6))) if share else 0
     num_grouped = num_similar * batch_size
     grouped = order[:num_grouped]
     groups = similar_groups(word_vectors([caption_of(int(index)) for index in grouped]), batch_size, rng)
