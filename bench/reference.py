@@ -6,7 +6,7 @@ as models/, so that weights pass from one to the other and a test can show that 
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TypeVar
 
 import torch
@@ -21,13 +21,13 @@ from models.damsm import InceptionEncoder
 from models.kernels import Conv2d
 from models.layers import DownBlock, OneWayDiscriminator
 from models.ssa_gan import SSAGAN, SSCBN, SSAGenerator
-from models.types import TextFeatures, Update
+from models.types import System, TextFeatures, Update
 
 Module = TypeVar("Module", bound=nn.Module)
 
 # The settings of the objective that PlainSSAGAN computes with.
-COMPUTED = {"betas", "generator_lr", "discriminator_lr", "gamma1", "gamma2", "gamma3", "damsm_weight", "damsm_factor",
-            "penalty_weight", "penalty_power"}  # fmt: skip
+SETTINGS_OF_PLAIN_FORM = {"betas", "generator_lr", "discriminator_lr", "gamma1", "gamma2", "gamma3", "damsm_weight",
+                          "damsm_factor", "penalty_weight", "penalty_power"}  # fmt: skip
 
 
 class PlainSSCBN(SSCBN):
@@ -217,17 +217,19 @@ class PlainSSAGAN(SSAGAN):
         return {"words": words[0] + words[1], "sentence": sentence[0] + sentence[1]}
 
 
-def plain_system(system: SSAGAN) -> PlainSSAGAN:
-    """The plain form of a system of ours, on copies of its networks: same settings, same weights.
+def check_plain_form(system: System, computed: Collection[str]) -> None:
+    """Raises ConfigError where the settings turn on a loss that the plain form does not have: a ratio would mean nothing.
 
-    Raises ConfigError where the settings ask for a loss that the plain form does not have: the ratio would mean nothing.
+    computed: fields of the objective's settings that the plain form computes with.
     """
     for name, one in settings_of(type(system).Settings).items():
-        if name not in COMPUTED and getattr(system.settings, name) != one.default:
-            raise ConfigError(
-                f"{one.key}: bench/reference.py has no plain form of it; leave --reference out, or the key"
-            )
+        if name not in computed and getattr(system.settings, name) != one.default:
+            raise ConfigError(f"{one.key}: has no plain form to compare with; leave --reference out, or the key")
 
+
+def plain_system(system: SSAGAN) -> PlainSSAGAN:
+    """The plain form of a system of ours, on copies of its networks: same settings, same weights. Raises ConfigError."""
+    check_plain_form(system, SETTINGS_OF_PLAIN_FORM)
     networks = {name: plain_copy(network) for name, network in system.networks.items()}
     plain = PlainSSAGAN(networks, **vars(system.settings))
     plain.train()

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.reference import check_plain_form
 from miscc.batch import Batch
 from models.clip_features import Attention, ClipTextEncoder, TransformerBlock
 from models.galip import GALIP, PromptedViT
@@ -114,7 +115,8 @@ class PlainGALIP(GALIP):
 
 
 def plain_galip(system: GALIP) -> PlainGALIP:
-    """The plain form of a system of ours, on copies of its networks: same settings, same weights."""
+    """The plain form of a system of ours, on copies of its networks: same settings, same weights. Raises ConfigError."""
+    check_plain_form(system, {"betas", "generator_lr", "discriminator_lr"})
     networks = {name: copy.deepcopy(network) for name, network in system.networks.items()}
     plain = PlainGALIP(networks, **vars(system.settings))
 

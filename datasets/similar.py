@@ -32,7 +32,7 @@ def with_similar_batches(
     """
     # Similar batches, beside random ones. A share above 0 is one batch at least.
     num_batches = len(order) // batch_size
-    num_similar = max(1, math.ceil(round(share * num_batches, 6))) if share else 0
+    num_similar = min(num_batches, max(1, math.ceil(round(share * num_batches, 6)))) if share else 0
     num_grouped = num_similar * batch_size
     grouped = order[:num_grouped]
     groups = similar_groups(word_vectors([caption_of(int(index)) for index in grouped]), batch_size, rng)

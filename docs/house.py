@@ -26,7 +26,7 @@ class Room:
     """One folder of the top level, or the entry scripts together.
 
     name: the folder's name
-    files: paths within the room, sub-folders included, without empty package files
+    files: paths within the room, sub-folders included, without those of one line: a package file
     imports: names of the other rooms that its files import
     """
 

@@ -30,14 +30,14 @@ METRICS = {
 
 def find_metric(name: str) -> "type[Metric]":
     """The class of a metric of METRICS; imports its file."""
-    place = METRICS[name][0]
-    module, _, class_name = place.partition(":")
+    target = METRICS[name][0]
+    module, _, class_name = target.partition(":")
     try:
         file = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module:  # a package that the metric needs
             raise
-        raise ValueError(f"METRICS in eval/__init__.py: {name}: there is no {place}") from None
+        raise ValueError(f"METRICS in eval/__init__.py: {name}: there is no {target}") from None
     if not hasattr(file, class_name):
-        raise ValueError(f"METRICS in eval/__init__.py: {name}: there is no {place}")
+        raise ValueError(f"METRICS in eval/__init__.py: {name}: there is no {target}")
     return getattr(file, class_name)

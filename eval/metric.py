@@ -228,8 +228,9 @@ class Metric:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if not cls.accumulated:  # or several processes would score the images of the first alone
-            raise TypeError(f"{cls.__name__}: name in `accumulated` what its update fills")
+        if not isinstance(cls.accumulated, tuple) or not cls.accumulated:
+            # Several processes would score the images of the first alone.
+            raise TypeError(f"{cls.__name__}: name in the tuple `accumulated` what its update fills")
 
     @classmethod
     def from_run(cls, run: Run) -> "Metric":

@@ -43,13 +43,17 @@ def from_state(entry: Mapping[str, Any], registry: Mapping[str, type[Network]]) 
     return module
 
 
-def with_weight_file(entry: Mapping[str, Any], file: str) -> Mapping[str, Any]:
+def with_weight_file(entry: Mapping[str, Any], file: str, backbone: str | None = None) -> Mapping[str, Any]:
     """The `to_state` of a network on a frozen backbone, which reads its weights from `file` now; "": from where it did.
+
+    backbone: whose file that is; a network on another one stays as it is. None: of the network's.
 
     Other networks stay as they are. Whether these are the weights that it was trained on, the network checks by their hash.
     """
     arguments = entry["arguments"]
     if not file or not isinstance(arguments, Mapping) or "weights_hash" not in arguments:
+        return entry
+    if backbone not in (None, arguments.get("backbone")):
         return entry
     return {**entry, "arguments": {**arguments, "weights": file}}
 

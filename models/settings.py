@@ -221,7 +221,7 @@ class MatchingSettings:
     mask_classes: bool = setting(
         "DAMSM.MASK_CLASSES",
         True,
-        "captions of other images of the same class are no mismatches, as published; False: they are, as details tell them apart",
+        "True, as published: captions of other images of the same class do not count as mismatches; False: they do",
     )
 
     @property

@@ -69,6 +69,10 @@ class Update(NamedTuple):
         """What log and benchmark call this step: the optimizer's name, or "penalty"."""
         return "penalty" if self.is_penalty else self.optimizer
 
+    def named_losses(self) -> dict[str, Tensor]:
+        """{name in the log: loss}."""
+        return {f"{self.group}/{name}": loss for name, loss in self.losses.items()}
+
 
 class OptimizerSpec(NamedTuple):
     """What Adam needs to know: parameters, learning rate, betas."""

@@ -42,7 +42,12 @@ class Encoders(NamedTuple):
 
 
 def load_encoders(
-    path: str | Path, device: str | torch.device = "cpu", max_words: int = 18, backbone_weights: str = ""
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    max_words: int = 18,
+    backbone_weights: str = "",
+    backbone: str | None = None,
+    with_image_encoder: bool = True,
 ) -> Encoders:
     """DAMSM's encoders, frozen and in eval mode, from one of our checkpoints or the authors' text_encoder*.pth.
 
@@ -50,6 +55,8 @@ def load_encoders(
 
     max_words: for the authors' files, which do not store it
     backbone_weights: where the weights of the image encoder's frozen backbone lie now; "": where they did
+    backbone: whose weights those are; None: the image encoder's, whichever it is
+    with_image_encoder: False: the image encoder is not read, whatever it is
 
     Raises CheckpointError when a file is missing, broken or of another kind.
     """
@@ -64,8 +71,11 @@ def load_encoders(
     content = load_file(path)
     if isinstance(content, dict) and "networks" in content:
         validate(content, path)
-        entries = {name: with_weight_file(entry, backbone_weights) for name, entry in content["networks"].items()}
-        networks = rebuild_networks({"networks": entries}, ("text_encoder", "image_encoder"), path)
+        parts = ("text_encoder", "image_encoder") if with_image_encoder else ("text_encoder",)
+        entries = {
+            name: with_weight_file(entry, backbone_weights, backbone) for name, entry in content["networks"].items()
+        }
+        networks = rebuild_networks({"networks": entries}, parts, path)
         if "text_encoder" not in networks:
             raise CheckpointError(f"{path}: holds no text encoder but {', '.join(content['networks'])}")
         text_encoder = cast(CaptionEncoder, networks["text_encoder"])
@@ -78,7 +88,7 @@ def load_encoders(
             text_encoder, vocabulary = load_text_encoder(content), None
         text_encoder.change_settings(max_words=max_words)
         beside = path.with_name(path.name.replace("text_encoder", "image_encoder"))
-        found = beside != path and beside.is_file()
+        found = with_image_encoder and beside != path and beside.is_file()
         with naming(beside):
             image_encoder = load_image_encoder(load_file(beside)) if found else None
 

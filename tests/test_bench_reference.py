@@ -93,7 +93,7 @@ def test_there_is_no_plain_form_of_spectral_normalisation():
 
 @pytest.mark.parametrize("changed", [{"diversity_weight": 0.1}, {"augment": "cutout"}, {"mask_classes": False}])
 def test_a_loss_without_a_plain_form_is_not_compared(changed):
-    with pytest.raises(ConfigError, match="(TRAIN.DIVERSITY|TRAIN.AUGMENT|DAMSM.MASK_CLASSES): .* no plain form of it"):
+    with pytest.raises(ConfigError, match="(TRAIN.DIVERSITY|TRAIN.AUGMENT|DAMSM.MASK_CLASSES): has no plain form"):
         plain_system(make_system(**changed))
 
 

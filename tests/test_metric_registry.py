@@ -133,7 +133,7 @@ def test_a_protocol_cannot_name_a_metric_that_is_not_registered():
 
 def test_a_metric_must_say_what_it_accumulates():
     """Else each of several processes would keep its images to itself, and the score would be of the first one's."""
-    with pytest.raises(TypeError, match="Forgetful: name in `accumulated` what its update fills"):
+    with pytest.raises(TypeError, match="Forgetful: name in the tuple `accumulated` what its update fills"):
 
         class Forgetful(Metric):
             def update(self, batch):

@@ -10,6 +10,7 @@ from miscc.distributed import World
 from miscc.errors import CheckpointError, ConfigError
 from models import networks_of
 from models.backbones import efficientnet_lite_file
+from models.clip_features import untrained_clip
 from models.damsm import SmallImageEncoder
 from models.pretrained_encoder import PretrainedImageEncoder, to_grid
 from models.registry import from_state, to_state
@@ -187,6 +188,35 @@ def test_a_text_encoder_goes_on_beside_a_fresh_image_encoder(damsm, encoders, tm
     assert (after.image_encoder.state_dict()["trunk.0.weight"] - shared).abs().mean() > 0.01, "the other did not"
     with pytest.raises(ConfigError, match="DAMSM.KEEP_IMAGE_ENCODER: False is for encoders that go on; name them in"):
         pretrain(damsm(changes[1]), CPU.device, tmp_path / "none")
+
+
+def test_an_image_encoder_that_does_not_go_on_is_not_read(damsm, tmp_path):
+    """Its frozen network's file may be gone, and the settings may name another network's."""
+    first = tmp_path / "first.pth"
+    first.write_bytes(efficientnet_lite_file("efficientnet-lite0").read_bytes())
+    pretrain(damsm(("DAMSM.BACKBONE_WEIGHTS", str(first)), ("TRAIN.MAX_EPOCH", "1")), CPU.device, tmp_path / "out")
+    first.unlink()
+    start = (("TRAIN.NET_E", str(tmp_path / "out" / "best.pth")), ("DAMSM.KEEP_IMAGE_ENCODER", "False"))
+    one = ("TRAIN.MAX_EPOCH", "1")
+    pretrain(damsm(*start, one, ("DAMSM.IMAGE_ENCODER", "small")), CPU.device, tmp_path / "small")
+    pretrain(damsm(*start, one, ("DAMSM.BACKBONE", "efficientnet-lite2")), CPU.device, tmp_path / "other")
+
+    # One that goes on and stands on another network than the settings say: the answer names the key, not the file.
+    file = str(efficientnet_lite_file("efficientnet-lite2"))
+    kept = damsm(("TRAIN.NET_E", str(tmp_path / "other" / "best.pth")), ("DAMSM.BACKBONE_WEIGHTS", file))
+    with pytest.raises(ConfigError, match="stands on efficientnet-lite2, .*; --set DAMSM.BACKBONE efficientnet-lite2"):
+        pretrain(kept, CPU.device, tmp_path / "none")
+
+
+def test_a_text_encoder_that_is_not_trained_here_is_refused(damsm, encoders, tmp_path):
+    stored = load_checkpoint(encoders)
+    clip = untrained_clip(14, 2, 32, 2, 256, len(stored["vocabulary"]))
+    entry = to_state("clip", clip.text_encoder)
+    torch.save(stored | {"networks": stored["networks"] | {"text_encoder": entry}}, tmp_path / "clip.pth")
+    for keep in ("True", "False"):
+        cfg = damsm(("TRAIN.NET_E", str(tmp_path / "clip.pth")), ("DAMSM.KEEP_IMAGE_ENCODER", keep))
+        with pytest.raises(CheckpointError, match="the text encoder of .* is clip, which is not trained here"):
+            pretrain(cfg, CPU.device, tmp_path / "out")
 
 
 def test_the_words_of_a_caption_are_those_of_the_settings(damsm, encoders, tmp_path):

@@ -18,6 +18,7 @@ from miscc.checkpoint import load_checkpoint
 from miscc.distributed import World
 from miscc.errors import ConfigError
 from training.damsm import pretrain
+from training.resume import check_fixed_settings
 from training.trainer import train
 
 CPU = World(0, 1, torch.device("cpu"))
@@ -43,6 +44,8 @@ def test_a_share_is_not_rounded_up_by_its_last_bit():
         with_similar_batches(np.arange(200), caption_of, 2, share, np.random.default_rng(0))
         calls.append(len(read) // 2)
     assert calls == [7, 55, 1, 0]
+    few = with_similar_batches(np.arange(2), lambda index: captions[index], 4, 0.5, np.random.default_rng(0))
+    assert len(few) == 0, "not one batch"
 
 
 def test_pairs_tell_whose_colour_it_is():
@@ -162,6 +165,12 @@ def test_both_loops_resume_with_them(drawn_folder, encoders, tmp_path):
     train(settings(tmp_path / "gan.yml", plain, overrides=(("TRAIN.MAX_STEPS", "6"),)), CPU)
     rows = [(tmp_path / name / last).parents[1] / "stats.jsonl" for name in ("one", "plain")]
     assert len({json.loads(path.read_text().splitlines()[-1])["loss/words"] for path in rows}) == 2
+
+
+def test_a_run_from_before_the_setting_has_no_similar_batches():
+    today = {"TRAIN": {"SIMILAR_BATCHES": 0.5}}
+    with pytest.raises(ConfigError, match="TRAIN.SIMILAR_BATCHES: the run was started with 0.0, not 0.5"):
+        check_fixed_settings({"TRAIN": {}}, today, ["TRAIN.SIMILAR_BATCHES"], "--overwrite")
 
 
 def test_a_share_above_one_is_refused(tmp_path, drawn_folder):

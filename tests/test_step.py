@@ -7,7 +7,7 @@ from miscc.batch import Batch
 from miscc.distributed import World
 from miscc.errors import TrainingError
 from models.types import Update
-from training.step import Clipping, FiniteCheck, Stepper, adam, log_values, restore_adam
+from training.step import Clipping, FiniteCheck, Stepper, adam, log_values, restore_adam, supported_precision
 
 CPU = World(0, 1, torch.device("cpu"))
 
@@ -40,7 +40,7 @@ def penalty(a, b, images):
 
 
 def test_a_step_descends_before_the_next_update_is_computed():
-    stepper, a, b = stepper_of(squared, squared, lr=0.1)
+    stepper, a, b = stepper_of(squared, lambda *values: squared(*values)._replace(group="again"), lr=0.1)
     losses = [update.losses["square"].item() for update in stepper.steps(batch_of(2.0), torch.zeros(1, 1))]
     # d/da (3a² + 2a) = 6a + 2: 8 at 1, then 3.2 at 0.2.
     assert losses == pytest.approx([3.0, 3 * 0.2**2])
@@ -101,26 +101,38 @@ def test_what_is_logged_of_an_update():
 
 def test_a_loss_that_is_no_scalar_is_named():
     stepper, *_ = stepper_of(lambda a, b, images: Update("both", {"good": a, "pixels": a * images}))
-    with pytest.raises(ValueError, match=r"the loss 'pixels' of the update 'both' is no scalar but \(1, 1, 1, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"the loss 'pixels' of the update 'both' is no scalar tensor but \(1, 1, 1, 1\)"
+    ):
         list(stepper.steps(batch_of(2.0), torch.zeros(1, 1)))
 
 
-def test_two_updates_of_a_step_cannot_log_one_name():
-    parameter = torch.nn.Parameter(torch.ones(1))
-    parameter.grad = torch.zeros(1)
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    first = Update("discriminator", {"hinge": torch.tensor(1.0)})
-    values = log_values(first, optimizer)
-    with pytest.raises(ValueError, match="two updates of a step log loss/hinge: give the losses other names"):
-        log_values(Update("generator", {"hinge": torch.tensor(2.0)}), optimizer, values)
-    both = log_values(Update("encoders", {"hinge": torch.tensor(2.0)}, group="encoders"), optimizer, values)
-    assert (both["loss/hinge"], both["encoders/hinge"]) == (1.0, 2.0)
+def test_two_updates_of_a_step_cannot_have_a_loss_of_one_name():
+    """One would hide the other in the log."""
+    stepper, *_ = stepper_of(squared, squared)
+    with pytest.raises(
+        ValueError, match="two updates of a step have the loss loss/images, loss/square: give it another"
+    ):
+        list(stepper.steps(batch_of(2.0), torch.zeros(1, 1)))
+
+    stepper, *_ = stepper_of(squared, lambda *values: squared(*values)._replace(group="encoders"))
+    first, second = (
+        log_values(update, stepper.optimizers["both"]) for update in stepper.steps(batch_of(2.0), torch.zeros(1, 1))
+    )
+    assert first["loss/square"] == 3.0 and "encoders/square" in second and "loss/square" not in second
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_a_gpu_that_emulates_bf16_takes_tf32(monkeypatch, emulated):
+    supported = lambda including_emulation=True: including_emulation or not emulated  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert supported_precision("auto", torch.device("cuda")) == ("tf32" if emulated else "bf16")
 
 
 def test_the_first_step_with_a_loss_that_is_not_finite_is_named():
     check = FiniteCheck(CPU.device)
     for step, value in ((1, 1.0), (2, float("nan")), (3, 1.0), (4, float("inf"))):
-        check.record({"good": torch.tensor(0.0), "bad": torch.tensor(value)}, step)
+        check.record(Update("both", {"good": torch.tensor(0.0), "bad": torch.tensor(value)}), step)
         if step == 1:
             check.check()
     with pytest.raises(TrainingError, match="the loss `bad` was not finite at step 2"):

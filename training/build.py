@@ -143,6 +143,8 @@ def networks_from_files(start: StartSettings, fresh: Mapping[str, Network], name
     # They must be what the settings would build.
     if networks and "discriminator" in fresh and "discriminator" not in networks:
         logger.warning("the discriminator starts anew; TRAIN.NET_D names the one that goes with TRAIN.NET_G")
+    if networks and "projected" in fresh and "projected" not in networks:
+        logger.warning("the projected discriminator starts anew: no file holds one, or TRAIN.B_NET_D is False")
     for part, network in networks.items():
         key = "TRAIN.NET_D" if part == "discriminator" and start.discriminator_file else "TRAIN.NET_G"
         _check_same_network(network, fresh[part], key, part, name)
@@ -167,15 +169,16 @@ def _from_generator_file(start: StartSettings, fresh: Mapping[str, Network]) -> 
     # The authors'.
     with naming(path):
         networks: dict[str, Network] = {"generator": load_generator(content)}
-        wanted = start.with_discriminator and not start.discriminator_file and "discriminator" in fresh
-        if wanted and holds(content, "discriminator"):
+        takes_discriminator = start.with_discriminator and not start.discriminator_file and "discriminator" in fresh
+        if takes_discriminator and holds(content, "discriminator"):
             networks["discriminator"] = load_discriminator(content)
     return networks
 
 
 def _network_of(entry: Mapping, fresh: Network, part: str) -> Network:
     """A stored network; a frozen backbone in it is read from where the settings say that its file lies."""
-    return from_state(with_weight_file(entry, fresh.arguments.get("weights", "")), networks_of(part))
+    file, backbone = (fresh.arguments.get(name, "") for name in ("weights", "backbone"))
+    return from_state(with_weight_file(entry, file, backbone), networks_of(part))
 
 
 def _check_same_network(network: Network, fresh: Network, key: str, part: str, name: str) -> None:

@@ -62,7 +62,13 @@ def stored_encoders(
             f"TRAIN.NET_E: {file}: no such encoders; give the best.pth of a pretraining or a text_encoder*.pth, or leave it "
             f"empty to start anew"
         )
-    encoders = load_encoders(file, max_words=data.max_words, backbone_weights=backbone["weights"])
+    encoders = load_encoders(
+        file,
+        max_words=data.max_words,
+        backbone_weights=backbone["weights"],
+        backbone=backbone["backbone"],
+        with_image_encoder=settings.keep_image_encoder,
+    )
 
     # Its words; captions are read as long as these settings say.
     vocabulary = encoders.vocabulary or released_vocabulary(data.data_dir)
@@ -79,7 +85,13 @@ def stored_encoders(
 
 
 def _check_text_encoder(encoders: Encoders, text: Mapping[str, Any]) -> None:
-    """Raises ConfigError where NET_E's text encoder differs from the one that the settings would build."""
+    """Raises UserError where NET_E's text encoder is not what the settings would build, or of a kind that is not trained."""
+    kind = network_name(encoders.text_encoder)
+    if TEXT_ENCODERS[kind] is not TextEncoder:
+        raise CheckpointError(
+            f"TRAIN.NET_E: the text encoder of {encoders.file} is {kind}, which is not trained here; give encoders of "
+            f"pretrain_DAMSM.py"
+        )
     for argument, one in settings_of(TextEncoder.Settings).items():
         stored, configured = encoders.text_encoder.arguments.get(argument), text[argument]
         if stored != configured:
@@ -100,24 +112,24 @@ def _image_encoder(encoders: Encoders, settings: PretrainingSettings, backbone: 
             f"TRAIN.NET_E: {file} comes without an image encoder; give encoders of pretrain_DAMSM.py, put the authors' "
             f"image_encoder*.pth beside their text_encoder*.pth, or set DAMSM.KEEP_IMAGE_ENCODER False for a fresh one"
         )
-    kind, wanted = network_name(encoder), settings.image_encoder
-    if kind not in settings_of(PretrainingSettings)["image_encoder"].choices:
+    actual, expected = network_name(encoder), settings.image_encoder
+    if actual not in settings_of(PretrainingSettings)["image_encoder"].choices:
         raise CheckpointError(
-            f"TRAIN.NET_E: the image encoder of {file} is {kind}, which is not trained here; give encoders of pretrain_DAMSM.py"
+            f"TRAIN.NET_E: the image encoder of {file} is {actual}, which is not trained here; give encoders of pretrain_DAMSM.py"
         )
 
     # The kind that the settings say. A small one may become a pretrained one; nothing else changes its kind.
-    if kind != wanted and (kind, wanted) != ("small", "pretrained"):
+    if actual != expected and (actual, expected) != ("small", "pretrained"):
         raise ConfigError(
-            f"TRAIN.NET_E: the image encoder of {file} is {kind}, the settings say {wanted}; --set DAMSM.IMAGE_ENCODER {kind}, "
-            f"or DAMSM.KEEP_IMAGE_ENCODER False for a fresh one"
+            f"TRAIN.NET_E: the image encoder of {file} is {actual}, the settings say {expected}; --set DAMSM.IMAGE_ENCODER "
+            f"{actual}, or DAMSM.KEEP_IMAGE_ENCODER False for a fresh one"
         )
     if isinstance(encoder, SmallImageEncoder) and encoder.image_size != settings.image_size:
         raise ConfigError(
             f"TRAIN.NET_E: the image encoder of {file} is for {encoder.image_size} px, TREE.BASE_SIZE says "
             f"{settings.image_size}; --set TREE.BASE_SIZE {encoder.image_size}"
         )
-    if kind == "small" and wanted == "pretrained":
+    if actual == "small" and expected == "pretrained":
         return PretrainedImageEncoder.from_small(cast(SmallImageEncoder, encoder), **backbone)
 
     # On the frozen network that the settings name, if they name one.
@@ -128,7 +140,7 @@ def _image_encoder(encoders: Encoders, settings: PretrainingSettings, backbone: 
                 f"{backbone['backbone']}; --set DAMSM.BACKBONE {encoder.backbone.name}"
             )
     else:
-        _check_no_backbone(kind, backbone)
+        _check_no_backbone(actual, backbone)
     return encoder
 
 

@@ -108,7 +108,7 @@ class Guard:
         """Keep what an update tells; nothing is computed."""
         if not self.settings.every or not self.world.is_main:
             return
-        values = {f"loss/{name}": loss for name, loss in update.losses.items()} | dict(update.stats)
+        values = update.named_losses() | dict(update.stats)
         for name in self.recent.keys() & values.keys():
             self.recent[name].append(values[name])
 

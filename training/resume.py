@@ -20,9 +20,12 @@ FREE = {"RESTORE", "GPU_ID", "WORKERS", "DATA_CACHE", "DATA_CACHE_DIR", "TRAIN.M
         "TRAIN.TRACKER"}  # fmt: skip
 # Where a file lies, of which a network keeps the hash.
 MOVABLE = {"GAN.PROJECTED.WEIGHTS"}
-# What shapes the encoders, their data or the order of it.
+# What shapes the encoders, their data or the order of it, or makes validation losses of another kind.
 ENCODER_KEYS = ("SEED", "RNN_TYPE", "DAMSM.IMAGE_ENCODER", "TREE.BASE_SIZE", "TEXT.EMBEDDING_DIM",
-                "TEXT.WORDS_NUM", "TRAIN.HELD_OUT", "TRAIN.BATCH_SIZE", "TRAIN.SIMILAR_BATCHES")  # fmt: skip
+                "TEXT.WORDS_NUM", "TRAIN.HELD_OUT", "TRAIN.BATCH_SIZE", "TRAIN.SIMILAR_BATCHES",
+                "DAMSM.MASK_CLASSES")  # fmt: skip
+# What a run of an earlier version, which lacks the key, was trained with.
+BEFORE = {"TRAIN.SIMILAR_BATCHES": 0.0, "DAMSM.MASK_CLASSES": True}
 
 
 def check_resumable(checkpoint: Mapping, cfg: Config) -> None:
@@ -59,7 +62,7 @@ def check_fixed_settings(stored: Mapping, cfg: Mapping, keys: Iterable[str], ins
     then, today = flatten(stored), flatten(cfg)
     for key in keys:
         # A run of an earlier version lacks newer keys.
-        before, now = then.get(key, today[key]), today[key]
+        before, now = then.get(key, BEFORE.get(key, today[key])), today[key]
         if before != now:
             raise ConfigError(
                 f"{key}: the run was started with {before}, not {now}; set it back, or start anew ({instead})"

@@ -70,6 +70,7 @@ class Stepper:
         """
         micro_batches = zip(split_batch(batch, self.accumulate), noise.chunk(self.accumulate), strict=True)
         runs = [iter(self.objective(*micro_batch)) for micro_batch in micro_batches]
+        names: set[str] = set()  # of the step's losses
         while True:
             # Forward and backward, one micro-batch after the other; their gradients add up to the mean.
             done: list[Update] = []
@@ -92,6 +93,7 @@ class Stepper:
 
             # Gradients: one for every parameter, the mean over the processes.
             update = done[0] if len(done) == 1 else mean_update(done)
+            check_names(update, names)
             optimizer = self.optimizers[update.optimizer]
             parameters = parameters_of(optimizer)
             fill_absent_gradients(parameters)
@@ -185,33 +187,31 @@ def check_accumulation(batch_size: int, num_processes: int, accumulate: int) -> 
 def sum_of_losses(update: Update) -> Tensor:
     """What the update minimises. Raises ValueError where a loss is not a scalar, naming it."""
     for name, loss in update.losses.items():
-        if loss.ndim:
-            raise ValueError(f"the loss {name!r} of the update {update.kind!r} is no scalar but {tuple(loss.shape)}")
+        if not isinstance(loss, Tensor) or loss.ndim:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else loss
+            raise ValueError(f"the loss {name!r} of the update {update.kind!r} is no scalar tensor but {shape}")
     return torch.stack(list(update.losses.values())).sum()
+
+
+def check_names(update: Update, names: set[str]) -> None:
+    """Raises ValueError where another update of the step has a loss of the same name; adds the update's to `names`."""
+    if repeated := sorted(names & update.named_losses().keys()):
+        raise ValueError(
+            f"two updates of a step have the loss {', '.join(repeated)}: give it another name, or another group"
+        )
+    names.update(update.named_losses())
 
 
 # -- what a step tells ---------------------------------------------------------------------------------------------
 
 
-def log_values(
-    update: Update, optimizer: torch.optim.Optimizer, before: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """{name in the log: scalar} of an update that has been taken: losses, stats, norm of the gradient.
-
-    before: of the step's updates so far; theirs and the update's are returned. Raises ValueError where both have a name.
-    """
-    values = {f"{update.group}/{name}": loss.detach() for name, loss in update.losses.items()}
+def log_values(update: Update, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """{name in the log: scalar} of an update that has been taken: losses, stats, norm of the gradient."""
+    losses = {name: loss.detach() for name, loss in update.named_losses().items()}
     stats = {name: torch.as_tensor(value).detach() for name, value in update.stats.items()}
     gradients = [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
     norms = torch._foreach_norm(gradients)
-    values |= stats | {f"gradient_norm/{update.kind}": torch.stack(norms).norm()}
-
-    # One value a name.
-    if repeated := sorted(values.keys() & (before or {}).keys()):
-        raise ValueError(
-            f"two updates of a step log {', '.join(repeated)}: give the losses other names, or another group"
-        )
-    return {**(before or {}), **values}
+    return losses | stats | {f"gradient_norm/{update.kind}": torch.stack(norms).norm()}
 
 
 class FiniteCheck:
@@ -224,9 +224,9 @@ class FiniteCheck:
         self.device = device
         self.first_bad: dict[str, Tensor] = {}  # -1: none yet
 
-    def record(self, losses: Mapping[str, Tensor], step: int) -> None:
-        """Record the losses (scalars) of this step."""
-        for name, loss in losses.items():
+    def record(self, update: Update, step: int) -> None:
+        """Record the losses of an update of this step."""
+        for name, loss in update.named_losses().items():
             known = self.first_bad.setdefault(name, torch.full((), -1, device=self.device))
             self.first_bad[name] = torch.where((known < 0) & ~torch.isfinite(loss.detach()), step, known)
 
@@ -237,7 +237,7 @@ class FiniteCheck:
         message = "a loss was not finite in another process"
         if bad:
             name = min(bad, key=lambda loss: bad[loss])
-            message = f"the loss `{name}` was not finite at step {bad[name]}"
+            message = f"the loss `{name.removeprefix('loss/')}` was not finite at step {bad[name]}"
         if anywhere:
             raise CollapseError(
                 f"{message}; the last good checkpoint is kept. Lower the learning rates or raise TRAIN.BATCH_SIZE, then go "

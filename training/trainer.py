@@ -266,10 +266,10 @@ class Trainer:
         stats: dict[str, Tensor | float] = {}
         for update in self.stepper.steps(batch, noise):
             stats.update(update.stats)
-            self.finite.record(update.losses, self.step + 1)
+            self.finite.record(update, self.step + 1)
             self.guard.record(update)
             if wants_log:
-                values = log_values(update, self.optimizers[update.optimizer], values)
+                values |= log_values(update, self.optimizers[update.optimizer])
         if self.average is not None:
             self.average.update(self.networks["generator"])
         observed = {name: torch.as_tensor(stats[name]) for name in self.system.observed}
