@@ -85,7 +85,8 @@ def parse(mode: "Mode", arguments: list[str] | None) -> argparse.Namespace:
     options, others = parser_of(mode.options).parse_known_args(arguments)
     if others:
         option = others[0].split("=")[0]
-        raise ConfigError(mode.refusal.format(option=option, help=OPTIONS[option]["help"]))
+        known = OPTIONS.get(option, {"help": "has no meaning"})
+        raise ConfigError(mode.refusal.format(option=option, help=known["help"]))
     return options
 
 
@@ -170,7 +171,9 @@ def draw_split(cfg: Config, options: argparse.Namespace) -> int:
     from training.data import read_records
 
     drawing = open_drawing(cfg, options)
-    is_plain = not (cfg.TRAIN.FLAG or cfg.B_VALIDATION or options.split or options.num_images)
+    chooses = options.split or options.num_images or options.real
+    chooses = chooses or (options.captions_per_image, options.per_caption) != (1, 1)
+    is_plain = not (cfg.TRAIN.FLAG or cfg.B_VALIDATION or chooses)
     if is_plain and (Path(cfg.DATA_DIR) / EXAMPLES).is_file():
         # The examples come with attention, as far as the system has any.
         drawing = drawing.with_attention()

@@ -165,12 +165,23 @@ def _load(state_dict: Mapping[str, Any], part: str) -> Network:
             f"{form.title}: its sizes cannot be read, tensors are missing or of other shapes ({reason})"
         ) from None
     renamed = {rename(name, form): tensor for name, tensor in state.items() if not re.match(form.ignored, name)}
+    _add_counters(renamed, expected)
     _check_fit(form, renamed, expected)
 
     # The network, filled with the renamed tensors.
     module = skip_init(kind, arguments)
     module.load_state_dict(renamed)
     return module.eval()
+
+
+def _add_counters(actual: dict[str, Any], expected: State) -> None:
+    """Give batch norms their counters of batches, which files of PyTorch before 0.4.1 do not have; nothing reads them."""
+    for name, tensor in expected.items():
+        if (
+            name.endswith(".num_batches_tracked")
+            and name.removesuffix("num_batches_tracked") + "running_mean" in actual
+        ):
+            actual.setdefault(name, torch.zeros(tensor.shape, dtype=tensor.dtype))
 
 
 def _check_fit(form: Format, actual: State, expected: State) -> None:

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 
 from miscc.checkpoint import load_file, save_checkpoint, validate
-from miscc.command_line import CommandParser
-from miscc.errors import DataError, UserError, run_command
+from miscc.command_line import CommandParser, positive
+from miscc.errors import CheckpointError, DataError, UserError, run_command
 from miscc.files import hash_of_file
 from models import SYSTEMS, networks_of
 from models.registry import count_parameters, network_name, to_state
@@ -33,10 +33,10 @@ def describe(path: str | Path) -> list[str]:
     parts = [part for part in LOADERS if holds(content, part)]
 
     # Nothing known: loading it raises the error that says why.
-    if not parts:
-        with naming(path):
+    with naming(path):
+        if not parts:
             load_generator(content)
-    return [f"{path}: {_network_line(part, LOADERS[part](content))}" for part in parts]
+        return [f"{path}: {_network_line(part, LOADERS[part](content))}" for part in parts]
 
 
 def convert(
@@ -131,7 +131,21 @@ def _discriminator(generator: Generator, content: Any, path: str | Path | None) 
         kind = cast(type[Discriminator], networks_of("discriminator")[network_name(generator)])
         shared = ("base_size", "num_stages") if kind.has_stages else ()
         like = kind(**{name: generator.arguments[name] for name in shared})
-    return load_discriminator_files(path, like)
+    discriminator = load_discriminator_files(path, like)
+
+    # The same system and sizes as the generator's.
+    if type(discriminator) is not kind:
+        raise CheckpointError(
+            f"{path}: is the discriminator of {network_name(discriminator)}, the generator is {network_name(generator)}'s; "
+            f"name the one that was trained with it"
+        )
+    for name in ("image_size", "sentence_dim"):
+        ours, others = discriminator.arguments.get(name), generator.arguments.get(name)
+        if None not in (ours, others) and ours != others:
+            raise CheckpointError(
+                f"{path}: its {name} is {ours}, the generator's {others}; name the one trained with it"
+            )
+    return discriminator
 
 
 def main() -> None:
@@ -145,7 +159,9 @@ def main() -> None:
     join.add_argument("--data", metavar="DIR", help="the folder with AttnGAN's captions.pickle, e.g. data/birds")
     join.add_argument("--discriminator", metavar="FILE", help="netD*.pth, for fine-tuning; AttnGAN: netD0.pth")
     join.add_argument("--dataset", default="", metavar="NAME", help="birds, coco, ... (default: the name of --data)")
-    join.add_argument("--max-words", type=int, default=18, metavar="N", help="words of a caption at most (default 18)")
+    join.add_argument(
+        "--max-words", type=positive, default=18, metavar="N", help="words of a caption at most (default 18)"
+    )
     join.add_argument("--overwrite", action="store_true", help="replace OUT")
     options = parser.parse_args()
 

@@ -57,6 +57,13 @@ def prepare_folder(folder: str | Path, overwrite: bool) -> Path:
     return folder
 
 
+def _check_free(folder: Path, requests: Sequence[Request]) -> None:
+    """Raises DataError where a picture would be written over a file that is there, whoever wrote it."""
+    for name in (PICTURE, *(f"{file_stem(request)}.png" for request in requests)):
+        if (folder / name).exists():
+            raise DataError(f"{folder / name}: exists already; give --overwrite, or another folder with --out")
+
+
 def sampled_files(folder: Path) -> list[str]:
     """The images that a folder's captions.jsonl lists. Raises DataError for a file that no sampling of ours wrote."""
     if not (folder / CAPTIONS).is_file():
@@ -115,6 +122,8 @@ def sample(
     # Every check comes before anything in the folder is changed.
     _check(pipeline, requests, with_masks, with_attention)
     folder = prepare_folder(folder, overwrite)
+    if not overwrite:
+        _check_free(folder, requests)
 
     # What the folder holds; `finished` tells a stopped sampling from a whole one.
     settings = _settings(pipeline, requests, seed, truncation) | (about or {})

@@ -33,7 +33,8 @@ def interpolated(
     noise = pipeline.noise(seed, [0, 1], truncation).to(pipeline.device)
 
     # What lies between them: noise or text.
-    if first == second:
+    rows = pipeline.tokens([first, second]).tokens
+    if bool((rows[0] == rows[1]).all()):  # also where they differ in what the model does not read
         mixed_noise, text = _along_arc(noise[0], noise[1], weights), text.select([0] * steps)
     else:
         mixed_noise, text = noise[:1].expand(steps, -1), _mix(text, weights)

@@ -74,14 +74,29 @@ def _example(about: Mapping[str, Any]) -> str:
     return next(iter(about.get("examples") or []), "a small red bird with black wings")
 
 
+def is_result(record: Any) -> bool:
+    """Whether this is a result of an evaluation as far as the card reads it."""
+    if not isinstance(record, Mapping) or not isinstance(record.get("scores"), list):
+        return False
+    parts = [record.get(name) or {} for name in ("protocol", "checkpoint", "overrides", "not_computed")]
+    if not all(isinstance(part, Mapping) for part in parts) or not isinstance(record.get("warnings") or [], list):
+        return False
+
+    # Every score has a name and a number.
+    return all(
+        isinstance(score, Mapping)
+        and isinstance(score.get("name"), str)
+        and isinstance(score.get("value"), (int, float))
+        and isinstance(score.get("std") or 0.0, (int, float))
+        for score in record["scores"]
+    )
+
+
 def _scores(evaluations: Sequence[Mapping[str, Any]], sha256: str | None) -> list[str]:
     """A table of every score with its protocol and the hash of what was scored, then the warnings."""
     lines = ["## Scores", ""]
     rows, remarks = [], []
     for record in evaluations:
-        if not isinstance(record, Mapping) or not isinstance(record.get("scores"), Sequence):
-            continue
-
         # Which protocol, and what was changed of it.
         protocol, checkpoint = record.get("protocol") or {}, record.get("checkpoint") or {}
         changed = ", ".join(f"{key} {value}" for key, value in (record.get("overrides") or {}).items())

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from datasets import load_records
 from miscc.command_line import CommandParser
 from miscc.errors import DataError, UserError, run_command
 from miscc.files import hash_of_file, read_json, write_text
 from miscc.pictures import caption_grid, save_image, unit_to_uint8
 from models.registry import network_name, to_state
-from sampling.model_card import model_card, without_local_paths
+from sampling.model_card import is_result, model_card, without_local_paths
 from sampling.pipeline import TextToImage
 from sampling.published import CARD, CONFIG, PICTURE, WEIGHTS, to_half_precision, weight_file, write_published
 from sampling.requests import read_captions
@@ -53,22 +55,25 @@ def publish(
     states = {part: to_state(network_name(network), network) for part, network in networks.items()}
     if half:
         states = {part: to_half_precision(part, entry) for part, entry in states.items()}
-    drawn = pipeline.generate(list(examples)) if examples else None
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).unlink(missing_ok=True)  # until all is written, this is no model
-
-    # The card before config.json, which write_published writes last.
+    picture = _picture_of(pipeline, examples) if examples else None
     about = describe(pipeline, examples) | {"half": half or bool(pipeline.origin.get("half"))}
-    if drawn is not None:
-        masks = [[unit_to_uint8(mask)] for mask in drawn.masks[-1]] if drawn.masks else [[] for _ in examples]
-        cells = [[image, *mask] for image, mask in zip(drawn.images, masks, strict=True)]
-        save_image(caption_grid(examples, cells, headings=("image", "mask")[: len(cells[0])]), folder / PICTURE)
-    card = model_card(folder.resolve().name, about, evaluations, sha256, pictured=drawn is not None)
-    write_text(folder / CARD, card)
+    card = model_card(folder.resolve().name, about, evaluations, sha256, pictured=picture is not None)
 
-    # Weights, vocabulary, config.json.
+    # The model, which replaces one that is there only once its weights are on the disk; then what describes it.
+    folder.mkdir(parents=True, exist_ok=True)
     write_published(folder, states, pipeline.vocabulary, about)
+    if picture is not None:
+        save_image(picture, folder / PICTURE)
+    write_text(folder / CARD, card)
     return folder
+
+
+def _picture_of(pipeline: TextToImage, examples: Sequence[str]) -> np.ndarray:
+    """The example captions with their images and last masks, (H, W, 3) uint8."""
+    drawn = pipeline.generate(list(examples))
+    masks = [[unit_to_uint8(mask)] for mask in drawn.masks[-1]] if drawn.masks else [[] for _ in examples]
+    cells = [[image, *mask] for image, mask in zip(drawn.images, masks, strict=True)]
+    return caption_grid(examples, cells, headings=("image", "mask")[: len(cells[0])])
 
 
 def describe(pipeline: TextToImage, examples: Sequence[str] = ()) -> dict[str, Any]:
@@ -124,6 +129,9 @@ def read_evaluations(path: Path) -> list[dict[str, Any]]:
     # A hand-written file may be any JSON.
     if not isinstance(records, list):
         raise DataError(f"{path}: is no list of results; move it away")
+    for number, record in enumerate(records, start=1):
+        if not is_result(record):
+            raise DataError(f"{path}: entry {number} is no result of an evaluation; move the file away")
     return records
 
 

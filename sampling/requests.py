@@ -9,7 +9,7 @@ import numpy as np
 
 from datasets.layout import SPLITS
 from datasets.records import Records
-from miscc.errors import DataError, shown
+from miscc.errors import ConfigError, DataError, shown
 from miscc.files import stays_inside
 from miscc.randomness import stream
 
@@ -47,7 +47,12 @@ def split_requests(
     captions_per_image: 0 means all of them
     num_images: so many captions instead, drawn from all captions of the split as a function of the seed; when there are
         fewer, they come again with other noise
+
+    Raises ConfigError where both are given.
     """
+    if num_images is not None and captions_per_image != 1:
+        raise ConfigError("--num-images: draws out of all captions of a split; leave it or --captions-per-image out")
+
     # (image, caption) pairs.
     if num_images is None:
         numbers = [range(len(captions))[: captions_per_image or None] for captions in records.captions]
@@ -56,7 +61,8 @@ def split_requests(
         everything = [(image, n) for image, captions in enumerate(records.captions) for n in range(len(captions))]
         rounds = -(-num_images // len(everything))
         orders = [stream(seed, "sampled captions", number).permutation(len(everything)) for number in range(rounds)]
-        pairs = [everything[index] for index in np.concatenate(orders)[:num_images]]
+        chosen = [everything[index] for index in np.concatenate(orders)[:num_images]]
+        pairs = [pair for pair in chosen for _ in range(per_caption)]
 
     # A pair that comes again is another sample of the same caption.
     counts: dict[tuple[int, int], int] = {}
@@ -89,8 +95,7 @@ def example_requests(data_dir: str | Path) -> list[Request]:
 
     # Each file's captions, in the order of the list.
     requests: list[Request] = []
-    for name in names:
-        key = name.removesuffix(".txt")
+    for key in dict.fromkeys(name.removesuffix(".txt") for name in names):
         if not stays_inside(key):
             raise DataError(f"{root / EXAMPLES}: names {shown(key)}, which is not inside {root}; link or copy it there")
         try:
@@ -138,7 +143,7 @@ def read_captions(path: str | Path) -> list[str]:
 
 def _read_lines(path: str | Path) -> list[str]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()  # without the mark that Windows puts first
     except FileNotFoundError:
         raise DataError(f"{path}: no such file of captions") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -29,10 +29,10 @@ def networks_in_training(checkpoint: Mapping[str, Any]) -> list[dict[str, str]]:
         found.append({"network": network, "role": role, "weights_hash": weights_hash, "file": file})
 
     # The projected discriminator's backbone; a checkpoint for drawing holds only the settings.
-    gan = config.get("GAN") or {}
+    gan, text = (group if isinstance(group, Mapping) else {} for group in (config.get("GAN"), config.get("TEXT")))
     if "projected" in networks or gan.get("DISCRIMINATOR") in ("projected", "both"):
         projected = (networks.get("projected") or {}).get("arguments") or {}
-        backbone = projected.get("backbone") or (gan.get("PROJECTED") or {}).get("BACKBONE") or "efficientnet-lite0"
+        backbone = projected.get("backbone") or _backbone_in(gan) or "efficientnet-lite0"
         is_clip = backbone.startswith("clip")
         add("clip" if is_clip else backbone, "discriminator", "" if is_clip else projected.get("weights_hash", ""))
 
@@ -44,7 +44,7 @@ def networks_in_training(checkpoint: Mapping[str, Any]) -> list[dict[str, str]]:
         add("clip", "encoders")
     elif kinds["text_encoder"]:
         encoder_hash = hash_tensors(networks["text_encoder"]["state"])
-        add("damsm", "encoders", encoder_hash, (config.get("TEXT") or {}).get("DAMSM_NAME") or "")
+        add("damsm", "encoders", encoder_hash, text.get("DAMSM_NAME") or "")
         if checkpoint.get("encoders_hash"):
             found[-1]["starting_hash"] = checkpoint["encoders_hash"]
     image_encoder = networks.get("image_encoder") or {}
@@ -55,6 +55,13 @@ def networks_in_training(checkpoint: Mapping[str, Any]) -> list[dict[str, str]]:
         backbone, weights_hash = arguments.get("backbone") or "", arguments.get("weights_hash") or ""
         add("clip" if backbone == "clip" else backbone, "image encoder", "" if backbone == "clip" else weights_hash)
     return found
+
+
+def _backbone_in(gan: Mapping[str, Any]) -> str:
+    """GAN.PROJECTED.BACKBONE of stored settings; "" where they lack it."""
+    projected = gan.get("PROJECTED")
+    backbone = projected.get("BACKBONE") if isinstance(projected, Mapping) else None
+    return backbone if isinstance(backbone, str) else ""
 
 
 def entries_of(value: Any) -> list[dict[str, str]]:

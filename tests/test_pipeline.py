@@ -13,7 +13,7 @@ from datasets.toybirds.dataset import ToyBirds
 from main import main
 from miscc.checkpoint import hash_tensors
 from miscc.distributed import World
-from miscc.errors import CheckpointError, DataError, UserError
+from miscc.errors import CheckpointError, ConfigError, DataError, UserError
 from miscc.images import to_uint8
 from miscc.settings import from_config
 from miscc.vocabulary import Vocabulary
@@ -222,6 +222,27 @@ def test_many_images_are_a_seeded_choice_of_captions(drawn_folder, tiny):
     assert len(everything) == 36
 
 
+def test_many_captions_are_drawn_as_often_as_is_said(drawn_folder, tiny):
+    records = read_records(from_config(DataSettings, tiny()), "test")
+    one, three = (split_requests(records, per_caption=n, num_images=4, seed=1) for n in (1, 3))
+    assert [r.caption for r in three] == [r.caption for r in one for _ in range(3)]
+    assert [r.sample for r in three[:3]] == [0, 1, 2] and [r.index for r in three] == list(range(12))
+    with pytest.raises(
+        ConfigError, match="--num-images: draws out of all captions .*; leave it or --captions-per-image"
+    ):
+        split_requests(records, captions_per_image=0, num_images=4)
+
+
+def test_a_picture_is_never_written_over_another_file(pipeline, tmp_path):
+    for name in ("samples.png", "caption001_c0_s0.png"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_bytes(b"mine")
+        with pytest.raises(DataError, match=f"{name}: exists already; give --overwrite, or another folder"):
+            sample(pipeline, caption_requests(CAPTIONS[:2]), folder)
+        assert [path.read_bytes() for path in folder.iterdir()] == [b"mine"]
+
+
 def test_names_stay_inside_the_folder_and_apart():
     request = caption_requests(["a bird"])[0]
     stems = [file_stem(request._replace(key=key)) for key in ("../../etc/pass wd", "../../etc/pass_wd", "a/b.c-1")]
@@ -232,6 +253,8 @@ def test_names_stay_inside_the_folder_and_apart():
 def test_files_of_captions(tmp_path):
     (tmp_path / "captions.txt").write_text("a bird\n\n  a red bird \n")
     assert read_captions(tmp_path / "captions.txt") == ["a bird", "a red bird"]
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbfa bird\r\na red bird\r\n")
+    assert read_captions(tmp_path / "windows.txt") == ["a bird", "a red bird"]
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(DataError, match="holds no caption"):
         read_captions(tmp_path / "empty.txt")
@@ -250,6 +273,8 @@ def test_interpolation_starts_and_ends_at_the_images_it_joins(pipeline):
     assert np.abs(noises[2:18, 2:18].astype(int) - first).max() <= 1
     other = pipeline.generate([CAPTIONS[0]], seed=3, indices=[1]).images[0]
     assert np.abs(noises[2:18, 38:54].astype(int) - other).max() <= 1
+    same = interpolate(pipeline, CAPTIONS[0], f"{CAPTIONS[0].capitalize()}.", steps=3, seed=3)
+    assert np.array_equal(same, noises), "the same words are the same caption"
 
 
 # -- the authors' files --------------------------------------------------------------------------------------------------
@@ -352,6 +377,12 @@ def test_examples_outside_the_data_folder_are_refused(tmp_path, name):
     with pytest.raises(DataError, match="example_filenames.txt: names .*, which is not inside") as error:
         example_requests(tmp_path)
     assert len(str(error.value)) < 500
+
+
+def test_a_file_of_examples_that_is_named_twice_is_drawn_once(tmp_path):
+    (tmp_path / "ex.txt").write_text("a red bird\n")
+    (tmp_path / "example_filenames.txt").write_text("ex\nex.txt\nex\n")
+    assert len(example_requests(tmp_path)) == 1
 
 
 def test_examples_behind_a_link_of_the_user_are_read(tmp_path):

@@ -14,7 +14,7 @@ from miscc.errors import CheckpointError, UserError
 from miscc.files import hash_of_file
 from sampling.convert import describe
 from sampling.pipeline import TextToImage
-from sampling.publish import example_captions
+from sampling.publish import example_captions, read_evaluations
 from sampling.publish import main as publish_command
 from sampling.published import load_model, weight_file
 from sampling.side_by_side import side_by_side
@@ -82,6 +82,29 @@ def test_a_refused_model_leaves_the_one_that_is_there(tmp_path):
     with pytest.raises(CheckpointError, match="generator.fc.weight has values"):
         pipeline.save_pretrained(folder, examples=CAPTIONS[:1], half=True, overwrite=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_full_disk_leaves_the_model_that_is_there(tmp_path, monkeypatch):
+    folder = tiny_pipeline().save_pretrained(tmp_path / "model", examples=CAPTIONS)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def refuse(path, write):
+        raise UserError(f"{path}: the disk is full")
+
+    monkeypatch.setattr("sampling.published.write_atomically", refuse)
+    with pytest.raises(UserError, match="the disk is full"):
+        tiny_pipeline().save_pretrained(folder, half=True, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    TextToImage.from_pretrained(folder, "cpu")
+
+
+@pytest.mark.parametrize(
+    "record", [1, {"scores": [1]}, {"scores": [{"name": "FID", "value": None}]}, {"scores": [], "protocol": "x"}, {}]
+)
+def test_odd_results_beside_a_checkpoint_are_named(tmp_path, record):
+    (tmp_path / "evaluation.json").write_text(json.dumps([{"scores": []}, record]))
+    with pytest.raises(UserError, match="evaluation.json: entry 2 is no result of an evaluation; move the file away"):
+        read_evaluations(tmp_path / "evaluation.json")
 
 
 def test_a_model_that_was_rounded_says_so_when_it_is_published_again(tmp_path):

@@ -46,6 +46,18 @@ def test_sizes_come_from_the_tensors(states):
     assert load_text_encoder(gru).arguments["rnn_type"] == "GRU"
 
 
+def test_files_from_before_batch_norm_counted_are_read(states):
+    """PyTorch before 0.4.1, of the summer of 2018, wrote no num_batches_tracked: AttnGAN's first files."""
+    about, _ = load(OWN, "attn_gan")
+    whole = fill_state(about["netG"], 1)
+    old = {name: tensor for name, tensor in whole.items() if not name.endswith("num_batches_tracked")}
+    assert len(old) < len(whole)
+    found, expected = load_generator(old).state_dict(), load_generator(whole).state_dict()
+    for name, tensor in expected.items():
+        same = torch.zeros_like(tensor) if name.endswith("num_batches_tracked") else tensor
+        assert torch.equal(found[name], same), name
+
+
 def without(state, name):
     return {key: tensor for key, tensor in state.items() if key != name}
 

@@ -128,6 +128,10 @@ def test_parts_that_do_not_belong_together_are_refused(files, tmp_path):
         convert(files / "netG.pth", files / "text_encoder.pth", tmp_path / "data", out)
     with pytest.raises(CheckpointError, match="expected a discriminator"):
         converted(files, out, discriminator_path=files / "netG.pth")
+    about, _ = load(OWN, "df_gan")
+    torch.save({part: fill_state(about[part], 1) for part in ("netD", "netC")}, tmp_path / "df.pth")
+    with pytest.raises(CheckpointError, match="df.pth: is the discriminator of df_gan, the generator is ssa_gan's"):
+        converted(files, out, discriminator_path=tmp_path / "df.pth")
     assert not out.exists()
     converted(files, out, discriminator_path=None)
     written = out.read_bytes()
