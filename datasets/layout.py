@@ -6,7 +6,6 @@ image (path from the root), captions, class_id and, where there is one, box. The
 
 import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,8 +48,11 @@ class Entry:
 
 
 def metadata_file(root: Path, split: str) -> Path | None:
-    """AttnGAN's captions.pickle, if it and the split's filenames.pickle, which belongs to it, are there."""
-    if not (root / split / "filenames.pickle").is_file():
+    """AttnGAN's captions.pickle, if it and the split's filenames.pickle, which belongs to it, are there.
+
+    None for other splits than train and test, of which the pickle has no captions.
+    """
+    if split not in ("train", "test") or not (root / split / "filenames.pickle").is_file():
         return None
     return next((root / name for name in METADATA_NAMES if (root / name).is_file()), None)
 
@@ -65,16 +67,48 @@ def splits_present(root: Path) -> list[str]:
     return [split for split in SPLITS if has_layout(root, split) or metadata_file(root, split)]
 
 
+def refuse_other_files(root: Path) -> None:
+    """Raises DataError for a file that `write_layout` would replace or remove, and that is none of a layout."""
+    for path in (root / f"{split}.jsonl" for split in SPLITS):
+        if path.is_file() and not _is_layout(path):
+            raise DataError(f"{path}: is not a layout; rename it, since prepare writes or removes a file of this name")
+
+    # The vocabulary.
+    path = root / VOCABULARY_NAME
+    if path.is_file():
+        try:
+            Vocabulary.load(path)
+        except DataError:
+            raise DataError(
+                f"{path}: is not a layout's vocabulary; rename it, since prepare writes a file of this name"
+            ) from None
+
+
+def _is_layout(path: Path) -> bool:
+    """Whether the first line of a {split}.jsonl has the fields of an Entry, or the file is empty."""
+    with path.open("rb") as file:
+        line = file.readline(1 << 24)
+    if not line:
+        return True
+    try:
+        Entry(**parse_json(line.decode("utf-8")))
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
 def write_layout(root: str | Path, splits: Mapping[str, Sequence[Entry]]) -> Vocabulary:
     """Write the common layout, each file whole or not at all, and return the vocabulary.
 
     vocabulary.json comes last. Splits of an earlier build that `splits` lacks are removed. Raises DataError where train
-    or test would be empty.
+    or test would be empty, and for an entry that `read_layout` would refuse.
     """
     root = Path(root)
     for split in ("train", "test"):
         if not splits.get(split):
             raise DataError(f"{root}: there would be no image in the split {split!r}")
+    for split, entries in splits.items():
+        _check_entries(root, split, entries)
 
     # The words of all splits together, as in AttnGAN: a word that only test captions use needs an index, too.
     ordered = [split for split in ("train", "test", "val") if split in splits]
@@ -88,6 +122,23 @@ def write_layout(root: str | Path, splits: Mapping[str, Sequence[Entry]]) -> Voc
             path.unlink(missing_ok=True)
     vocabulary.save(root / VOCABULARY_NAME)
     return vocabulary
+
+
+def _check_entries(root: Path, split: str, entries: Sequence[Entry]) -> None:
+    """Raises DataError for an entry that loading would refuse, or that has the key of another."""
+    keys: set[str] = set()
+    for entry in entries:
+        try:
+            if _checked(entry).key in keys:
+                raise ValueError("its name is there twice")
+        except UnicodeEncodeError as error:
+            text = shown(error.object)
+            raise DataError(f"{text}: is not UTF-8; rename the file, or write the caption anew") from None
+        except ValueError as error:
+            raise DataError(
+                f"{root}: the image {shown(entry.key)} of {split}: {error}; correct the originals or leave it out"
+            ) from None
+        keys.add(entry.key)
 
 
 def _to_line(entry: Entry) -> str:
@@ -156,8 +207,8 @@ def _checked(entry: Entry) -> Entry:
     texts = [entry.key, entry.image, *(entry.captions if isinstance(entry.captions, list) else [])]
     if not all(isinstance(text, str) for text in texts) or not entry.key or len(texts) < 3:
         raise ValueError("key and image must be texts, captions a list of at least one")
-    if any(re.search("[\ud800-\udfff]", text) for text in texts):
-        raise ValueError("a text holds half a character")
+    for text in texts:
+        text.encode("utf-8")  # half a character: UnicodeEncodeError, which is a ValueError
     if not stays_inside(entry.image):
         raise ValueError(
             f"the image {shown(entry.image)} is outside the data folder; a link in the folder may lead there"
@@ -217,14 +268,14 @@ def read_metadata(name: str, root: Path, split: str, vocabulary: Vocabulary | No
 def _read_captions(captions_path: Path, names_path: Path, split: str) -> tuple[Vocabulary, list[str], Captions]:
     """The vocabulary, the keys of the split's images, and for each its captions."""
     train, test, vocabulary = load_captions_pickle(captions_path)
-    keys = _expect_list(load_legacy_pickle(names_path), names_path)
+    keys = expect_list(load_legacy_pickle(names_path), names_path)
     outside = [key for key in keys if not isinstance(key, str) or not stays_inside(key)]
     if outside:
         raise DataError(f"{names_path}: {shown(outside[0])} names no image inside the data folder; copy the file again")
-    flat = _expect_list(train if split == "train" else test, captions_path)
+    flat = expect_list(train if split == "train" else test, captions_path)
 
     # The pickle holds one flat list: as many captions for each image.
-    if not keys or len(flat) % len(keys):
+    if not keys or not flat or len(flat) % len(keys):
         raise DataError(
             f"{captions_path}: holds {len(flat)} captions for {split}, which is no multiple of the {len(keys)} images "
             f"in {names_path}; the two files do not belong together"
@@ -255,7 +306,7 @@ def _as_written(root: Path, keys: Sequence[str], decoded: list[list[str]]) -> li
     texts, missing = [], []
     for key, group in zip(keys, decoded, strict=True):
         path = root / "text" / f"{key}.txt"
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n") if path.is_file() else []
         written = [line.strip() for line in lines if tokenize(line)][: len(group)]
         if len(written) < len(group):
             missing.append(key)
@@ -270,7 +321,8 @@ def _as_written(root: Path, keys: Sequence[str], decoded: list[list[str]]) -> li
     return texts
 
 
-def _expect_list(value: object, path: Path) -> list:
+def expect_list(value: object, path: Path) -> list:
+    """What a pickle holds, as a list. Raises DataError where it is none."""
     if not isinstance(value, (list, tuple, np.ndarray)):
         raise DataError(f"{path}: must hold a list, not {type(value).__name__}")
     return list(value)
@@ -285,7 +337,7 @@ def _class_ids(path: Path, keys: Sequence[str]) -> np.ndarray:
         return np.arange(len(keys), dtype=np.int64)
 
     try:
-        class_ids = np.array([int(number) for number in _expect_list(load_legacy_pickle(path), path)], dtype=np.int64)
+        class_ids = np.array([int(number) for number in expect_list(load_legacy_pickle(path), path)], dtype=np.int64)
     except (TypeError, ValueError, OverflowError):
         raise DataError(f"{path}: must hold a whole number for each image; copy the file again") from None
     if len(class_ids) != len(keys):

@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from datasets import DATASETS, check_name
-from datasets.layout import SPLITS, VOCABULARY_NAME, Entry, metadata_file, write_layout
+from datasets.layout import SPLITS, VOCABULARY_NAME, Entry, metadata_file, refuse_other_files, write_layout
 from datasets.sources.building import BuildOptions
 from miscc.command_line import CommandParser, add_data_dir_option, positive, seed_number
-from miscc.errors import DataError, run_command, shown
+from miscc.errors import DataError, run_command
 from miscc.images import open_rgb
 from miscc.progress import ProgressBar
 from miscc.vocabulary import Vocabulary, tokenize
@@ -59,8 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             option = "--" + name.replace("caption_columns", "caption_column").replace("_", "-")
             raise DataError(f"{option} has no meaning for {args.name}, only for {' and '.join(_ONLY_FOR[name])}")
 
-    # ToyBirds' originals are drawn first.
+    # Files of the user's own under the names of a layout are kept.
     root = args.data_dir or Path("data") / args.name
+    refuse_other_files(root)
+
+    # ToyBirds' originals are drawn first.
     sizes = {name: given.pop(name) for name in ("train_size", "test_size", "image_size") if name in given}
     if args.name == "toybirds":
         from datasets.toybirds.dataset import write_cub_layout
@@ -81,10 +84,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         vocabulary = write_layout(root, splits)
     except OSError as error:
         raise DataError(f"{root}: cannot be written ({error}); the layout goes beside the data") from None
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{shown(error.object)[:200]}: is not UTF-8; rename the file, or write the caption anew"
-        ) from None
     print("\n".join(_summary(args.name, root, splits, vocabulary, before)))
 
 

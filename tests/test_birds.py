@@ -121,3 +121,63 @@ def test_cub_with_its_real_captions(tmp_path):
     records, _ = load_records("birds", tmp_path, "train")
     assert len(set(records.class_ids.tolist())) == 150
     assert sum(len(group) for group in records.captions) == 88_550
+
+
+# Originals with mistakes
+
+
+def test_what_loading_would_refuse_is_not_prepared(cub):
+    write_class_lists(cub)
+    names, boxes = cub / "CUB_200_2011" / "images.txt", cub / "CUB_200_2011" / "bounding_boxes.txt"
+    text = cub / "text" / "001.Finch" / "Finch_0000.txt"
+
+    # A file of captions without one, an image that is named twice, a box without a place.
+    for path, content, message in (
+        (text, "\n \n", "Finch_0000.txt: holds no caption; write one a line, or remove the file"),
+        (names, names.read_text() + "9 001.Finch/Finch_0000.jpg\n", "images.txt: names 001.Finch/Finch_0000 twice"),
+        (boxes, boxes.read_text().replace("1.0 5.0", "nan 5.0"), "'001.Finch/Finch_0000' of train: box must be four"),
+    ):
+        before = path.read_text()
+        path.write_text(content)
+        with pytest.raises(DataError, match=message):
+            write_layout(cub, birds.build(cub, options()))
+        assert not (cub / "train.jsonl").exists()
+        path.write_text(before)
+
+    # Without them.
+    write_layout(cub, birds.build(cub, options()))
+    assert len(load_records("toybirds", cub, "train")[0]) == 5
+
+
+LISTS = ["CUB_200_2011/images.txt", "CUB_200_2011/bounding_boxes.txt", "testclasses.txt"]
+
+
+@pytest.mark.parametrize("name", [*LISTS, "text/002.Gull/Gull_0000.txt"])
+def test_windows_mark_is_no_part_of_a_list(cub, name):
+    write_class_lists(cub)
+    expected = birds.build(cub, options())
+    (cub / name).write_text((cub / name).read_text(), encoding="utf-8-sig")
+    assert birds.build(cub, options()) == expected
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_in_another_encoding_are_named(cub, name):
+    write_class_lists(cub)
+    (cub / name).write_text((cub / name).read_text(), encoding="utf-16")
+    with pytest.raises(DataError, match=f"{name}: is not UTF-8 .*save it as UTF-8"):
+        birds.build(cub, options())
+
+
+def test_a_pickle_of_names_that_is_no_list(cub):
+    for name in ("train", "test"):
+        (cub / name).mkdir()
+        (cub / name / "filenames.pickle").write_bytes(python2_pickle(5))
+    with pytest.raises(DataError, match=r"train/filenames\.pickle: must hold a list, not int"):
+        birds.build(cub, options())
+
+
+def test_a_power_is_no_number_of_a_class(tmp_path):
+    write_cub(tmp_path, {"².Finch": 1, "7.Jay": 1, "Gull": 1})
+    write_class_lists(tmp_path, ("².Finch", "Gull"), ("7.Jay",))
+    splits = birds.build(tmp_path, options())
+    assert [entry.class_id for entries in splits.values() for entry in entries] == [1, 0, 7]

@@ -341,3 +341,37 @@ def test_metadata_of_images_of_ones_own(tmp_path):
     (tmp_path / "images/a/dog.jpg").unlink()
     with pytest.raises(DataError, match="no image for a/dog"):
         load_records("folder", tmp_path, "train")
+
+
+def test_the_pickle_has_no_captions_of_other_splits(metadata):
+    (metadata / "val").mkdir()
+    (metadata / "val/filenames.pickle").write_bytes(python2_pickle(["002.Gull/Gull_0001"]))
+    assert splits_present(metadata) == ["train", "test"]
+    with pytest.raises(DataError, match="has no split 'val', only train, test"):
+        load_records("birds", metadata, "val")
+
+
+def test_a_pickle_without_captions_is_refused(metadata):
+    path = metadata / "captions.pickle"
+    path.write_bytes(pickle.dumps([[], *load_legacy_pickle(path)[1:]], protocol=2))
+    with pytest.raises(DataError, match="captions.pickle: holds 0 captions for train"):
+        load_records("birds", metadata, "train")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"image": "../pics/a.png"}, "is outside the data folder"),
+        ({"captions": []}, "captions a list of at least one"),
+        ({"key": "k0"}, "its name is there twice"),
+        ({"box": [0.0, 0.0, float("nan"), 1.0]}, "box must be four numbers"),
+        ({"key": "k\udcff"}, "is not UTF-8; rename the file"),
+    ],
+    ids=str,
+)
+def test_what_loading_would_refuse_is_not_written(layout, changed, message):
+    before = (layout / "train.jsonl").read_text()
+    entries = [Entry("k0", "images/0.jpg", ["one"], 0), Entry(**RECORD | changed)]
+    with pytest.raises(DataError, match=message):
+        write_layout(layout, {"train": entries, "test": entries[:1]})
+    assert (layout / "train.jsonl").read_text() == before

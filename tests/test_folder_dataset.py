@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import pytest
 from dataset_samples import write_image
@@ -363,3 +364,39 @@ def test_a_quote_that_is_not_closed(root):
     (root / "a.csv").write_text('image,caption\ncat.jpg,"a cat\n' + "dog.png,a dog, another dog\n" * 10_000)
     with pytest.raises(DataError, match="a.csv: cannot be read as a table .*quote"):
         folder.build(root, options())
+
+
+def test_a_missing_image_gives_its_captions_to_no_other(tmp_path, caplog):
+    """images/a/ is there, without 001.png, which only b/ has."""
+    for name in ("a/002.png", "b/001.png", "b/003.png"):
+        write_image(tmp_path / "images" / name)
+    rows = ["a/001.png,a cat", "images/a/001.png,a cat", "images/001.png,a cat", "a/002.png,a dog"]
+    rows += ["b/001.png,a cow", "D:\\photos\\003.png,a fox"]  # a folder that is not here: the name decides
+    (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *rows]))
+    with caplog.at_level(logging.WARNING):
+        captions = captions_of(folder.build(tmp_path, options()))
+    assert captions == {"a/002": ["a dog"], "b/001": ["a cow"], "b/003": ["a fox"]}
+    assert "3 names with captions, but no such image (or several): a/001.png" in caplog.text
+
+
+def test_without_a_list_of_test_images_it_is_asked_for(root):
+    (root / "captions.csv").write_text(CSV)
+    (root / "train.txt").rename(root / "val.txt")
+    (root / "test.txt").unlink()
+    with pytest.raises(DataError, match=r"'test' would hold no image; add images, or add a test\.txt"):
+        folder.build(root, options())
+    (root / "test.txt").write_text("yak\n")
+    with pytest.raises(DataError, match=r"'test' would hold no image; add images, or correct test\.txt"):
+        folder.build(root, options())
+
+
+def test_a_name_that_is_not_utf8_can_be_drawn_and_shown(tmp_path, caplog):
+    first, second, bare = (os.fsdecode(name) for name in (b"cup.png", b"caf\xe9.png", b"th\xe9.png"))
+    for name in (first, second, bare):
+        write_image(tmp_path / name)
+    for name in (first, second):
+        (tmp_path / name).with_suffix(".txt").write_text("a cup")
+    with caplog.at_level(logging.WARNING):
+        splits = folder.build(tmp_path, options())
+    assert sum(len(entries) for entries in splits.values()) == 2
+    assert r"th\udce9.png" in caplog.text and caplog.text.encode("utf-8")

@@ -273,3 +273,58 @@ def test_json_that_is_none_is_one_line(root, content, name):
     (root / name).write_bytes(content)
     with pytest.raises(DataError, match=r"captions\.json|no captions found"):
         prepare.main(["folder", "--root", str(root), "--captions", str(root / name)])
+
+
+# Files that are not ours
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "val.jsonl", "test.jsonl", "vocabulary.json"])
+def test_files_of_the_user_are_kept(root, name, capsys):
+    own = json.dumps({"image": "0.jpg", "caption": "mine"}) + "\n"
+    (root / name).write_text(own)
+    with pytest.raises(DataError, match=rf"{name}: is not a layout('s vocabulary)?; rename it"):
+        prepare.main(["folder", "--root", str(root)])
+    assert (root / name).read_text() == own and not list(root.glob("t*.jsonl"))[int(name[0] == "t") :]
+
+    # Layouts of former builds, and empty files, are replaced or go.
+    (root / name).unlink()
+    for _ in range(2):
+        prepare.main(["folder", "--root", str(root)])
+        (root / "val.jsonl").touch()
+    assert len(load_records("folder", root, "train")[0]) == 4
+    capsys.readouterr()
+
+
+def test_captions_are_not_read_from_a_file_that_is_replaced(root, capsys):
+    prepare.main(["folder", "--root", str(root)])
+    before = (root / "train.jsonl").read_text()
+    for name in (str(root / "train.jsonl"), "train.jsonl"):
+        with pytest.raises(DataError, match="train.jsonl: prepare writes or removes a file of this name; rename it"):
+            prepare.main(["folder", "--root", str(root), "--captions", name])
+    assert (root / "train.jsonl").read_text() == before
+    capsys.readouterr()
+
+
+def test_images_beside_the_current_folder(root, capsys, monkeypatch):
+    (root / "data").mkdir()
+    (root / "images").rename(root / "pics")
+    (root / "captions.csv").rename(root / "data" / "captions.csv")
+    monkeypatch.chdir(root / "data")
+    prepare.main(["folder", "--root", ".", "--images", "../pics", "--test-fraction", "0.5"])
+    records, _ = load_records("folder", Path("."), "train")
+    assert len(records) == 3 and records.image_paths[0].parent == Path("linked_images")
+    assert all(path.is_file() for path in records.image_paths)
+    capsys.readouterr()
+
+
+def test_an_image_whose_name_is_not_utf8_is_one_line(root):
+    name = os.fsdecode(b"images/caf\xe9.jpg")
+    (root / "images" / "0.jpg").rename(root / name)
+    (root / "captions.csv").unlink()
+    for path in (root / "images").iterdir():
+        path.with_suffix(".txt").write_text("a dog\n")
+    for split in ("train", "test"):  # a seeded split
+        (root / f"{split}.txt").unlink()
+    with pytest.raises(DataError, match=r"caf\\udce9.* is not UTF-8; rename the file"):
+        prepare.main(["folder", "--root", str(root)])
+    assert not (root / "train.jsonl").exists()

@@ -7,7 +7,7 @@ import logging
 import os
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,23 +46,31 @@ class ImageIndex:
         self.root, self.folder = root, folder
         self.paths: list[str] = sorted(_walk(folder))
 
-        # Four tables, from the most to the least specific spelling of a file.
-        self._by_name: list[dict[str, list[str]]] = [defaultdict(list) for _ in range(4)]
+        # Two tables of paths and two of names, with and without suffix.
+        self._by_path: list[dict[str, list[str]]] = [defaultdict(list) for _ in range(2)]
+        self._by_name: list[dict[str, list[str]]] = [defaultdict(list) for _ in range(2)]
         for path in self.paths:
             name = path.rpartition("/")[2]
-            for table, spelling in zip(
-                self._by_name, (path, os.path.splitext(path)[0], name, os.path.splitext(name)[0]), strict=True
-            ):
-                table[spelling].append(path)
+            for tables, spelling in ((self._by_path, path), (self._by_name, name)):
+                tables[0][spelling].append(path)
+                tables[1][os.path.splitext(spelling)[0]].append(path)
 
     def find(self, reference: str) -> str | None:
         """The file's path below the folder, or None if there is no such file or more than one."""
+        # As a path, from the folder or from the root.
         reference = reference.strip().replace("\\", "/").removeprefix("./")
-        for spelling in (reference, _below(self.folder, self.root / reference), reference.rpartition("/")[2]):
-            for table in self._by_name:
-                if spelling and len(table.get(spelling, ())) == 1:
-                    return table[spelling][0]
-        return None
+        found = _only(self._by_path, reference) or _only(
+            self._by_path, _below(self.folder, self.root / reference) or ""
+        )
+
+        # By the name alone. Where the reference's folder is there, an image of this name elsewhere is another one.
+        place, _, name = reference.rpartition("/")
+        return found or (None if place and self._has_folder(place) else _only(self._by_name, name))
+
+    def _has_folder(self, place: str) -> bool:
+        """Whether this folder is there below the root or the folder of the images."""
+        paths = [(base, base / place) for base in (self.root, self.folder)]
+        return any(_below(base, path) is not None and os.path.isdir(path) for base, path in paths)
 
     def from_root(self, path: str) -> str:
         """A path below the folder -> the path that an Entry has: from the root, or absolute where it lies outside."""
@@ -70,11 +78,18 @@ class ImageIndex:
         return _below(self.root, full) or str(full.resolve())
 
 
+def _only(tables: Iterable[Mapping[str, list[str]]], spelling: str) -> str | None:
+    """The one file with this spelling, from the first table where just one has it."""
+    return next((table[spelling][0] for table in tables if len(table.get(spelling, ())) == 1), None)
+
+
 def _below(folder: Path, path: Path) -> str | None:
+    """The path from the folder, or None where it leads out of it."""
     try:
-        return path.relative_to(folder).as_posix()
+        below = path.relative_to(folder)
     except ValueError:
         return None
+    return None if ".." in below.parts else below.as_posix()
 
 
 def _walk(folder: Path) -> Iterable[str]:
@@ -216,7 +231,9 @@ def _by_lists(entries: dict[str, Entry], index: ImageIndex, lists: dict[str, lis
             rest = []
     if rest:
         logger.warning("%d images are in no split list and are left out: %s", len(rest), named(rest))
-    return _checked({split: [e for path, e in entries.items() if assigned.get(path) == split] for split in SPLITS})
+    return _checked(
+        {split: [e for path, e in entries.items() if assigned.get(path) == split] for split in SPLITS}, lists
+    )
 
 
 def _seeded(entries: dict[str, Entry], options: BuildOptions) -> dict[str, list[Entry]]:
@@ -227,7 +244,7 @@ def _seeded(entries: dict[str, Entry], options: BuildOptions) -> dict[str, list[
     """
     # Rank the images.
     draws = {
-        path: float(stream(options.seed, "split", zlib.crc32(entry.key.encode())).random())
+        path: float(stream(options.seed, "split", zlib.crc32(entry.key.encode("utf-8", "surrogateescape"))).random())
         for path, entry in entries.items()
     }
     by_draw = sorted(entries, key=draws.__getitem__)
@@ -242,11 +259,13 @@ def _seeded(entries: dict[str, Entry], options: BuildOptions) -> dict[str, list[
         "no split lists (train.txt, test.txt): a seeded split, %d test and %d val images, the other %d train",
         *(num_test, num_val, total - num_test - num_val),
     )
-    return _checked({split: [e for path, e in entries.items() if split_of[path] == split] for split in SPLITS})
+    return _checked({split: [e for path, e in entries.items() if split_of[path] == split] for split in SPLITS}, ())
 
 
-def _checked(splits: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
+def _checked(splits: dict[str, list[Entry]], listed: Collection[str]) -> dict[str, list[Entry]]:
+    """The splits that hold an image. Raises DataError where train or test does not; listed: those that have a list."""
     for split in ("train", "test"):
         if not splits[split]:
-            raise DataError(f"the split {split!r} would hold no image; add images, or correct {split}.txt")
+            remedy = f"correct {split}.txt" if split in listed else f"add a {split}.txt"
+            raise DataError(f"the split {split!r} would hold no image; add images, or {remedy}")
     return {split: entries for split, entries in splits.items() if entries}

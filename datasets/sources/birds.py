@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.layout import Entry
+from datasets.layout import Entry, expect_list
 from datasets.pickles import load_legacy_pickle
-from datasets.sources.building import BuildOptions, first_present, missing_pieces, named
+from datasets.sources.building import BuildOptions, first_present, missing_pieces, named, read_text
 from miscc.errors import DataError, shown
 from miscc.files import stays_inside
 
@@ -134,13 +134,18 @@ def _find(root: Path) -> _Found:
 
 def _read_names(path: Path) -> dict[str, str]:
     """images.txt: `number class/name.jpg` a line -> number to key."""
-    names = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    names: dict[str, str] = {}
+    for line in read_text(path).splitlines():
         number, _, name = line.strip().partition(" ")
         if name:
             if not stays_inside(name):
                 raise DataError(f"{path}: {shown(name)} is not inside the folder of the images; take it out")
             names[number] = os.path.splitext(name.strip())[0]
+
+    # Each image once.
+    twice = [key for key, count in Counter(names.values()).items() if count > 1]
+    if twice:
+        raise DataError(f"{path}: names {named(twice)} twice; take out one line")
     return names
 
 
@@ -148,7 +153,7 @@ def _read_boxes(images: _Images) -> dict[str, list[float]]:
     """bounding_boxes.txt: `number x y width height` a line -> key to box."""
     names = _read_names(images.names)
     boxes = {}
-    for line in images.boxes.read_text(encoding="utf-8").splitlines():
+    for line in read_text(images.boxes).splitlines():
         number, *box = line.split() or [""]
         if number in names and len(box) == 4:
             try:
@@ -168,7 +173,7 @@ def _split(root: Path, keys: Sequence[str]) -> dict[str, list[str]] | None:
     train_list = first_present(root, [f"{folder}/trainvalclasses.txt" for folder in _SPLIT_FOLDERS])
     test_list = first_present(root, [f"{folder}/testclasses.txt" for folder in _SPLIT_FOLDERS])
     if train_list and test_list:
-        train, test = (set(path.read_text(encoding="utf-8").split()) for path in (train_list, test_list))
+        train, test = (set(read_text(path).split()) for path in (train_list, test_list))
         if train & test:
             raise DataError(f"{test_list}: {named(sorted(train & test))} are training classes in {train_list}, too")
         return {
@@ -180,7 +185,9 @@ def _split(root: Path, keys: Sequence[str]) -> dict[str, list[str]] | None:
     pickles = {name: root / name / "filenames.pickle" for name in ("train", "test")}
     if all(path.is_file() for path in pickles.values()):
         known = set(keys)
-        listed = {name: [str(key) for key in load_legacy_pickle(path)] for name, path in pickles.items()}
+        listed = {
+            name: [str(key) for key in expect_list(load_legacy_pickle(path), path)] for name, path in pickles.items()
+        }
         return {name: [key for key in members if key in known] for name, members in listed.items()}
 
     # The whole of CUB without either: the ids of Reed's classes are known.
@@ -211,8 +218,11 @@ def _entries(keys: Sequence[str], images: str, texts: Path, boxes: dict[str, lis
     class_ids = {name: class_id for class_id, name in enumerate(sorted({_class_of(key) for key in keys}))}
     entries = []
     for key in keys:
-        lines = (texts / f"{key}.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+        path = texts / f"{key}.txt"
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
         captions = [line.strip() for line in lines if line.strip()][:CAPTIONS_PER_IMAGE]
+        if not captions:
+            raise DataError(f"{path}: holds no caption; write one a line, or remove the file")
         entries.append(Entry(key, f"{images}/{key}.jpg", captions, _class_id(key, class_ids), boxes[key]))
 
     counts = Counter(len(entry.captions) for entry in entries)
@@ -225,4 +235,4 @@ def _entries(keys: Sequence[str], images: str, texts: Path, boxes: dict[str, lis
 def _class_id(key: str, class_ids: dict[str, int]) -> int:
     """CUB's own id, which starts the folder's name (`001.Black_footed_Albatross`), else that of the folder."""
     prefix = key.partition(".")[0]
-    return int(prefix) if prefix.isdigit() else class_ids[_class_of(key)]
+    return int(prefix) if prefix.isdecimal() else class_ids[_class_of(key)]

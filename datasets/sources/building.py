@@ -61,6 +61,14 @@ def first_present(root: Path, names: Sequence[str]) -> Path | None:
     return next((path for path in (root / name for name in names) if path.exists()), None)
 
 
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with Windows' mark or without it. Raises DataError for another encoding."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+
+
 def missing_pieces(what: str, missing: Sequence[str]) -> str:
     """A message with one line for each missing thing."""
     return "\n".join([f"{what}; missing:", *(f"  - {line}" for line in missing)])
@@ -68,6 +76,7 @@ def missing_pieces(what: str, missing: Sequence[str]) -> str:
 
 def named(items: Collection[str], limit: int = 3) -> str:
     """The first few of many by name: `a, b, c and 9 more`."""
-    items = list(items)
+    # Names of files need not be UTF-8: what cannot be printed is escaped.
+    names = [item.encode("utf-8", "backslashreplace").decode() for item in list(items)[:limit]]
     rest = f" and {len(items) - limit:,} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + rest
+    return ", ".join(names) + rest

@@ -83,7 +83,7 @@ def read_coco_captions(path: Path) -> dict[str, list[str]]:
     Raises DataError when the file is of another form.
     """
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
         captions = defaultdict(list)
         for annotation in content["annotations"]:
             captions[annotation["image_id"]].append(" ".join(annotation["caption"].split()))

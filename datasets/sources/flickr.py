@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datasets.layout import Entry
 from datasets.sources.assemble import Row, assemble, image_index, locate
-from datasets.sources.building import BuildOptions, first_present, missing_pieces
+from datasets.sources.building import BuildOptions, first_present, missing_pieces, read_text
 from miscc.errors import DataError
 
 __all__ = ["build", "build_found", "find", "locate"]
@@ -67,23 +67,27 @@ def build_found(
 
     other_lists: image names of each split, used where Flickr's own lists are missing
     """
-    own_lists = {split: path.read_text(encoding="utf-8").split() for split, path in originals.lists.items()}
+    own_lists = {split: read_text(path).split() for split, path in originals.lists.items()}
     index = image_index(root, options, IMAGE_FOLDERS)
     return assemble(root, _read_captions(originals.captions), index, options, own_lists or other_lists)
 
 
 def _is_caption_file(path: Path) -> bool:
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         first = file.readline().strip()
     return bool(_TOKEN_LINE.match(first)) or first.lower().replace(" ", "") == "image,caption"
 
 
 def _read_captions(path: Path) -> list[Row]:
     """Token files (`name#number<tab>caption`), or the captions.txt that others made of them (`image,caption`)."""
-    # captions.txt: not every caption with a comma is quoted, so all fields after the first are joined.
-    text = path.read_text(encoding="utf-8", errors="replace")
+    # captions.txt: not every caption with a comma is quoted, so all fields after the first are joined. Line by line, so
+    # that a quote that is not closed takes no other line.
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
     if not _TOKEN_LINE.match(text):
-        lines = list(csv.reader(text.splitlines()))[1:]
+        try:
+            lines = [next(csv.reader([line]), []) for line in text.splitlines()[1:]]
+        except csv.Error as error:
+            raise DataError(f"{path}: cannot be read as a table ({error}); copy it again") from None
         return [Row(line[0], [", ".join(line[1:])]) for line in lines if len(line) > 1]
 
     # Token files.

@@ -7,6 +7,7 @@ import csv
 import io
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,9 @@ from pathlib import Path
 from datasets.layout import SPLITS, VOCABULARY_NAME, Entry
 from datasets.sources import flickr
 from datasets.sources.assemble import ImageIndex, Row, assemble, image_index, locate
-from datasets.sources.building import BuildOptions
+from datasets.sources.building import BuildOptions, named, read_text
 from datasets.sources.coco import read_coco_captions
-from miscc.errors import DataError
+from miscc.errors import DataError, shown
 from miscc.files import parse_json
 
 __all__ = ["build", "locate"]
@@ -28,6 +29,7 @@ _LISTS = {
     "val": ("val.txt", "dev.txt", "valid.txt", "validation.txt"),
     "test": ("test.txt",),
 }
+_OWN = (VOCABULARY_NAME, *(f"{split}.jsonl" for split in SPLITS))  # what prepare writes
 _IMAGE_COLUMNS = ("image", "file", "filename", "file_name", "path", "filepath", "image_path", "image_name", "img")
 _CAPTION_COLUMN = re.compile(r"(caption|text|sentence|description|comment|prompt)s?[_ ]?\d*$")
 _LABEL_COLUMNS, _TAG_COLUMNS = ("label", "labels", "title", "name"), ("tags", "keywords")
@@ -64,15 +66,17 @@ def build(root: Path, options: BuildOptions) -> dict[str, list[Entry]]:
 
 
 def _chosen_source(root: Path, captions: Path) -> Path:
-    """--captions, which may be given from the current folder or from the root."""
-    return root / captions if not captions.is_file() and (root / captions).is_file() else captions
+    """--captions, which may be given from the current folder or from the root. Raises DataError for a layout's file."""
+    source = root / captions if not captions.is_file() and (root / captions).is_file() else captions
+    if source.resolve() in [(root / name).resolve() for name in _OWN]:
+        raise DataError(f"--captions {captions}: prepare writes or removes a file of this name; rename it")
+    return source
 
 
 def _find_source(root: Path) -> Path | None:
     """The one caption file in the root. Raises DataError if there are several."""
     # Tables and JSON lines before COCO's JSON; what prepare wrote itself is no source.
-    own = {VOCABULARY_NAME, *(f"{split}.jsonl" for split in SPLITS)}
-    files = [path for path in sorted(root.iterdir()) if path.is_file() and path.name not in own]
+    files = [path for path in sorted(root.iterdir()) if path.is_file() and path.name not in _OWN]
     found = [path for path in files if path.suffix.lower() in (".csv", ".tsv", ".jsonl")]
     found = found or [path for path in files if path.suffix.lower() == ".json" and _is_coco(path)]
 
@@ -85,7 +89,7 @@ def _find_source(root: Path) -> Path | None:
 
 def _is_coco(path: Path) -> bool:
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and {"images", "annotations"} <= content.keys()
@@ -100,25 +104,24 @@ def _read(path: Path, options: BuildOptions) -> list[Row]:
     return kinds[path.suffix.lower()](path, options)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
-
-
 def _table(path: Path, options: BuildOptions) -> list[Row]:
     """A table whose first line names the columns, separated by commas, semicolons, tabs or bars."""
     # The delimiter is the one that occurs most often in the first line.
-    text = _read_text(path)
+    text = read_text(path)
     header = text.partition("\n")[0]
     delimiter = max(",;\t|", key=header.count)
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         names = [name.strip() for name in next(reader, [])]
         lines = [(reader.line_num, line) for line in reader if line]
     except csv.Error as error:
-        raise DataError(f"{path}: cannot be read as a table ({error}); look for a quote that is not closed") from None
+        raise DataError(
+            f"{path}: cannot be read as a table ({error}); look in or before line {reader.line_num} for a quote that is not "
+            f"closed, or that stands inside a quoted text and is not doubled"
+        ) from None
+    twice = [name for name, number in Counter(names).items() if number > 1 and name]
+    if twice:
+        raise DataError(f"{path}: two columns are called {named(twice)}; rename one")
 
     # A line with too many fields holds a caption with a comma and no quotes. Where the caption is the last column, the
     # surplus fields belong to it; elsewhere it could be any of them.
@@ -133,13 +136,13 @@ def _table(path: Path, options: BuildOptions) -> list[Row]:
                 )
             line[len(names) - 1 :] = [f"{delimiter} ".join(line[len(names) - 1 :])]
         records.append(dict(zip(names, line, strict=False)))
-    return _rows(records, columns)
+    return _rows(path, records, columns)
 
 
 def _json_lines(path: Path, options: BuildOptions) -> list[Row]:
     """A JSON object a line, such as {"image": "a.jpg", "captions": ["a dog", "a black dog"]}."""
     records = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -149,7 +152,7 @@ def _json_lines(path: Path, options: BuildOptions) -> list[Row]:
         if not isinstance(record, dict):
             raise DataError(f"{path}, line {number}: must be a JSON object, not {type(record).__name__}")
         records.append(record)
-    return _rows(records, _choose_columns(path, list(records[0]) if records else [], records, options))
+    return _rows(path, records, _choose_columns(path, list(records[0]) if records else [], records, options))
 
 
 def _coco(path: Path, options: BuildOptions) -> list[Row]:
@@ -162,7 +165,7 @@ def _text_files(index: ImageIndex) -> list[Row]:
     for path in index.paths:
         text = (index.folder / path).with_suffix(".txt")
         if text.is_file():
-            rows.append(Row(path, _read_text(text).splitlines()))
+            rows.append(Row(path, read_text(text).splitlines()))
     if rows:
         logger.info("captions: the .txt beside each of %d images, one a line", len(rows))
     return rows
@@ -196,26 +199,34 @@ def _choose_columns(path: Path, names: Sequence[str], lines: Sequence, options: 
     return _Columns(image, captions, options.class_column)
 
 
-def _rows(records: Sequence[dict], columns: _Columns) -> list[Row]:
+def _rows(path: Path, records: Sequence[dict], columns: _Columns) -> list[Row]:
     rows = []
     for record in records:
         if record.get(columns.image):
-            texts = [text for group in columns.captions for text in _texts(record, group)]
+            texts = [text for group in columns.captions for text in _texts(path, record, group)]
             class_name = record.get(columns.class_name) if columns.class_name else None
-            rows.append(Row(str(record[columns.image]), texts, None if class_name is None else str(class_name)))
+            class_name = None if class_name is None else str(class_name).strip() or None  # an empty cell is no class
+            rows.append(Row(str(record[columns.image]), texts, class_name))
     return rows
 
 
-def _texts(record: dict, group: Sequence[str]) -> list[str]:
+def _texts(path: Path, record: dict, group: Sequence[str]) -> list[str]:
     """The captions in a group of columns: one column may hold several; the values of several columns make one caption."""
-    # One column: a caption, or a list of them.
-    values = [record.get(name) for name in group]
-    if len(values) == 1:
-        return [str(text) for text in (values[0] if isinstance(values[0], list) else [values[0]]) if text]
+    values = [(name, record.get(name)) for name in group]
+    flat = [(name, text) for name, value in values for text in (value if isinstance(value, list) else [value]) if text]
+    texts = [_text(path, name, text) for name, text in flat]
 
-    # Several: all values joined to one caption; tags, which are separated by bars, become parts of it.
-    flat = (text for value in values for text in (value if isinstance(value, list) else [value]) if text)
-    return [", ".join(str(text).replace("|", ", ") for text in flat)]
+    # One column: a caption, or a list of them. Several: one caption; tags, which bars separate, become parts of it.
+    return texts if len(group) == 1 else [", ".join(text.replace("|", ", ") for text in texts)]
+
+
+def _text(path: Path, column: str, value: object) -> str:
+    """A caption as text. Karpathy's lists hold an object for each, with the text as `raw`. Raises DataError for others."""
+    if isinstance(value, dict):
+        value = next((value[name] for name in ("raw", "caption") if name in value), value)
+    if not isinstance(value, (str, int, float)):
+        raise DataError(f"{path}: {column!r} holds {shown(value)}, which is no caption; write captions as texts")
+    return str(value)
 
 
 def _image_column(path: Path, names: Sequence[str], options: BuildOptions) -> str:
@@ -259,5 +270,5 @@ def _lists(root: Path) -> dict[str, list[str]]:
     for split, names in _LISTS.items():
         path = next((root / name for name in names if (root / name).is_file()), None)
         if path is not None:
-            lists[split] = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
+            lists[split] = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     return lists
