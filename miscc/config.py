@@ -77,7 +77,8 @@ def read_yaml(path: str | Path, schema: Schema) -> dict[str, Any]:
 
     # An empty file changes nothing; anything but a mapping is no settings file.
     try:
-        document = read_yaml_text(path.read_text(encoding="utf-8"))
+        content = path.read_text(encoding="utf-8")
+        document = read_yaml_text(content)
     except (ConfigError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     if document is None:
@@ -87,7 +88,11 @@ def read_yaml(path: str | Path, schema: Schema) -> dict[str, Any]:
 
     # A group whose lines are all commented out, `TRAIN:` alone, holds nothing.
     groups = {key.rsplit(".", depth)[0] for key in schema for depth in range(1, key.count(".") + 1)}
-    return {key: value for key, value in flatten(document).items() if value is not None or key not in groups}
+    given = {key: value for key, value in flatten(document).items() if value not in (None, {}) or key not in groups}
+
+    # Texts as they are spelled: 1.10 is a name, not 1.1.
+    spelled = flatten(read_yaml_text(content, numbers=False))
+    return given | {key: spelled[key] for key in given if key in schema and schema[key].type is str}
 
 
 def resolve(given: Mapping[str, Any], schema: Schema, defaults: Mapping[str, Any], parts: Iterable[type]) -> Config:
@@ -126,10 +131,14 @@ def without_effect(given: Mapping[str, Any], schema: Schema, used: Iterable[str]
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
-    """{"TRAIN": {"NF": 64}} -> {"TRAIN.NF": 64}. Raises ConfigError for a key that is there both nested and dotted."""
+    """{"TRAIN": {"NF": 64}} -> {"TRAIN.NF": 64}. An empty mapping is a value.
+
+    Raises ConfigError for a key that is there both nested and dotted.
+    """
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        below = flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        is_group = isinstance(value, Mapping) and bool(value)
+        below = flatten(value, f"{prefix}{name}.") if is_group else {f"{prefix}{name}": value}
         if twice := flat.keys() & below.keys():
             raise ConfigError(f"{shown(min(twice))} is given twice; keep one")
         flat |= below
@@ -217,7 +226,8 @@ def _convert(key: str, value: Any, schema: Schema) -> Any:
 
     converted = _as_type(value, one.type)
     if converted is None:
-        raise ConfigError(f"{key}: must be {TYPE_NAMES[one.type]}, for example {one.default!r}, not {shown(value)}")
+        example = "" if one.default is None else f", for example {one.default!r}"
+        raise ConfigError(f"{key}: must be {TYPE_NAMES[one.type]}{example}, not {shown(value)}")
     return converted
 
 

@@ -20,8 +20,10 @@ class _Reader(yaml.SafeLoader):
     YAML 1.1 reads 12:30:45 as a number to base 60 and 2024-13-45 as a date; here both are texts.
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, numbers: bool = True):
+        """numbers: False: numbers are texts, too, as they are spelled"""
         super().__init__(text)
+        self.numbers = numbers
         self.num_lines = len(text.splitlines())
         self._sizes: dict[int, int] = {}  # nodes by id; an alias counts as often as it is used
 
@@ -64,17 +66,22 @@ class _Reader(yaml.SafeLoader):
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
         tag = super().resolve(kind, value, implicit)
-        is_dated = tag.endswith(":timestamp") or (tag.endswith((":int", ":float")) and ":" in value)
-        return self.DEFAULT_SCALAR_TAG if is_dated else tag
+        is_text = tag.endswith((":int", ":float")) and (":" in value or not self.numbers)
+        return self.DEFAULT_SCALAR_TAG if is_text or tag.endswith(":timestamp") else tag
 
 
-def read_yaml_text(text: str) -> Any:
-    """The document in a text: mappings, lists, texts, numbers, booleans, None. Raises ConfigError, which says what is wrong."""
+def read_yaml_text(text: str, numbers: bool = True) -> Any:
+    """The document in a text: mappings, lists, texts, numbers, booleans, None.
+
+    numbers: False: each number is the text that it is spelled as, 1.10 is "1.10"
+
+    Raises ConfigError, which says what is wrong.
+    """
     if len(text) > MOST_CHARACTERS:
         raise ConfigError(f"has {len(text):,} characters; settings have {MOST_CHARACTERS:,} at most")
     reader = None
     try:
-        reader = _Reader(text)
+        reader = _Reader(text, numbers)
         return reader.get_single_data()
 
     # `!!int x` and the like show as nearly any error.

@@ -230,6 +230,10 @@ def test_a_system_that_is_not_there_is_named(tmp_path):
         ("TRAIN: {NF: 8}\nSEED: 1\nTRAIN: {BATCH_SIZE: 8}", "'TRAIN' is given twice.*line 3"),
         ("TRAIN.NF: 8\nTRAIN: {NF: 16}", "'TRAIN.NF' is given twice"),
         ("GPU_ID: -2", "GPU_ID: must be at least -1"),
+        ("GPU_ID: [0]", r"GPU_ID: must be a whole number, not \[0\]$"),
+        ("SEED: {}", r"SEED: must be a whole number, for example 100, not \{\}"),
+        ("CONFIG_NAME: {}", r"CONFIG_NAME: must be a text.* not \{\}"),
+        ("TRAIN: {BETAS: {}}", r"TRAIN.BETAS: must be a list of numbers.* not \{\}"),
         ('DATA_DIR: "a\\0b"', "DATA_DIR: must be a text"),
         ("TRAIN: " + "[" * 5000, "nested too deeply"),
         ("#" + "x" * 300_000, "has 300,001 characters"),
@@ -254,6 +258,13 @@ def test_aliases_within_bounds_and_texts_that_look_like_numbers_load(tmp_path):
     cfg = load_config(write(tmp_path, text))
     assert cfg.TRAIN.GENERATOR_LR == cfg.TRAIN.DISCRIMINATOR_LR == 1e-3
     assert (cfg.CONFIG_NAME, cfg.OUTPUT_DIR) == ("2024-01-02", "12:30:45")
+    assert load_config(write(tmp_path, to_yaml(cfg))) == cfg
+
+
+def test_texts_keep_their_spelling_and_groups_may_be_empty(tmp_path):
+    text = "CONFIG_NAME: 1.10\nOUTPUT_DIR: 1_0\nSEED: 1_0\nTRAIN: {GENERATOR_LR: 0.10}\nTREE: {}\nTEXT:\n"
+    cfg = load_config(write(tmp_path, text))
+    assert (cfg.CONFIG_NAME, cfg.OUTPUT_DIR, cfg.SEED, cfg.TRAIN.GENERATOR_LR) == ("1.10", "1_0", 10, 0.1)
     assert load_config(write(tmp_path, to_yaml(cfg))) == cfg
 
 
@@ -330,6 +341,7 @@ def test_our_own_files_load_without_a_warning(path):
 
 def test_flatten_and_lookup():
     assert flatten({"A": {"B": 1, "C": {"D": 2}}, "E": 3}) == {"A.B": 1, "A.C.D": 2, "E": 3}
+    assert flatten({"A": {"B": {}}}) == {"A.B": {}}
     assert lookup({"A": {"B": {"C": 7}}}, "A.B.C") == 7
 
 
