@@ -25,8 +25,10 @@ class FolderLock:
     `held` is False, and nothing is refused.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, use: str = "trained", other: str = "start a run of its own"):
         """Take the lock; makes the folder.
+
+        use, other: what the holder does with the folder, and what else one can do; for the message
 
         Raises UserError where another process holds the lock, WriteError where its file cannot be written.
         """
@@ -47,7 +49,7 @@ class FolderLock:
                 holder = self._file.read(200).strip() or "another process"
                 self._file.close()
                 raise UserError(
-                    f"{folder}: is being trained by {holder}; wait until it ends, stop it, or start a run of its own"
+                    f"{folder}: is being {use} by {holder}; wait until it ends, stop it, or {other}"
                 ) from None
             except OSError:  # a file system without locks
                 pass

@@ -20,7 +20,8 @@ from datasets.toybirds import dataset as toybirds
 from datasets.toybirds.captions import write_captions
 from datasets.toybirds.dataset import ATTRIBUTES, CLASS_IDS, PALETTE, ToyBirds, class_id, class_name, named_attributes
 from datasets.toybirds.drawing import JITTER, draw, shade
-from miscc.errors import DataError
+from miscc.errors import DataError, UserError
+from miscc.lock import FolderLock
 from miscc.randomness import stream
 
 ROOT = Path(__file__).parents[1]
@@ -441,6 +442,30 @@ def test_several_processes_write_the_same(tmp_path):
     for workers in (0, 2):
         toybirds.write_cub_layout(tmp_path / str(workers), 480, 40, image_size=32, progress=False, workers=workers)
     files = [sorted(p for p in (tmp_path / w).rglob("*") if p.is_file()) for w in "02"]
-    assert len(files[0]) == 3 * 520 + 8
+    assert len(files[0]) == 3 * 520 + 9  # the lists, the marker and the lock
     assert [p.relative_to(tmp_path / "0") for p in files[0]] == [p.relative_to(tmp_path / "2") for p in files[1]]
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True))
+
+
+def test_a_second_process_leaves_the_drawings_of_the_first_alone(tmp_path):
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        lock = FolderLock(tmp_path)
+        (tmp_path / toybirds.UNFINISHED).touch()
+        (tmp_path / "text").mkdir()
+        os.write(write, b"x")
+        signal.pause()
+        lock.release()
+    os.read(read, 1)
+    try:
+        with pytest.raises(UserError, match=f"is being drawn by process {child} .*; wait .* or choose another root"):
+            toybirds.write_cub_layout(tmp_path, 2, 2, image_size=32, progress=False)
+        assert (tmp_path / "text").is_dir()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+    # The first one was killed: the next one draws.
+    toybirds.write_cub_layout(tmp_path, 2, 2, image_size=32, progress=False)
+    assert (tmp_path / toybirds.MARKER).exists()

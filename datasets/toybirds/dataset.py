@@ -29,6 +29,7 @@ from datasets.toybirds.captions import named_attributes, write_captions
 from datasets.toybirds.drawing import draw
 from miscc.errors import DataError
 from miscc.files import read_json, write_json, write_text
+from miscc.lock import FolderLock
 from miscc.progress import ProgressBar, note
 from miscc.randomness import stream
 
@@ -126,12 +127,13 @@ def write_cub_layout(
     The bounding box is the mask's. CUB's crop around it (a square of 1.5 times its longer side) lies within or nearly
     within the frame, and shows the bird's size although it scales all birds alike: small and large birds are built
     differently. A run that was killed is done again; where one with the same parameters has finished, nothing is done.
+    Of several processes one draws, which holds the lock of the folder.
 
     train_size, test_size: numbers of birds
     image_size: 32 to 512 pixels
     workers: processes that draw; None: one a core, up to 8, or the main process alone for few birds
 
-    Raises DataError when `root` holds something else or cannot be written.
+    Raises DataError when `root` holds something else or cannot be written, UserError where another process draws there.
     """
     # Nothing to do where the same drawings are there already.
     root = Path(root)
@@ -142,8 +144,11 @@ def write_cub_layout(
             note(f"{root}: the {train_size + test_size} toy birds are already there")
         return root
 
-    # The marker comes last: a folder without it is unfinished and may be replaced.
+    # The marker comes last: a folder without it is unfinished and may be replaced, once no other process draws there.
+    lock = FolderLock(root, "drawn", "choose another root")
     try:
+        if _is_finished(root, parameters):
+            return root
         _clear_unfinished(root)
         write_json(root / UNFINISHED, parameters)
         _write_birds(root, birds, progress, workers)
@@ -154,6 +159,8 @@ def write_cub_layout(
     except OSError as error:
         reason = str(error).strip().splitlines()[-1]
         raise DataError(f"{root}: cannot be written ({reason}); free space there or choose another root") from None
+    finally:
+        lock.release()
     return root
 
 
