@@ -9,6 +9,7 @@ import gzip
 import html
 import io
 import unicodedata
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -174,9 +175,9 @@ def read_merges(path: Path) -> list[str]:
                 text = stream.read(MOST_BYTES + 1)
             if len(text) > MOST_BYTES:
                 raise ValueError(f"it unpacks to more than {MOST_BYTES >> 20} MiB")
-        lines = text.decode("utf-8").split("\n")
+        lines = text.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
         return [line for line in lines[1 : OPENAI_MERGES + 1] if line]
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: cannot be read as the merges of CLIP's tokenizer ({error}); copy it again") from None
 
 

@@ -78,6 +78,8 @@ def start(gpu: int | None = None, cuda: bool = True) -> World:
     # One of several: the GPU of its rank on this machine, or the CPU.
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = cuda and gpu != -1 and torch.cuda.is_available()
+    if on_gpu and local_rank >= (count := torch.cuda.device_count()):
+        raise ConfigError(f"process {local_rank} has no GPU: start at most {count} processes here, or use --gpu -1")
     device = choose_device(local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)

@@ -155,8 +155,9 @@ def parse_json(text: str) -> Any:
 
 def read_bytes(path: str | Path, most_bytes: int = MOST_BYTES) -> bytes:
     """The content of a small file. Raises ValueError for a pipe, device or larger file, OSError where it cannot be opened."""
-    # A pipe without a writer would be waited for.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
+    # A pipe without a writer would be waited for. Windows has no such flag, but one for text.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags), "rb") as stream:
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             raise ValueError("it is no ordinary file")
         content = stream.read(most_bytes + 1)

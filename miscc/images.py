@@ -73,21 +73,28 @@ def _decode_jpeg(path: str | Path | BytesIO, upright: bool) -> torch.Tensor | No
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB; transparent parts become white. What is RGB already is not copied."""
+    """An image of any mode as RGB; transparent parts become white. What is RGB already is not copied.
+
+    Raises DataError for pixels that are floats: they have no known range.
+    """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
+
+    # 16-bit grey: PIL's own conversions would clip at 255. One level may stand for transparent.
+    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
+        levels = np.asarray(image, dtype=np.float64)
+        scale = 65535.0 if levels.max(initial=0) > 255 else 255.0
+        grey = (levels / scale * 255).round().clip(0, 255).astype(np.uint8)
+        grey[levels == image.info.get("transparency")] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode == "F":
+        raise DataError("its pixels are floats; save it as 8-bit")
 
     # Transparency, over white.
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(background, image).convert("RGB")
-
-    # 16-bit grey: PIL's own conversion would clip at 255.
-    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
-        levels = np.asarray(image, dtype=np.float64)
-        scale = 65535.0 if levels.max(initial=0) > 255 else 255.0
-        return Image.fromarray((levels / scale * 255).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
 
 

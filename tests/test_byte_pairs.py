@@ -129,3 +129,17 @@ def test_metadata_gives_captions_as_they_were_written(tmp_path, caplog):
     words = load_records("birds", tmp_path, "train")[0]
     assert records.texts[1] == [words.text(1, 0), words.text(1, 1)]
     assert "1 of 2 images are read from captions.pickle" in caplog.text and "Jay_0001" in caplog.text
+
+
+def test_merges_with_windows_line_ends_are_the_same(tmp_path):
+    (tmp_path / "merges.txt").write_bytes(("\ufeff#version: 0.2\r\n" + "\r\n".join(MERGES) + "\r\n").encode("utf-8"))
+    assert read_merges(tmp_path / "merges.txt") == MERGES
+
+
+def test_packed_merges_with_damage_are_named(tmp_path):
+    path = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
+    whole = gzip.compress(("#version: 0.2\n" + "\n".join(MERGES) * 50).encode())
+    for position in range(10, len(whole) - 8):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+        with pytest.raises(DataError, match=r"16e6\.txt\.gz: cannot be read as the merges"):
+            read_merges(path)

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from miscc.checkpoint import load_checkpoint, load_file, save_checkpoint
-from miscc.distributed import choose_device
+from miscc.distributed import choose_device, start
 from miscc.errors import CheckpointError, ConfigError, DataError, UserError, run_command
-from miscc.files import write_atomically, write_text
+from miscc.files import read_bytes, write_atomically, write_text
 from miscc.images import from_uint8, open_rgb, to_uint8
 from miscc.pictures import attention_picture, caption_grid, encode_png, grid, save_image, unit_to_uint8
 from miscc.randomness import noise_for, stream
@@ -30,6 +30,12 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     with pytest.raises(RuntimeError):
         write_atomically(path, fail)
     assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_files_are_read_where_the_system_has_no_flag_for_pipes(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"a\r\nb")
+    monkeypatch.delattr(os, "O_NONBLOCK")  # as on Windows
+    assert read_bytes(tmp_path / "file") == b"a\r\nb"
 
 
 def test_colleagues_may_read_what_is_written(tmp_path):
@@ -104,6 +110,20 @@ def test_image_modes(tmp_path):
     deep = Image.fromarray(np.full((2, 2), 0x8000, dtype=np.uint16))
     assert opened(deep, "deep.png")[0, 0].tolist() == [128, 128, 128]
     assert opened(Image.new("LA", (2, 2), (0, 128)), "half.png")[0, 0].tolist() == pytest.approx([127] * 3, abs=1)
+
+
+def test_one_level_of_16_bit_grey_may_be_transparent(tmp_path):
+    levels = np.array([[0x8000, 0x1234], [0xFFFF, 0]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "hole.png", transparency=0x1234)
+    assert np.asarray(open_rgb(tmp_path / "hole.png"))[..., 1].tolist() == [[128, 255], [255, 0]]
+
+
+def test_pixels_that_are_floats_are_refused(tmp_path):
+    Image.fromarray(np.full((2, 2), 0.5, dtype=np.float32)).save(tmp_path / "depth.tif")
+    with pytest.raises(
+        DataError, match=r"depth\.tif: cannot be read as an image \(its pixels are floats; save it as 8-bit"
+    ):
+        open_rgb(tmp_path / "depth.tif")
 
 
 def test_photos_are_turned_upright(tmp_path):
@@ -189,6 +209,10 @@ def test_devices(monkeypatch):
     assert choose_device(1) == torch.device("cuda", 1)
     with pytest.raises(ConfigError, match="GPUs here: 0 to 1"):
         choose_device(2)
+    for name, value in {"WORLD_SIZE": "3", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="process 2 has no GPU: start at most 2 processes here, or use --gpu -1"):
+        start()
 
 
 def test_commands_turn_user_errors_into_one_line(capsys):
