@@ -1,6 +1,8 @@
 """Caption files with mistakes: quotes, columns, values that are no captions, encodings. Those without: test_folder_dataset.py."""
 
 import json
+import logging
+import os
 
 import pytest
 from dataset_samples import write_image
@@ -109,3 +111,15 @@ def test_flickrs_lists_in_another_encoding_are_named(root):
     (root / "Flickr_8k.testImages.txt").write_text("cow.jpg\n", encoding="utf-16")
     with pytest.raises(DataError, match="testImages.txt: is not UTF-8 .*save it as UTF-8"):
         flickr.build(root, options())
+
+
+def test_a_name_that_is_not_utf8_can_be_drawn_and_shown(tmp_path, caplog):
+    first, second, bare = (os.fsdecode(name) for name in (b"cup.png", b"caf\xe9.png", b"th\xe9.png"))
+    for name in (first, second, bare):
+        write_image(tmp_path / name)
+    for name in (first, second):
+        (tmp_path / name).with_suffix(".txt").write_text("a cup")
+    with caplog.at_level(logging.WARNING):
+        splits = folder.build(tmp_path, options())
+    assert sum(len(entries) for entries in splits.values()) == 2
+    assert r"th\udce9.png" in caplog.text and caplog.text.encode("utf-8")

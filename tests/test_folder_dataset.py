@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 
 import pytest
 from dataset_samples import write_image
@@ -388,15 +387,3 @@ def test_without_a_list_of_test_images_it_is_asked_for(root):
     (root / "test.txt").write_text("yak\n")
     with pytest.raises(DataError, match=r"'test' would hold no image; add images, or correct test\.txt"):
         folder.build(root, options())
-
-
-def test_a_name_that_is_not_utf8_can_be_drawn_and_shown(tmp_path, caplog):
-    first, second, bare = (os.fsdecode(name) for name in (b"cup.png", b"caf\xe9.png", b"th\xe9.png"))
-    for name in (first, second, bare):
-        write_image(tmp_path / name)
-    for name in (first, second):
-        (tmp_path / name).with_suffix(".txt").write_text("a cup")
-    with caplog.at_level(logging.WARNING):
-        splits = folder.build(tmp_path, options())
-    assert sum(len(entries) for entries in splits.values()) == 2
-    assert r"th\udce9.png" in caplog.text and caplog.text.encode("utf-8")
