@@ -34,8 +34,8 @@ from eval.scripts import (
     extraction_of,
     network_of,
     report,
-    said_of_samples,
     say_origin,
+    trained_with_of,
     update_from,
 )
 from miscc.command_line import CommandParser
@@ -216,11 +216,12 @@ def frechet_score(real: Statistics, fake: Statistics, network: FeatureNetwork | 
 
 def _name_of_files(made_by: dict) -> str:
     """The name of a distance between two files of statistics, which may say what network they are by."""
-    if not made_by:
+    if not made_by.get("network"):
         return "FD[unknown network]"
-    network, published = made_by["network"], made_by["published_weights"]
+    network, published = str(made_by["network"]), made_by.get("published_weights")
     prefix = "FID" if network.startswith("inception") and published else "FD"
-    return f"{prefix}[{network if published else network + ':' + made_by['weights_hash'][:8]}]"
+    weights_hash = str(made_by.get("weights_hash") or "unknown")[:8]
+    return f"{prefix}[{network if published else network + ':' + weights_hash}]"
 
 
 def fid(
@@ -258,8 +259,10 @@ def fid(
         assert network is not None  # for images
         metric = FrechetDistance(network, of_real, extrapolate=extrapolate, bootstrap=bootstrap, seed=seed)
         source, skipped = load_source(fake, skip_broken)
+        if len(source) < 2:
+            raise DataError(f"{fake}: holds a single image; FID needs two or more")
         scores = update_from(source, metric, network, **options).compute()
-        scores = [score.after_training(said_of_samples(fake, "trained_with")) for score in scores]
+        scores = [score.after_training(trained_with_of(fake)) for score in scores]
 
     return say_origin(scores, (real, of_real.skipped), (fake, skipped))
 

@@ -24,6 +24,7 @@ from miscc.errors import CheckpointError
 from miscc.files import read_json, write_json
 from miscc.progress import ProgressBar
 from sampling.requests import Request
+from sampling.trained_with import entries_of
 
 ABOUT_FILE = "samples.json"  # beside sampled images: what they were made with, `encoder_hash`, `trained_with` among it
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "lpips", "transformers", "pillow", "numpy", "scipy")
@@ -136,7 +137,7 @@ def score_set(
 ) -> list[Score]:
     """Update a metric with a set of images; its scores, with descriptions of these and of `real`. options: as `update_from`."""
     scores = update_from(images.source, metric, network, images.requests, **options).compute()
-    scores = [score.after_training(said_of_samples(images.path, "trained_with")) for score in scores]
+    scores = [score.after_training(trained_with_of(images.path)) for score in scores]
     if real is not None:
         return say_origin(scores, (real.path, real.skipped), (images.path, images.skipped))
     origin = {"images": str(images.path), "skipped": len(images.skipped), "skipped_names": list(images.skipped)}
@@ -198,6 +199,12 @@ def said_of_samples(folder: str | Path, field: str) -> Any:
         return read_json(Path(folder) / ABOUT_FILE).get(field)
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def trained_with_of(folder: str | Path) -> list[dict[str, str]] | None:
+    """The networks of the training that samples.json in a folder of samples names; None where it names none."""
+    said = said_of_samples(folder, "trained_with")
+    return entries_of(said) if isinstance(said, list) else None
 
 
 def run_script(

@@ -230,3 +230,11 @@ def test_precision_and_recall_of_folders(tmp_path):
     assert apart[0].value < 0.5 and "depend on both numbers" in apart[0].warnings[0]
     with pytest.raises(DataError, match="3 images; 3 neighbours need 4"):
         score_images(PrecisionRecall, write_pictures(tmp_path / "few", 3), real, network=tiny_network())
+
+
+def test_a_single_generated_image_is_refused_by_its_folder(tmp_path):
+    real, fake = write_pictures(tmp_path / "real", 3), write_pictures(tmp_path / "fake", 1)
+    with pytest.raises(DataError, match="fake: holds a single image; FID needs two or more"):
+        fid(real, fake, tiny_network())
+    with pytest.raises(DataError, match="fake: holds a single image"):
+        fid(fake, real, tiny_network())

@@ -100,6 +100,15 @@ def test_two_files_of_statistics_need_no_network(tmp_path, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, fid_main, tmp_path / "real.npz", tmp_path / "other.npz")
     assert code == 2 and "was made with resize tf1" in err and "with clean: they do not compare" in err
 
+    # A file that says less.
+    for made_by, name in (
+        ({"resize": "tf1"}, "unknown network"),
+        ({"network": "inception-tf"}, "inception-tf:unknown"),
+    ):
+        save_statistics(tmp_path / "less.npz", Statistics(np.zeros(2), np.eye(2), 5000, made_by))
+        code, out, _ = run(monkeypatch, capsys, fid_main, tmp_path / "less.npz", tmp_path / "less.npz")
+        assert code == 0 and out.startswith(f"FD[{name}] ")
+
 
 def test_without_inceptions_weights_the_error_names_the_network_that_works_offline(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))

@@ -92,6 +92,8 @@ def test_truncated_image_is_named_or_skipped_and_counted(tmp_path):
         ("floats.npz", {"images": np.zeros((2, 4, 4, 3), np.float32)}, "float32; store the images as uint8"),
         ("flat.npz", {"images": np.zeros((2, 48), np.uint8)}, r"shape \(2, 48\)"),
         ("two.npz", {"a": np.zeros((2, 4, 4, 3), np.uint8), "b": np.zeros(3)}, "call that of the images `images`"),
+        ("one.npz", {"images": np.zeros((64, 64, 3), np.uint8)}, r"single image; store \(N, H, W, 3\)"),
+        ("grey.npz", {"images": np.zeros((64, 64, 1), np.uint8)}, r"single image; store \(N, H, W, 3\)"),
         ("stats.npz", {"mu": np.zeros(3), "sigma": np.eye(3)}, "holds statistics"),
     ],
 )
@@ -223,3 +225,74 @@ def test_a_zip_of_a_version_to_come_is_named(tmp_path, suffix):
     path.write_bytes(content)
     with pytest.raises(DataError, match="cannot be read as a .*zip file version 25.5"):
         open_source(path)
+
+
+# -- folders of folders -------------------------------------------------------------------------------------------------
+
+
+def test_a_parent_of_sample_folders_is_refused(tmp_path):
+    """As `main.py --each-split` with masks leaves it: masks and grids are no generated images."""
+    folder = write_pictures(tmp_path / "out" / "test", 2)
+    write_pictures(folder / "masks", 2)
+    (folder / "captions.jsonl").write_text('{"file": "000.png", "caption": "a bird"}\n')
+    with pytest.raises(DataError, match=r"out: holds folders of samples \(.*test\); give one of them"):
+        open_source(tmp_path / "out")
+    assert open_source(folder).names == ("000.png",)
+
+
+def test_a_folder_counts_once_whatever_links_lead_to_it_and_hidden_ones_do_not(tmp_path):
+    folder = write_pictures(tmp_path / "set" / "a", 2).parent
+    write_pictures(folder / ".thumbnails", 2)
+    write_pictures(tmp_path / "elsewhere", 1)
+    (folder / "b").symlink_to(folder / "a")
+    (folder / "c").symlink_to(tmp_path / "elsewhere")
+    assert open_source(folder).names == ("a/000.png", "a/001.png", "c/000.png")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "elsewhere")
+    assert open_source(tmp_path / "elsewhere").names == ("000.png",)
+    (tmp_path / ".kept").symlink_to(folder)  # what the user names is read
+    assert len(open_source(tmp_path / ".kept")) == 3
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    folder, scan = write_pictures(tmp_path / "set" / "locked", 1).parent, os.scandir
+
+    def refusing(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(DataError, match=r"set/locked: cannot be read \(Permission denied\)"):
+        open_source(folder)
+
+
+# -- damaged archives ---------------------------------------------------------------------------------------------------
+
+
+def test_a_zip_whose_first_image_is_damaged(tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for file in sorted(write_pictures(tmp_path / "set", 3).iterdir()):
+            archive.write(file, file.name)
+    content = bytearray((tmp_path / "set.zip").read_bytes())
+    content[100] ^= 255  # in the first member, which is stored: its checksum tells
+    (tmp_path / "set.zip").write_bytes(content)
+    source = open_source(tmp_path / "set.zip")
+    with pytest.raises(DataError, match=r"000\.png: cannot be unpacked .* leave such images out with --skip-broken"):
+        all_images(source)
+    left, broken = drop_broken(source)
+    assert broken == ["000.png"] and np.array_equal(all_images(left)[1], picture(2))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_damaged_array_is_to_be_copied_again(tmp_path, save):
+    """Its one checksum concerns all images: none is named, and none can be left out."""
+    save(tmp_path / "a.npz", np.stack([picture(i, 32) for i in range(40)]))
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(64)
+    (tmp_path / "a.npz").write_bytes(content)
+    for read in (all_images, drop_broken, lambda source: source.subset([39]).read(0) + source.subset([0]).read(0)):
+        if save is np.savez and read not in (all_images, drop_broken):
+            continue  # the checksum is known once all has been read
+        with pytest.raises(DataError, match=r"a\.npz: cannot be unpacked \(.*\); copy it again$"):
+            read(open_source(tmp_path / "a.npz"))

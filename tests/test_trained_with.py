@@ -14,8 +14,10 @@ from eval.evaluate import evaluate
 from eval.features import networks
 from eval.features.networks import load_network
 from eval.FID import fid
+from eval.KID import KernelDistance
 from eval.metric import Score
 from eval.protocol.report import lines
+from eval.scripts import score_images
 from miscc.checkpoint import hash_tensors, load_checkpoint, save_checkpoint
 from miscc.distributed import World
 from miscc.errors import CheckpointError
@@ -177,6 +179,18 @@ def test_a_script_reads_it_from_the_samples(tmp_path):
     (fake / "samples.json").write_text(json.dumps({"trained_with": [entry("tiny")]}))
     (score,) = fid(real, fake, tiny_network())
     assert score.flattering == "discriminator" and "flatters this generator" in score.warnings[-1]
+
+
+@pytest.mark.parametrize(
+    ("said", "known"),
+    [("tiny", None), ({"network": "tiny"}, None), (["tiny", {"network": "tiny"}, {"role": 1}], [])],
+)
+def test_odd_entries_of_the_samples_are_passed_over(tmp_path, said, known):
+    real, fake = write_pictures(tmp_path / "real", 3), write_pictures(tmp_path / "fake", 3, first=5)
+    (fake / "samples.json").write_text(json.dumps({"trained_with": said}))
+    network = tiny_network()
+    for score in (*fid(real, fake, network), *score_images(KernelDistance, fake, real, network=network)):
+        assert score.protocol.get("trained_with") == known and score.flattering == ""
 
 
 # -- neutral networks ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +39,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Images by index. `fetch` is called in order by one thread and is cheap; `decode` may run in any thread."""
+    """Images by index. `fetch` is called in order by one thread and is cheap; `decode` may run in any thread.
+
+    stamp: gives a text that changes when the images do;
+    kind: "files", which several threads may fetch at once, "members" of an archive, or "rows" of one array, which is
+    read whole or not at all.
+    """
 
     path: Path
     names: tuple[str, ...]
     fetch: Callable[[int], Path | bytes | np.ndarray]
-    stamp: Callable[[], str]  # a text that changes when the images do
+    stamp: Callable[[], str]
+    kind: str = "files"
 
     def __len__(self) -> int:
         return len(self.names)
@@ -64,7 +70,8 @@ class ImageSource:
         # The fingerprint changes with the choice, too.
         names = tuple(self.names[index] for index in chosen)
         digest = hashlib.sha256("\0".join(names).encode()).hexdigest()
-        return ImageSource(self.path, names, lambda i: self.fetch(chosen[i]), lambda: f"{self.stamp()}\0{digest}")
+        fetch, stamp = lambda i: self.fetch(chosen[i]), lambda: f"{self.stamp()}\0{digest}"
+        return replace(self, names=names, fetch=fetch, stamp=stamp)
 
     def _title(self, index: int) -> str:
         return f"{self.path}: {self.names[index]}"
@@ -185,7 +192,7 @@ def batches(source: ImageSource, batch_size: int, workers: int | None = None) ->
 def drop_broken(source: ImageSource, workers: int | None = None) -> tuple[ImageSource, list[str]]:
     """Read every image once: the source without those that cannot be read, and their names.
 
-    Raises DataError when none is left.
+    Raises DataError when none is left, and for a damaged array, of which no image can be left out.
     """
 
     def readable(index: int) -> bool:
@@ -193,10 +200,12 @@ def drop_broken(source: ImageSource, workers: int | None = None) -> tuple[ImageS
             source.read(index)
             return True
         except DataError:
+            if source.kind == "rows":
+                raise
             return False
 
     # Every image once.
-    if isinstance(source.fetch(0), Path):  # only files can be fetched by several threads at once
+    if source.kind == "files":
         with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
             results = pool.map(readable, range(len(source)))
             good = list(ProgressBar(results, "checking images", len(source), "images"))
@@ -223,10 +232,23 @@ def _files(path: Path, names: Sequence[str], files: Sequence[Path]) -> ImageSour
 
 
 def _folder(path: Path) -> ImageSource:
-    # To its depth, hidden files left out.
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); change its permissions") from None
+
+    # To its depth, hidden files and folders left out; each folder once, whatever links lead to it.
     root = path.resolve()
-    found = []
-    for folder, _, files in os.walk(root, followlinks=True):
+    found, visited = [], set()
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        real_path = os.path.realpath(folder)
+        if real_path in visited:
+            subfolders.clear()
+            continue
+        visited.add(real_path)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+
+        # Masks and grids lie beside samples; the root has none, see `open_source`.
+        if CAPTIONS_FILE in files:
+            raise DataError(f"{path}: holds folders of samples ({folder}); give one of them")
         for name in files:
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
                 found.append(os.path.join(folder, name))
@@ -278,12 +300,15 @@ def _zip(path: Path) -> ImageSource:
         try:
             return archive.read(members[index])
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
-            raise DataError(f"{path}: {members[index].filename}: cannot be unpacked ({error})") from None
+            raise DataError(
+                f"{path}: {members[index].filename}: cannot be unpacked ({error}); copy the archive again, or leave such "
+                "images out with --skip-broken"
+            ) from None
 
     def stamp() -> str:
         return "\n".join(f"{member.filename}\0{member.file_size}\0{member.CRC}" for member in members)
 
-    return ImageSource(path, tuple(member.filename for member in members), fetch, stamp)
+    return ImageSource(path, tuple(member.filename for member in members), fetch, stamp, "members")
 
 
 def _array(path: Path) -> ImageSource:
@@ -298,17 +323,18 @@ def _array(path: Path) -> ImageSource:
         raise DataError(f"{path}: declares {shape} bytes of images, more than the file can hold; copy it again")
 
     def fetch(index: int) -> np.ndarray:
-        stream.seek(start + index * size)
         try:
+            stream.seek(start + index * size)
             data = stream.read(size)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-            raise DataError(f"{path}: image {index} cannot be unpacked ({error})") from None
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:  # a checksum concerns the whole array
+            raise DataError(f"{path}: cannot be unpacked ({error}); copy it again") from None
         if len(data) != size:
             raise DataError(f"{path}: ends within image {index} of {shape[0]}; copy it again")
         image = np.frombuffer(data, np.uint8).reshape(shape[1:])
         return image.transpose(1, 2, 0) if channels_first else image
 
-    return ImageSource(path, tuple(str(i) for i in range(shape[0])), fetch, lambda: _file_stamp([path.resolve()]))
+    names = tuple(str(i) for i in range(shape[0]))
+    return ImageSource(path, names, fetch, lambda: _file_stamp([path.resolve()]), "rows")
 
 
 def _open_array(path: Path):
@@ -351,6 +377,8 @@ def _image_shape(path: Path, member: str, stream) -> tuple[tuple[int, ...], bool
         raise DataError(f"{path}: {member} is in Fortran order; save numpy.ascontiguousarray(images)")
 
     # Images in colour or grey.
+    if len(shape) == 3 and shape[2] in (1, 3):
+        raise DataError(f"{path}: {member} of shape {shape} is a single image; store (N, H, W, 3)")
     channels_last = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
     channels_first = not channels_last and len(shape) == 4 and shape[1] in (1, 3)
     if not (channels_last or channels_first) or min(shape) < 0 or 0 in shape[1:]:
