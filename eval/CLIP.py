@@ -23,7 +23,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
 
 from eval.metric import Metric, Needs, Run, Score, ScoringBatch, Tools
-from eval.R_precision import CandidateLists, about_lists, lists_for, r_precision
+from eval.R_precision import CandidateLists, TooFewCaptionsError, about_lists, lists_for, r_precision
 from eval.scripts import add_ranking_arguments, run_script
 from miscc.checkpoint import hash_tensors
 from miscc.errors import run_command
@@ -114,19 +114,31 @@ class ClipScore(Metric):
         self,
         encoder: ImageTextEncoder,
         captions: Sequence[str],
-        lists: CandidateLists,
+        lists: CandidateLists | None,
         folds: int = 10,
         seed: int = 2020,
+        without_lists: str = "",
     ) -> None:
-        """captions, lists: of all images, in the order in which they come."""
+        """captions, lists: of all images, in the order in which they come; without lists there is CLIPScore alone.
+
+        without_lists: why there are none.
+        """
         self.encoder, self.captions, self.lists, self.folds, self.seed = encoder, captions, lists, folds, seed
+        self.without_lists = without_lists
         self.codes: list[torch.Tensor] = []
 
     @classmethod
     def from_run(cls, run: Run) -> "ClipScore":
         encoder = load_clip(run.tools.clip or MODEL, run.device)
         captions = [request.caption for request in run.requests]
-        return cls(encoder, captions, lists_for(run), run.protocol.folds, run.protocol.seed)
+
+        # CLIPScore needs no candidates: too few captions cost the ranking alone.
+        lists, reason = None, ""
+        try:
+            lists = lists_for(run)
+        except TooFewCaptionsError as error:
+            reason = str(error)
+        return cls(encoder, captions, lists, run.protocol.folds, run.protocol.seed, reason)
 
     def update(self, batch: ScoringBatch) -> None:
         self.codes.append(self.encoder.encode_images(batch.images))
@@ -135,7 +147,7 @@ class ClipScore(Metric):
         encoder, lists, image_codes = self.encoder, self.lists, torch.cat(self.codes)  # (N, D)
 
         # Each caption once. The pool has one caption of those with the same words; CLIP may see a difference.
-        texts = list(dict.fromkeys([*lists.pool, *self.captions]))
+        texts = list(dict.fromkeys([*(lists.pool if lists else ()), *self.captions]))
         index_of = {text: index for index, text in enumerate(texts)}
         text_codes = torch.cat([encoder.encode_captions(texts[i : i + 256]) for i in range(0, len(texts), 256)])
 
@@ -144,7 +156,10 @@ class ClipScore(Metric):
         about = encoder.protocol | {"num_images": len(image_codes)}
         said = about | {"unit": "100 x cosine, mean and deviation over images"}
         value, spread = max(0.0, float(single.mean())), float(single.std(correction=0))
-        score = Score(f"CLIPScore[{encoder.label}]", value, said, std=spread)
+        warnings = () if lists else (f"CLIP-R-precision is not computed: {self.without_lists}",)
+        score = Score(f"CLIPScore[{encoder.label}]", value, said, std=spread, warnings=warnings)
+        if lists is None:
+            return [score]
 
         # Its own caption among others.
         pool_codes = text_codes[: len(lists.pool)]

@@ -31,10 +31,14 @@ from miscc.images import from_uint8
 from miscc.randomness import stream
 from miscc.vocabulary import Vocabulary, tokenize
 from models.modes import no_tf32
-from sampling.encoders import Encoders, load_encoders, released_vocabulary
+from sampling.encoders import Encoders, check_vocabulary, load_encoders, released_vocabulary
 
 MOST_BYTES = 1 << 27  # of a file of candidates; those of 30,000 images with 99 wrong captions each have 25 MB
 SAME = 1e-12  # cosines that differ by less are equal: captions that differ only in words that the encoder does not know
+
+
+class TooFewCaptionsError(DataError):
+    """There are fewer captions of other images than an image's own is ranked among."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def draw_candidates(
     captions, keys: each generated image's caption and the key of the real image whose caption that is ("" for none).
     No candidate is another caption of the same key, nor has the words of the true caption; no two candidates of an
     image have the same words. An image's list depends on (seed, its position) and the pool alone.
-    Raises DataError when there are too few captions of other images.
+    Raises TooFewCaptionsError when there are too few captions of other images.
     """
     # The captions' different words, and which of them belong to an image.
     words = [" ".join(tokenize(caption)) for caption in captions]
@@ -111,7 +115,7 @@ def draw_candidates(
     for row, (text, key) in enumerate(zip(words, keys, strict=True)):
         forbidden = {pool[text]} | (pool_of_key[key] if key else set())
         if len(texts) - len(forbidden) < num_candidates:
-            raise DataError(
+            raise TooFewCaptionsError(
                 f"R-precision needs {num_candidates} captions of other images for each image; there are "
                 f"{len(texts) - len(forbidden)} for {captions[row]!r}: score images of more captions, or sample them with "
                 f"main.py and rank among fewer by eval/R_precision.py with {max(1, len(texts) - len(forbidden))} candidates"
@@ -168,7 +172,8 @@ def encode_captions(
     codes = []
     for start in range(0, len(captions), batch_size):
         encoded = encode_batch(captions[start : start + batch_size], vocabulary, encoders.max_words)
-        codes.append(encoders.text_encoder(encoded.tokens.to(device), encoded.lengths).sentence.cpu())
+        with no_tf32():
+            codes.append(encoders.text_encoder(encoded.tokens.to(device), encoded.lengths).sentence.cpu())
     return torch.cat(codes)
 
 
@@ -193,7 +198,7 @@ class RPrecision(Metric):
         generators_encoder: str | None = None,
         folder: Path | None = None,
     ) -> None:
-        """Raises DataError without a vocabulary, CheckpointError without an image encoder.
+        """Raises DataError without a vocabulary, CheckpointError for one of other encoders, or without an image encoder.
 
         vocabulary: for encoders that have none;
         lists: of all images, in the order in which they come;
@@ -207,6 +212,7 @@ class RPrecision(Metric):
             raise CheckpointError(
                 "these encoders have no image encoder; put image_encoder*.pth beside text_encoder*.pth"
             )
+        check_vocabulary(encoders.text_encoder, vocabulary, str(encoders.file or "the text encoder"), "--data-dir")
         self.encoders, self.image_encoder, self.vocabulary = encoders, encoders.image_encoder, vocabulary
         self.lists, self.folds, self.seed = lists, folds, seed
         self.generators_encoder, self.folder = generators_encoder, folder
@@ -270,7 +276,7 @@ class RPrecision(Metric):
 def lists_for(run: Run) -> CandidateLists:
     """The candidate lists of a run: drawn; for a folder of samples read from their file, or drawn and written to it.
 
-    Raises DataError for too few captions, or a file of other samples.
+    Raises DataError for too few captions, or a file of other samples or of another number of candidates.
     """
     protocol = run.protocol
     captions, keys = [r.caption for r in run.requests], [r.key for r in run.requests]
@@ -281,7 +287,14 @@ def lists_for(run: Run) -> CandidateLists:
     name = f"r_precision_{protocol.candidates}_seed{protocol.seed}.json"
     path = Path(run.tools.lists or run.folder / name)
     if path.is_file():
-        return replace(CandidateLists.load(path, run.files, captions), file=str(path))
+        lists = CandidateLists.load(path, run.files, captions)
+        found = lists.candidates.shape[1]
+        if found != protocol.candidates:
+            raise DataError(
+                f"{path}: has {found} wrong captions an image, --candidates says {protocol.candidates}; give "
+                f"--candidates {found}, or another file with --lists"
+            )
+        return replace(lists, file=str(path))
 
     # New ones, kept for other systems.
     lists = draw_candidates(captions, keys, protocol.candidates, protocol.seed)
@@ -297,7 +310,8 @@ def lists_for(run: Run) -> CandidateLists:
 def about_lists(lists: CandidateLists) -> dict:
     """The fields of a score's protocol that say among what captions an image's own was ranked."""
     num_candidates = lists.candidates.shape[1]
-    about = {"candidates": num_candidates, "pool": len(lists.pool), "unit": "%", "chance": 100 / (1 + num_candidates)}
+    about = {"candidates": num_candidates, "candidates_from": "other images, any class", "pool": len(lists.pool)}
+    about |= {"unit": "%", "chance": 100 / (1 + num_candidates)}
     return about | ({"lists": lists.file, "lists_seed": lists.seed} if lists.file else {})
 
 

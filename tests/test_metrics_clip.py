@@ -13,11 +13,12 @@ from test_clip import hugging_face_state
 
 from eval.CLIP import ClipScore, clip_score, load_clip, resized_and_cropped
 from eval.CLIP import main as clip_main
+from eval.metric import Tools
 from eval.protocol.protocols import Protocol
 from eval.R_precision import lists_for
 from eval.scripts import score_images
 from miscc.byte_pairs import BytePairs
-from miscc.errors import run_command
+from miscc.errors import DataError, run_command
 from models.clip_features import untrained_clip
 
 COLOURS = {"red": (220, 0, 0), "green": (0, 220, 0), "blue": (0, 0, 220)}
@@ -204,3 +205,18 @@ def test_the_command_with_a_tiny_clip(clip_folder, tmp_path, monkeypatch, capsys
     scores = json.loads(capsys.readouterr().out)["scores"]
     assert [score["name"].split("[")[0] for score in scores] == ["CLIPScore", "CLIP-R-precision%"]
     assert scores[1]["protocol"]["chance"] == pytest.approx(100 / 3)
+
+
+def test_few_captions_cost_the_ranking_alone(clip_folder, tmp_path):
+    folder = write_samples(tmp_path / "samples", [(c, f"a {c} bird") for c in COLOURS])
+    tools = Tools(clip=str(clip_folder))
+    (alone,) = score_images(ClipScore, folder, tools=tools)
+    assert alone.warnings[0].startswith("CLIP-R-precision is not computed: R-precision needs 99 captions")
+    both = score_images(ClipScore, folder, tools=tools, protocol=Protocol("few", "", candidates=2, folds=1))
+    assert len(both) == 2 and not both[0].warnings
+    assert (alone.name, alone.value, alone.std) == (both[0].name, both[0].value, both[0].std)
+
+    # A file that the user has to mend stays an error.
+    (tmp_path / "lists.json").write_text("{}")
+    with pytest.raises(DataError, match="holds no candidate lists"):
+        score_images(ClipScore, folder, tools=Tools(clip=str(clip_folder), lists=tmp_path / "lists.json"))

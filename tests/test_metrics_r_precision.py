@@ -107,10 +107,12 @@ class WordColours(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.colours = nn.Parameter(torch.tensor([(0, 0, 0), *COLOURS.values()], dtype=torch.float32))
+        self.embedding = nn.Embedding.from_pretrained(torch.tensor([(0.0, 0, 0), *COLOURS.values()]))
+        self.saw_tf32 = None
 
     def forward(self, captions, lengths):
-        return TextFeatures(self.colours[captions].sum(dim=1), None, captions == 0)
+        self.saw_tf32 = torch.backends.cudnn.allow_tf32
+        return TextFeatures(self.embedding(captions).sum(dim=1), None, captions == 0)
 
 
 class MeanColour(nn.Module):
@@ -189,7 +191,7 @@ def test_the_generators_own_encoders_are_named_as_such(tmp_path, encoders):
     (folder / "samples.json").write_text(json.dumps({"encoder_hash": encoder_hash(encoders)}))
     score = sample_precision(folder, encoders, **options)
     assert "which flatters it" in score.warnings[0] and score.protocol["encoder_of_the_generator"] is True
-    encoders.text_encoder.colours.data[1] += 0.1
+    encoders.text_encoder.embedding.weight.data[1] += 0.1
     score = sample_precision(folder, encoders, **options)
     assert score.warnings == () and score.protocol["encoder_of_the_generator"] is False
 
@@ -206,3 +208,30 @@ def test_encoders_that_cannot_judge_are_refused(tmp_path, encoders):
     Image.new("RGB", (9, 9)).save(folder / "0.png")
     with pytest.raises(DataError, match="differ in size"):
         sample_precision(folder, encoders, num_candidates=2)
+
+
+def test_a_vocabulary_of_other_encoders_is_refused(tmp_path, encoders):
+    names = list(COLOURS)
+    folder = write_samples(tmp_path / "out", names, names)
+    other = encoders._replace(vocabulary=Vocabulary(["<end>", *names[:-1]]))
+    with pytest.raises(CheckpointError, match=r"knows 6 words, its vocabulary \(.*--data-dir\) has 5"):
+        sample_precision(folder, other, num_candidates=4)
+
+
+def test_lists_of_another_number_of_candidates_are_refused(tmp_path, encoders):
+    names, lists = list(COLOURS), tmp_path / "mine.json"
+    folder = write_samples(tmp_path / "out", names, names)
+    score = sample_precision(folder, encoders, num_candidates=2, lists=lists)
+    assert score.protocol["candidates"] == 2 and score.protocol["candidates_from"] == "other images, any class"
+    with pytest.raises(
+        DataError, match=r"mine.json: has 2 wrong captions an image, .* give --candidates 2, or another"
+    ):
+        sample_precision(folder, encoders, num_candidates=4, lists=lists)
+    assert sample_precision(folder, encoders, num_candidates=2, lists=lists).value == score.value
+
+
+def test_captions_are_encoded_in_full_float32_as_images_are(tmp_path, encoders, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    names = list(COLOURS)
+    sample_precision(write_samples(tmp_path / "out", names, names), encoders, num_candidates=4)
+    assert encoders.text_encoder.saw_tf32 is False and torch.backends.cudnn.allow_tf32
