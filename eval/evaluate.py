@@ -29,7 +29,7 @@ from miscc import distributed
 from miscc.checkpoint import hash_tensors
 from miscc.command_line import CommandParser, add_device_option, named_device, positive
 from miscc.distributed import World
-from miscc.errors import CheckpointError, ConfigError, run_command
+from miscc.errors import CheckpointError, ConfigError, UserError, run_command
 from miscc.files import hash_of_file
 from miscc.randomness import stream
 from miscc.vocabulary import Vocabulary
@@ -92,13 +92,16 @@ def evaluate(
 
     real: the real images;
     prompts: whose captions are drawn, None: those of `real`;
-    num_images: a quick run instead of the protocol's number, which is recorded as an override.
+    num_images: a quick run instead of the protocol's number; an override, unless the protocol draws and compares as many.
     A metric that lacks its weights is listed as not computed; raises UserError when that leaves none at all.
     """
     tools = tools or Tools()
     prompts = real if prompts is None else prompts
-    real = real_images_of(protocol, real, num_images)
+    every, real = real, real_images_of(protocol, real, num_images)
     requests = requests_of(protocol, prompts, num_images)
+    is_own = num_images is None or (
+        requests == requests_of(protocol, prompts) and len(real) == len(real_images_of(protocol, every))
+    )
 
     def draw(part: Sequence[Request], with_masks: bool) -> Iterator[Generated]:
         return pipeline.generate_batches(part, protocol.seed, protocol.truncation, tools.batch_size, with_masks)
@@ -121,7 +124,7 @@ def evaluate(
 
     # What the run does not know: captions and generator.
     record["warnings"] = [*_unsuitable(pipeline, protocol, requests), *record["warnings"]]
-    record["overrides"] = {} if num_images is None else {"num_images": num_images}
+    record["overrides"] = {} if is_own else {"num_images": num_images}
     record["captions"] = {"data_set": prompts.name, "split": prompts.split, "num_images_with_captions": len(prompts)}
     origin = {name: value for name, value in pipeline.origin.items() if name != "config"}
     record["generator"] = origin | {"text_encoder_hash": images.text_encoder_hash, "image_size": pipeline.image_size}
@@ -171,8 +174,10 @@ def self_check(
     again and uses no kept features, so it also checks these. Two records, as `evaluate` gives them.
     """
     tools = tools or Tools()
-    test = real_images_of(protocol, test, num_images)
-    total = min(num_images or protocol.num_images or len(train), len(train))
+    own_total = min(protocol.num_images or len(train), len(train))
+    total = min(num_images or own_total, len(train))
+    every, test = test, real_images_of(protocol, test, num_images)
+    is_own = total == own_total and len(test) == len(real_images_of(protocol, every))
     chosen = stream(protocol.seed, "self-check").permutation(len(train))[:total]
 
     # Training images, then the real images themselves.
@@ -180,7 +185,7 @@ def self_check(
     for what, images in (("real train", train.select(sorted(chosen))), ("the same real images", test)):
         found = run_protocol(_real_stream(what, images, protocol, image_size, tools), protocol, test, device, tools)
         assert found is not None  # there is one process
-        found["overrides"] = {} if num_images is None else {"num_images": num_images}
+        found["overrides"] = {} if is_own else {"num_images": num_images}
         found["captions"] = {"data_set": images.name, "split": images.split, "num_images_with_captions": len(images)}
         found["generator"] = None
         records.append(found)
@@ -221,6 +226,24 @@ def encoders_for(path: str | Path | None, config: Mapping[str, Any], device: tor
     if path is None and not Path(text.get("DAMSM_NAME") or "").is_file():
         return None
     return load_encoders(path or text["DAMSM_NAME"], device, text.get("WORDS_NUM") or 18)
+
+
+def load_with_hash(path: str | Path, device: torch.device, averaged: bool) -> tuple[TextToImage, str]:
+    """The generator of a checkpoint, and the sha256 of the file that it was read from.
+
+    Loads again where a running training has replaced the file meanwhile. Raises CheckpointError as `TextToImage.load`.
+    """
+    while True:
+        before = _hash_of(path)
+        pipeline = TextToImage.load(path, device, averaged=averaged)
+        if before is not None and before == _hash_of(path):
+            return pipeline, before
+
+
+def _hash_of(path: str | Path) -> str | None:
+    """None where there is no file, which `TextToImage.load` reports."""
+    file = weight_file(path)
+    return hash_of_file(file) if file.is_file() else None
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -267,16 +290,13 @@ def main(words: Sequence[str] | None = None) -> None:
     # The generator, and where the results go.
     world = _world(args)
     try:
-        pipeline = TextToImage.load(args.checkpoint, world.device, averaged=protocol.averaged)
+        pipeline, sha256 = load_with_hash(args.checkpoint, world.device, protocol.averaged)
         config, vocabulary = pipeline.origin["config"], pipeline.vocabulary
         out = Path(args.out) if args.out else weight_file(args.checkpoint).with_name("evaluation.json")
         check_writable(out)
 
         # What the protocol's metrics need, and the real images.
-        by_encoders = any(needs.encoders for needs in needs_of(protocol, {}).values())
-        encoders = encoders_for(args.encoders, config, world.device) if by_encoders else None
-        files = (args.weights, args.lpips_weights, args.clip, args.cache_dir)
-        tools = Tools(encoders, *files, args.batch_size)
+        tools = _tools(args, protocol, config, world.device)
         real = records_for(config, protocol.real_split, args.data_dir, vocabulary)
 
         if args.selfcheck:
@@ -286,11 +306,14 @@ def main(words: Sequence[str] | None = None) -> None:
         else:
             same = protocol.caption_split == protocol.real_split
             prompts = None if same else records_for(config, protocol.caption_split, args.data_dir, vocabulary)
-            found = evaluate(pipeline, protocol, real, prompts, num_images=args.num_images, tools=tools, world=world)
+            with distributed.naming_lost_processes(world, "start the evaluation again"):
+                found = evaluate(
+                    pipeline, protocol, real, prompts, num_images=args.num_images, tools=tools, world=world
+                )
             results = [] if found is None else [found]
 
         if results:  # in the main process
-            about = {"path": str(Path(args.checkpoint).resolve()), "sha256": hash_of_file(weight_file(args.checkpoint))}
+            about = {"path": str(Path(args.checkpoint).resolve()), "sha256": sha256}
             about |= {name: pipeline.origin[name] for name in ("step", "epoch")}
             for result in results:
                 result["checkpoint"] = about
@@ -302,6 +325,20 @@ def main(words: Sequence[str] | None = None) -> None:
         distributed.stop()
 
 
+def _tools(args: argparse.Namespace, protocol: Protocol, config: Mapping[str, Any], device: torch.device) -> Tools:
+    """What the options name. Encoders of the training that cannot be loaded cost only the metrics that need them."""
+    encoders, reason = None, ""
+    if any(needs.encoders for needs in needs_of(protocol, {}).values()):
+        try:
+            encoders = encoders_for(args.encoders, config, device)
+        except UserError as error:
+            if args.encoders is not None:
+                raise
+            reason = str(error)
+    files = (args.weights, args.lpips_weights, args.clip, args.cache_dir)
+    return Tools(encoders, *files, args.batch_size, no_encoders=reason)
+
+
 def _world(args: argparse.Namespace) -> World:
     """The processes of torchrun, else this one on the device that was asked for. Raises ConfigError."""
     on_cpu = args.device == "cpu"
@@ -310,6 +347,10 @@ def _world(args: argparse.Namespace) -> World:
         return World(0, 1, named_device(args.device))
     if args.selfcheck:
         raise ConfigError("--selfcheck runs in one process; start it without torchrun")
+
+    # As one process computes: `start` allows what is faster in training and less precise.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.benchmark = False
     return found
 
 

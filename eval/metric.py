@@ -168,6 +168,7 @@ class Tools:
     """What a protocol does not name because it changes no score, or because only the user can say where it is.
 
     encoders: of R-precision;
+    no_encoders: why those of the training cannot be loaded, "" where that was not tried or there are some;
     weights, lpips_weights: files in place of those in torch hub's cache;
     clip: folder of a CLIP, or its name in Hugging Face's cache, None: the usual one;
     lists: file of R-precision's candidate lists, for a folder of samples; None: in that folder, by seed;
@@ -183,6 +184,7 @@ class Tools:
     batch_size: int = 32
     progress: bool = True
     lists: str | Path | None = None
+    no_encoders: str = ""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,9 @@ def stop() -> None:
 
 
 @contextmanager
-def naming_lost_processes(world: World) -> Iterator[None]:
+def naming_lost_processes(
+    world: World, remedy: str = "the last checkpoint is kept, go on with --resume"
+) -> Iterator[None]:
     """Inside, the error of a message to a process that has ended becomes a TrainingError of one line."""
     try:
         yield
@@ -106,8 +108,7 @@ def naming_lost_processes(world: World) -> Iterator[None]:
         if world.size == 1 or not is_message:
             raise
         raise TrainingError(
-            f"process {world.rank} of {world.size}: another process has ended, or cannot be reached ({text[:120]}); the last "
-            f"checkpoint is kept, go on with --resume"
+            f"process {world.rank} of {world.size}: another process has ended, or cannot be reached ({text[:120]}); {remedy}"
         ) from None
 
 

@@ -11,7 +11,16 @@ from metrics_help import tiny_network
 from test_distributed import torchrun
 
 from datasets import load_records
-from eval.evaluate import arguments, evaluate, main, real_images_of, requests_of, self_check
+from eval.evaluate import (
+    _world,
+    arguments,
+    evaluate,
+    load_with_hash,
+    main,
+    real_images_of,
+    requests_of,
+    self_check,
+)
 from eval.features import networks
 from eval.features.reference import RealImages, reference
 from eval.features.statistics import statistics_of_features
@@ -20,8 +29,11 @@ from eval.metric import Tools
 from eval.protocol.protocols import PROTOCOLS, Protocol, find_protocol
 from eval.protocol.report import read_records
 from eval.protocol.runner import ImageStream, run_protocol
+from miscc import distributed
+from miscc.checkpoint import load_checkpoint, save_checkpoint
 from miscc.distributed import World
-from miscc.errors import ConfigError, DataError, UserError
+from miscc.errors import CheckpointError, ConfigError, DataError, TrainingError, UserError
+from miscc.files import hash_of_file
 from sampling.encoders import load_encoders
 from sampling.pipeline import Generated, TextToImage
 from training.trainer import train
@@ -331,6 +343,83 @@ def test_a_protocol_for_other_data_warns(checkpoint, records):
     record = evaluate(pipeline, replace(QUICK, dataset="birds", metrics=("FID",)), records)
     assert "meant for birds, this generator was trained on folder" in record["warnings"][0]
     assert "no moving average" in record["warnings"][1]
+
+
+def test_as_many_images_as_the_protocol_draws_are_no_override(checkpoint, drawn_folder, records):
+    pipeline, protocol = TextToImage.load(checkpoint, "cpu"), replace(QUICK, metrics=("FID",), num_real=10)
+
+    def overrides(protocol, number):
+        return evaluate(pipeline, protocol, records, num_images=number)["overrides"]
+
+    assert overrides(protocol, 24) == {} and overrides(protocol, 23) == {"num_images": 23}
+    first = replace(protocol, num_images=None, caption_choice="first", captions_per_image=1)  # 12 images
+    assert overrides(first, 500) == overrides(first, 12) == {} and overrides(first, 11) == {"num_images": 11}
+    few = replace(protocol, num_images=6)  # but of 10 real images `--num-images 6` takes 6
+    assert overrides(few, 6) == {"num_images": 6} and overrides(few, None) == {}
+
+    train_records = load_records("folder", drawn_folder, "train")[0]
+    for number, expected in ((24, {}), (11, {"num_images": 11}), (25, {"num_images": 25})):
+        found = self_check(protocol, train_records, records, 16, torch.device("cpu"), num_images=number)
+        assert [record["overrides"] for record in found] == [expected] * 2
+
+
+def test_the_hash_is_of_the_file_that_was_loaded(checkpoint, monkeypatch):
+    """A training replaces the checkpoint while it is read; then it is read again."""
+    load, loaded = TextToImage.load, []
+
+    def replaced_meanwhile(*arguments, **options):
+        loaded.append(load(*arguments, **options))
+        if len(loaded) == 1:
+            save_checkpoint(checkpoint, load_checkpoint(checkpoint) | {"step": 7})
+        return loaded[-1]
+
+    monkeypatch.setattr(TextToImage, "load", replaced_meanwhile)
+    pipeline, sha256 = load_with_hash(checkpoint, torch.device("cpu"), averaged=True)
+    assert [one.origin["step"] for one in loaded] == [1, 7] and pipeline is loaded[-1]
+    assert sha256 == hash_of_file(checkpoint)
+    with pytest.raises(CheckpointError, match="none.pth: no such"):
+        load_with_hash(checkpoint.with_name("none.pth"), torch.device("cpu"), averaged=True)
+
+
+def test_encoders_of_the_training_that_are_damaged_cost_r_precision_alone(checkpoint, encoders, tmp_path):
+    damaged = tmp_path / "encoders.pth"
+    damaged.write_bytes(encoders.read_bytes()[:1000])
+    content = load_checkpoint(checkpoint)
+    content["config"]["TEXT"]["DAMSM_NAME"] = str(damaged)
+    save_checkpoint(checkpoint, content)
+    words = ["--checkpoint", str(checkpoint), "--protocol", "quick", "--device", "cpu", "--no-cache"]
+    main(words)
+    (record,) = read_records(checkpoint.with_name("evaluation.json"))
+    assert str(damaged) in record["not_computed"]["R_precision"] and len(record["scores"]) == 5
+    with pytest.raises(CheckpointError, match=str(damaged)):
+        main([*words, "--encoders", str(damaged)])
+
+
+def test_several_processes_compute_as_one_does(monkeypatch):
+    def start(gpu):
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+        return World(0, 2, torch.device("cpu"))
+
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    monkeypatch.setattr(distributed, "launched", lambda: True)
+    monkeypatch.setattr(distributed, "start", start)
+    try:
+        assert _world(arguments().parse_args(["--checkpoint", "x", "--protocol", "quick"])).size == 2
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("highest", False)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
+def test_a_lost_process_is_one_line_with_a_remedy_of_this_command(checkpoint, monkeypatch):
+    def lose(*arguments, **options):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+
+    monkeypatch.setattr("eval.evaluate.evaluate", lose)
+    monkeypatch.setattr("eval.evaluate._world", lambda args: World(0, 2, torch.device("cpu")))
+    with pytest.raises(TrainingError, match="another process has ended, .*; start the evaluation again$"):
+        main(["--checkpoint", str(checkpoint), "--protocol", "quick"])
 
 
 SHARED = """

@@ -18,7 +18,7 @@ from eval.metric import NOTHING, Metric, Needs, Run, Score, ScoringBatch, Tools
 from eval.protocol.protocols import Protocol
 from eval.protocol.report import environment
 from miscc.distributed import World, gather
-from miscc.errors import DataError, UserError
+from miscc.errors import CheckpointError, DataError, UserError
 from miscc.progress import ProgressBar
 from miscc.vocabulary import Vocabulary
 from sampling.pipeline import Generated
@@ -172,6 +172,8 @@ def _build_metrics(task: _Task, run: Run, missing: dict[str, str]) -> dict[str, 
         try:
             if needs.data_set and stream.data_set not in (None, needs.data_set):
                 raise DataError(f"it reads images of {needs.data_set} alone, these are of {stream.data_set}")
+            if needs.encoders and task.tools.encoders is None and task.tools.no_encoders:
+                raise CheckpointError(task.tools.no_encoders)
             if needs.repeats and not stream.repeats:
                 raise DataError("there is one image of each caption")
             if needs.real_images and not all(request.key in real_keys for request in stream.requests):
