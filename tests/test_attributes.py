@@ -221,6 +221,9 @@ def test_the_script_names_what_is_wrong(tmp_path, monkeypatch, capsys):
     for command, message in (
         (["--checkpoint", str(tmp_path / "none.pth")], "none.pth: no such weight file"),
         (["--samples", str(tmp_path)], "no captions.jsonl in it"),
+        (["--samples", str(tmp_path), "--num-images", "500"], "--num-images: is for drawing with --checkpoint"),
+        (["--samples", str(tmp_path), "--per-caption", "1"], "--per-caption: is for drawing with --checkpoint"),
+        (["--samples", str(tmp_path), "--truncation", "0.8"], "--truncation: is for drawing with --checkpoint"),
     ):
         monkeypatch.setattr("sys.argv", ["attributes.py", *command, "--device", "cpu"])
         with pytest.raises(SystemExit) as stopped:
@@ -228,3 +231,11 @@ def test_the_script_names_what_is_wrong(tmp_path, monkeypatch, capsys):
         assert stopped.value.code == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert lines[-1].startswith("error: ") and message in lines[-1]
+
+
+@pytest.mark.parametrize("value", ["nan", "0", "inf", "-1"])
+def test_a_truncation_that_draws_nothing_is_refused(value, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["attributes.py", "--checkpoint", "none.pth", f"--truncation={value}"])
+    with pytest.raises(SystemExit):
+        attributes.main()
+    assert f"argument --truncation: must be a number above 0, such as 0.8, not {value}" in capsys.readouterr().err

@@ -18,13 +18,15 @@ from eval.features.sources import batches
 from eval.metric import Metric, Run, ScoringBatch
 from eval.scripts import add_arguments, add_cache_dir_option, broken, open_images, print_lines, versions
 from eval.toybirds.classifiers import Recipe
-from miscc.command_line import CommandParser, named_device, seed_number
-from miscc.errors import DataError
+from miscc.command_line import CommandParser, named_device, positive, seed_number, truncation
+from miscc.errors import ConfigError, DataError
 from miscc.files import read_json
 from miscc.progress import ProgressBar
 from miscc.randomness import stream
 from sampling.pipeline import TextToImage
 from sampling.requests import Request
+
+NUM_IMAGES = 500  # that are drawn without --num-images
 
 
 class GeneratedBirds(NamedTuple):
@@ -249,22 +251,29 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", metavar="CKPT", help="draw with this generator for captions of the test birds")
     source.add_argument("--samples", metavar="DIR", help="score a folder that main.py sampled into instead")
-    parser.add_argument("--num-images", type=int, default=500, metavar="N", help="to draw (default 500)")
-    parser.add_argument("--per-caption", type=int, default=1, metavar="N", help="images of each caption (default 1)")
+    parser.add_argument("--num-images", type=positive, metavar="N", help=f"to draw (default {NUM_IMAGES})")
+    parser.add_argument("--per-caption", type=positive, metavar="N", help="images of each caption (default 1)")
     parser.add_argument("--seed", type=seed_number, default=0, help="of captions and noise (default 0)")
-    parser.add_argument("--truncation", type=float, metavar="T", help="draw with truncated noise, e.g. 0.8")
+    parser.add_argument("--truncation", type=truncation, metavar="T", help="draw with truncated noise, e.g. 0.8")
     add_cache_dir_option(parser, "trained networks")
     add_arguments(parser, network=False, weights=False)
 
 
 def _birds_of(args: argparse.Namespace, with_masks: bool) -> GeneratedBirds:
     """The birds that the options ask for."""
+    # Options of drawing say nothing about images that are there.
+    drawing = {"num_images": args.num_images, "per_caption": args.per_caption, "truncation": args.truncation}
+    given = [f"--{name.replace('_', '-')}" for name, value in drawing.items() if value is not None]
+    if args.samples and given:
+        raise ConfigError(f"{given[0]}: is for drawing with --checkpoint; leave it out with --samples")
+
     device = named_device(args.device)
     if args.samples:
         birds = read_birds(args.samples, args.skip_broken, with_masks, args.workers)._replace(device=device)
     else:
         pipeline = TextToImage.load(args.checkpoint, device)
-        choices = (args.num_images, args.seed, args.truncation, args.per_caption, args.batch_size, with_masks)
+        number, per_caption = args.num_images or NUM_IMAGES, args.per_caption or 1
+        choices = (number, args.seed, args.truncation, per_caption, args.batch_size, with_masks)
         birds = generate_birds(pipeline, *choices)
 
     for warning in birds.warnings:
