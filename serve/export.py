@@ -1,7 +1,7 @@
 """`python -m serve.export --checkpoint CKPT --format onnx`: text encoder and generator as one graph that runs without this code.
 
 Token ids, lengths and noise in; images, masks and attention out; the batch is dynamic. Every export is compared with the
-checkpoint, and deleted where it differs. Drawing from the file is onnx_model.py's.
+checkpoint before it takes its place. Drawing from the file is onnx_model.py's.
 """
 
 import json
@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -103,7 +103,8 @@ def output_names(pipeline: TextToImage) -> list[str]:
 def export(pipeline: TextToImage, path: str | Path, kind: str = "onnx", overwrite: bool = False) -> dict[str, float]:
     """Write a pipeline on the CPU as `path`; returns the largest difference from it of each output.
 
-    Raises UserError where a package is missing, the model cannot be exported, or the file differs: then there is none.
+    Raises UserError where a package is missing, the model cannot be exported, or the graph differs: then nothing is written, and
+    a file that was there is kept.
     """
     # What cannot be exported is refused before the minute that it takes.
     path = Path(path)
@@ -125,27 +126,22 @@ def export(pipeline: TextToImage, path: str | Path, kind: str = "onnx", overwrit
     }
     program = _captured(model, pipeline)
 
-    # Written, read again, compared: whatever goes wrong, no wrong file stays.
-    try:
+    # The temporary file is read again and compared before it replaces `path`.
+    differences: dict[str, float] = {}
+
+    def write(stream: IO[bytes]) -> None:
         if kind == "onnx":
-            _write_onnx(program, names, about, path)
-            run = _onnx_runner(path, names)
+            _write_onnx(program, names, about, stream)
         else:
             extra = {"model.json": json.dumps(about, ensure_ascii=False)}
-            write_atomically(path, lambda stream: torch.export.save(program, stream, extra_files=extra))
-            run = _pt2_runner(path)
-        differences = compare(pipeline, names, run)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+            torch.export.save(program, stream, extra_files=extra)
+        stream.flush()
+        temporary = Path(stream.name)
+        run = _onnx_runner(temporary, names) if kind == "onnx" else _pt2_runner(temporary)
+        differences.update(compare(pipeline, names, run))
+        _check_differences(differences, path)
 
-    wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
-    if wrong:
-        path.unlink()
-        found = ", ".join(f"{name} by {value:.2g}" for name, value in wrong.items())
-        raise UserError(
-            f"{path}: the exported graph differs from the checkpoint ({found}) and was deleted; try another torch"
-        )
+    write_atomically(path, write)
     return differences
 
 
@@ -171,6 +167,16 @@ def compare(pipeline: TextToImage, names: Sequence[str], run: Callable[..., Sequ
             difference = float(np.abs(expected - actual).max()) if same_shape else float("inf")
             differences[name] = max(differences[name], difference)
     return differences
+
+
+def _check_differences(differences: Mapping[str, float], path: Path) -> None:
+    """Raises UserError where an output differs by more than TOLERANCE."""
+    wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
+    if wrong:
+        found = ", ".join(f"{name} by {value:.2g}" for name, value in wrong.items())
+        raise UserError(
+            f"{path}: not written, as the exported graph differs from the checkpoint ({found}); try another torch"
+        )
 
 
 def _one_way(rnn: nn.Module, suffix: str) -> nn.Module:
@@ -224,7 +230,7 @@ def _captured(model: nn.Module, pipeline: TextToImage) -> torch.export.ExportedP
         raise UserError(f"this torch ({torch.__version__}) cannot export the model: {str(error)[:300]}") from None
 
 
-def _write_onnx(program: Any, names: Sequence[str], about: Mapping[str, Any], path: Path) -> None:
+def _write_onnx(program: Any, names: Sequence[str], about: Mapping[str, Any], stream: IO[bytes]) -> None:
     """The program as an ONNX file that carries its vocabulary and description."""
     try:
         import onnx
@@ -245,7 +251,7 @@ def _write_onnx(program: Any, names: Sequence[str], about: Mapping[str, Any], pa
     proto = written.model_proto
     metadata = {name: json.dumps(value, ensure_ascii=False) for name, value in about.items()}
     onnx.helper.set_model_props(proto, metadata)
-    write_atomically(path, lambda stream: stream.write(proto.SerializeToString()))
+    stream.write(proto.SerializeToString())
 
 
 def _onnx_runner(path: Path, names: Sequence[str]) -> Callable[..., Sequence[np.ndarray]]:
@@ -256,7 +262,8 @@ def _onnx_runner(path: Path, names: Sequence[str]) -> Callable[..., Sequence[np.
 
 
 def _pt2_runner(path: Path) -> Callable[..., Sequence[np.ndarray]]:
-    module = torch.export.load(path).module()
+    with path.open("rb") as stream:  # torch warns of paths that do not end in .pt2
+        module = torch.export.load(stream).module()
 
     def run(*inputs: np.ndarray) -> list[np.ndarray]:
         with torch.no_grad():

@@ -118,7 +118,9 @@ def test_pt2_is_the_same_and_carries_the_vocabulary(tmp_path):
     import json
 
     pipeline = tiny_pipeline()
-    differences = export(pipeline, tmp_path / "model.pt2", "pt2")
+    (tmp_path / "model.pt2").write_text("before")
+    differences = export(pipeline, tmp_path / "model.pt2", "pt2", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
     assert all(value <= 1e-4 for value in differences.values())
     extra = {"model.json": ""}
     module = torch.export.load(tmp_path / "model.pt2", extra_files=extra).module()
@@ -131,7 +133,7 @@ def test_pt2_is_the_same_and_carries_the_vocabulary(tmp_path):
     )
 
 
-def test_an_export_that_differs_is_refused_and_deleted(tmp_path, monkeypatch):
+def test_an_export_that_differs_is_refused_and_leaves_what_was_there(tmp_path, monkeypatch):
     class Wrong(ExportableTextEncoder):
         """As a GRU came out of some torch versions: no error, other values."""
 
@@ -140,9 +142,27 @@ def test_an_export_that_differs_is_refused_and_deleted(tmp_path, monkeypatch):
             return text._replace(sentence=text.sentence.roll(1, dims=1))
 
     monkeypatch.setitem(exporting.EXPORTABLE, TextEncoder, Wrong)
-    with pytest.raises(UserError, match="differs from the checkpoint .*values by .* was deleted"):
+    with pytest.raises(UserError, match="not written, as .* differs from the checkpoint .*values by "):
         export(tiny_pipeline(), tmp_path / "model.pt2", "pt2")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "model.pt2").write_text("before")
+    with pytest.raises(UserError, match="differs from the checkpoint"):
+        export(tiny_pipeline(), tmp_path / "model.pt2", "pt2", overwrite=True)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
+@pytest.mark.parametrize("failure", ["package", "interrupted"])
+def test_an_export_that_fails_leaves_what_was_there(tmp_path, monkeypatch, failure):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setattr(exporting, "compare", interrupted)
+    path = tmp_path / "model"
+    path.write_text("before")
+    with pytest.raises(UserError if failure == "package" else KeyboardInterrupt):
+        export(tiny_pipeline(), path, "onnx" if failure == "package" else "pt2", overwrite=True)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
 def test_other_files_are_refused_in_one_line(tmp_path, exported):
