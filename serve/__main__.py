@@ -28,7 +28,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
     # The server: who reaches it, and how much it takes.
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: anybody who can reach this machine may draw")
-    add("--port", type=not_negative, default=7860, metavar="N", help="0: any free one")
+    add("--port", type=port_number, default=7860, metavar="N", help="0: any free one")
     add("--no-page", action="store_true", help="the API alone, which does not need Gradio")
     add("--batch-size", type=positive, default=16, metavar="N", help="images drawn at once")
     add("--queue", type=positive, default=256, metavar="N", help="images that may wait")
@@ -49,6 +49,14 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def port_number(text: str) -> int:
+    """An argument's type: a port, 0 to 65535."""
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"must be 0 to 65535, not {value}")
+    return value
+
+
 def main(words: list[str] | None = None) -> None:
     options = parse_arguments(words)
     if bool(options.caption) != bool(options.out):
@@ -62,7 +70,9 @@ def main(words: list[str] | None = None) -> None:
         draw_one(models, options)
         return
     try:
+        from serve.api import NUM_BIRDS
         from serve.app import TOKEN_VARIABLE, Settings, serve
+        from serve.drawing import WALK_STEPS
     except ImportError as error:
         raise UserError(f"{error.name} is missing; pip install -r requirements-serve.txt") from None
 
@@ -73,14 +83,17 @@ def main(words: list[str] | None = None) -> None:
         cors=tuple(options.cors), token=os.environ.get(TOKEN_VARIABLE, ""),
     )  # fmt: skip
 
-    if options.queue < options.batch_size:
-        raise UserError(f"--queue {options.queue}: must hold at least one batch of {options.batch_size}")
+    # What is queued together must find room in an empty queue.
+    least = max(options.batch_size, WALK_STEPS, NUM_BIRDS)
+    if options.queue < least:
+        raise UserError(
+            f"--queue {options.queue}: must be at least {least}; a batch has {options.batch_size} images, a walk "
+            f"{WALK_STEPS}, /birds {NUM_BIRDS}"
+        )
     try:
         serve(models, settings)
     except ImportError as error:
         raise UserError(f"{error.name} is missing; pip install -r requirements-serve.txt, or give --no-page") from None
-    except OSError as error:
-        raise UserError(f"--port {options.port}: cannot be listened on ({error.strerror}); take another") from None
 
 
 def draw_one(models: dict, options: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """The whole server from its parts: API, page, guards, temporary folder; started and stopped by uvicorn."""
 
+import errno
 import shutil
 import signal
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 import uvicorn
 from fastapi.middleware.cors import CORSMiddleware
 
+from miscc.errors import UserError
 from miscc.progress import wants_colour
 from serve.api import build_api
 from serve.batcher import Batcher
@@ -59,8 +61,13 @@ class Settings:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder of the server's own, readable by its user alone, gone at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="text-to-image-"))
+    """A folder of the server's own, readable by its user alone, gone at the end. Raises UserError where none can be made."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="text-to-image-"))
+    except OSError as error:
+        raise UserError(
+            f"no temporary folder can be made ({error.strerror}); set TMPDIR to a folder with free space"
+        ) from None
     try:
         yield folder
     finally:
@@ -71,18 +78,14 @@ def build_app(models: dict[str, Model], settings: Settings, folder: Path) -> tup
     """The guarded app, and what draws for it. folder: for temporary files."""
     # The batcher and the image store; the API over both.
     batcher = Batcher(settings.batch_size, settings.queue_size)
-    studio = Studio(models, batcher, Limits(caption_length=settings.caption_length))
+    most_images = min(Limits.images, settings.queue_size)  # more would never find room in the queue
+    studio = Studio(models, batcher, Limits(caption_length=settings.caption_length, images=most_images))
     store = ImageStore(folder / "images", settings.images_bytes)
     api = build_api(studio, store, Metrics(batcher), PAGE + "/" if settings.page else None)
     if settings.page:
         from serve.page import mount_page  # Gradio, which --no-page does without
 
         mount_page(api, studio, PAGE, folder / "page", settings.token)
-    if settings.cors:
-        api.add_middleware(
-            CORSMiddleware, allow_origins=list(settings.cors), allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
-        )  # fmt: skip
 
     # From the inside out: the first to see a request stands last.
     app: App = api
@@ -93,11 +96,18 @@ def build_app(models: dict[str, Model], settings: Settings, folder: Path) -> tup
     app = BodyLimit(RateLimit(app, settings.requests_per_minute), settings.body_bytes)
     if settings.is_local:
         app = KnownHosts(app, [*LOOPBACK, *settings.hosts])
+
+    # Outside the guards: a preflight carries no token, and a script can read a refusal only with these headers.
+    if settings.cors:
+        app = CORSMiddleware(
+            app, allow_origins=list(settings.cors), allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )  # fmt: skip
     return SecurityHeaders(app), studio
 
 
 def serve(models: dict[str, Model], settings: Settings) -> None:
-    """Run until SIGTERM or Ctrl-C; what is running then is finished first. Raises OSError where the port is taken."""
+    """Run until SIGTERM or Ctrl-C; what is running then is finished first. Raises UserError for a host or port that is taken."""
     # uvicorn raises the signal again once it has stopped: then the temporary folder must go, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
@@ -127,6 +137,15 @@ def serve(models: dict[str, Model], settings: Settings) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0: any free one."""
+    """A listening socket; port 0: any free one. Raises UserError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=1024)
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        # All but two errors are the address's; create_server raises a plain OSError for unknown names, too.
+        reason = (error.strerror or "").partition(" (while")[0]
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise UserError(f"--port {port}: cannot be listened on ({reason}); take another") from None
+        raise UserError(
+            f"--host {host}: cannot be listened on ({reason}); give an address of this machine, such as 127.0.0.1"
+        ) from None

@@ -413,7 +413,7 @@ def test_it_runs_where_gradio_is_missing(tmp_path):
         ([], "nothing to serve; give --checkpoint"),
         (["--checkpoint", "/nothing/here.pth"], "no such weight file"),
         (["--checkpoint", "{checkpoint}", "--caption", "a bird"], "give both, or neither"),
-        (["--checkpoint", "{checkpoint}", "--queue", "4"], "must hold at least one batch"),
+        (["--checkpoint", "{checkpoint}", "--queue", "4"], "--queue 4: must be at least 16"),
         (["--checkpoint", "{checkpoint}", "--port", "{port}"], "take another"),
     ],
 )
