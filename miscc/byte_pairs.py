@@ -21,6 +21,7 @@ from miscc.files import MOST_BYTES, read_bytes, read_json
 from miscc.vocabulary import Vocabulary
 
 START, STOP = "<|startoftext|>", "<|endoftext|>"  # the last two entries
+LONGEST_CACHED = 40  # letters of a word whose tokens are kept
 WORD_END = "</w>"  # marks the last piece of a word
 NUM_BYTES = 256
 OPENAI_MERGES = 49152 - NUM_BYTES - 2  # of the 262,143 lines in OpenAI's file CLIP uses so many
@@ -73,7 +74,7 @@ class BytePairs(Vocabulary):
         self._pieces = pieces
         self._indices = {piece: index for index, piece in enumerate(pieces)}
         self._characters = {value: character for character, value in byte_values().items()}
-        self._word = functools.lru_cache(maxsize=2**16)(self._merge)
+        self._cached = functools.lru_cache(maxsize=2**16)(self._merge)
 
     def __getstate__(self) -> dict:
         """For the processes that read images: without the cache, which cannot be pickled."""
@@ -126,6 +127,10 @@ class BytePairs(Vocabulary):
     def shorten(self, indices: Sequence[int], max_words: int, rng: np.random.Generator | None) -> list[int]:
         """The first tokens, and the end token; rng has no effect."""
         return list(indices) if len(indices) <= max_words else [*indices[: max_words - 1], self._indices[STOP]]
+
+    def _word(self, word: str) -> tuple[int, ...]:
+        """One word -> its tokens; long words, of which anybody can make any number, are not kept in memory."""
+        return self._cached(word) if len(word) <= LONGEST_CACHED else self._merge(word)
 
     def _merge(self, word: str) -> tuple[int, ...]:
         """One word -> its tokens: of all neighbours that may be joined, the earliest merge goes first."""

@@ -143,3 +143,10 @@ def test_packed_merges_with_damage_are_named(tmp_path):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
         with pytest.raises(DataError, match=r"16e6\.txt\.gz: cannot be read as the merges"):
             read_merges(path)
+
+
+def test_tokens_of_long_words_are_not_kept():
+    pairs = BytePairs.of_merges(MERGES)
+    short, long = "b" * 40, "b" * 41
+    assert len(pairs.encode(short)[0]) == 42 and pairs._cached.cache_info().currsize == 1
+    assert len(pairs.encode(f"{long} {short}")[0]) == 83 and pairs._cached.cache_info().currsize == 1
