@@ -96,6 +96,13 @@ def load_models(checkpoints: Sequence[str], onnx: Sequence[str], device: str | N
     return models
 
 
+def truncation_of(settings: Mapping[str, Any]) -> float | None:
+    """GAN.TRUNCATION in a model's settings, which may be anything; None where there is no number above 0."""
+    gan = settings.get("GAN")
+    value = gan.get("TRUNCATION") if isinstance(gan, Mapping) else None
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 else None
+
+
 def told_of(config: Mapping[str, Any], step: Any, epoch: Any) -> dict[str, Any]:
     """The part of a model's origin that is told to clients: data set, step, epoch; no path of this machine."""
     return {"data": config.get("DATASET_NAME"), "step": step, "epoch": epoch}

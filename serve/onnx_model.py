@@ -9,14 +9,15 @@ import numpy as np
 from miscc.byte_pairs import vocabulary_of
 from miscc.errors import CheckpointError, DataError, UserError
 from miscc.vocabulary import Vocabulary
-from serve.models import Drawn, Model, told_of
+from serve.models import Drawn, Model, told_of, truncation_of
 
 
 class OnnxModel(Model):
     """Draws with an onnxruntime session. outputs: the graph's names, as serve.export gives them."""
 
     def __init__(self, name: str, session: Any, about: dict[str, Any], vocabulary: Vocabulary, outputs: list[str]):
-        settings = about.get("settings") or {}
+        settings = about.get("settings")
+        settings = settings if isinstance(settings, dict) else {}
         super().__init__(
             name=name,
             system=about["system"],
@@ -26,7 +27,7 @@ class OnnxModel(Model):
             vocabulary=vocabulary,
             mask_sizes=[],
             attends="attention0" in outputs,
-            truncation=(settings.get("GAN") or {}).get("TRUNCATION"),
+            truncation=truncation_of(settings),
             examples=list(about.get("examples") or []),
             origin=told_of(settings, about.get("step"), about.get("epoch")),
         )

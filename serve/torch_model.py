@@ -1,5 +1,6 @@
 """A checkpoint or a published model behind the server's interface."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ from models.registry import network_name
 from sampling.interpolate import interpolated
 from sampling.pipeline import TextToImage
 from sampling.publish import example_captions
-from serve.models import Drawn, Model, told_of
+from serve.models import Drawn, Model, told_of, truncation_of
+
+FILE_SUFFIXES = (".pth", ".pt", ".pt2", ".onnx", ".safetensors")  # of files, not of names online
 
 
 class TorchModel(Model):
@@ -29,7 +32,7 @@ class TorchModel(Model):
             vocabulary=pipeline.vocabulary,
             mask_sizes=[],
             attends=pipeline.attends,
-            truncation=(config.get("GAN") or {}).get("TRUNCATION"),
+            truncation=truncation_of(config),
             examples=example_captions(pipeline),
             origin=told_of(config, pipeline.origin.get("step"), pipeline.origin.get("epoch")),
         )
@@ -52,15 +55,26 @@ class TorchModel(Model):
         )
 
     def walk(self, first: str, second: str, steps: int, seed: int, truncation: float | None) -> list[np.ndarray]:
+        first, second = self._known_words(first), self._known_words(second)
         return list(interpolated(self.pipeline, first, second, steps, seed, truncation))
+
+    def _known_words(self, caption: str) -> str:
+        """The caption without unknown words, each of which the pipeline would remember to warn of it once."""
+        words = self.vocabulary
+        return caption if words.reads_whole_captions else words.decode(words.encode(caption)[0])
 
 
 def load_torch_model(path: str, device: torch.device) -> TorchModel:
     """From a checkpoint of ours, or the folder or the online name of a published model. Raises CheckpointError."""
     # A name such as owner/name is of a published model online.
     found = Path(path)
-    looks_online = not found.exists() and found.suffix == "" and path.count("/") == 1
+    looks_online = not found.exists() and found.suffix not in FILE_SUFFIXES and path.count("/") == 1
     pipeline = TextToImage.from_pretrained(path, device) if looks_online else TextToImage.load(path, device)
-    # A run's file is called last.pth: its folder says more.
-    is_run = found.parent.name == "checkpoints"
-    return TorchModel(found.parent.parent.name if is_run else found.resolve().stem, pipeline)
+    return TorchModel(_name_of(found), pipeline)
+
+
+def _name_of(path: Path) -> str:
+    """A model's name: its run's, as a run's file is called last.pth; else its file's or folder's own."""
+    path = Path(os.path.abspath(path))
+    run = path.parent.parent.name if path.parent.name == "checkpoints" else ""
+    return run or (path.stem if path.is_file() else path.name)
