@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse,
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from miscc.errors import UserError
+from miscc.errors import UserError, WriteError
 from miscc.pictures import encode_png
 from serve.batcher import ClosedError, QueueFullError
 from serve.drawing import MAX_SEED, Limits, Order, Picture, Studio
@@ -31,7 +31,7 @@ NUM_BIRDS = 6  # that AttnGAN's /birds draws
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "what to change in the request"},
     429: {"description": "too many requests"},
-    503: {"description": "the queue is full, ask again"},
+    503: {"description": "the queue is full, ask again; or the server cannot write files"},
 }
 _LIMITS = Limits()
 
@@ -115,8 +115,9 @@ def _add_drawing(app: FastAPI, studio: Studio) -> None:
         if wanted.format == "png" and (num_images != 1 or wanted.masks):
             raise UserError("format: png holds one image without masks; take zip or json for more")
 
-        # Drawing; the files are packed in a thread, or other clients would wait for it.
-        order = studio.submit(wanted.captions, wanted.n, wanted.seed, wanted.truncation, wanted.model)
+        # Captions are encoded and files packed in threads, or other clients would wait for both.
+        asked = wanted.captions, wanted.n, wanted.seed, wanted.truncation, wanted.model
+        order = await asyncio.to_thread(studio.submit, *asked)
         pictures = await finished(order, request)
         elapsed = time.monotonic() - start
         return await asyncio.to_thread(_response, pictures, wanted, model.name, elapsed)
@@ -128,7 +129,8 @@ def _add_attngan(app: FastAPI, studio: Studio, store: ImageStore) -> None:
     async def draw(wanted: Caption, request: Request, number: int) -> list[dict[str, Any]]:
         # A new seed each time, the model's own truncation.
         start = time.monotonic()
-        order = studio.submit([wanted.caption], number, secrets.randbelow(MAX_SEED), studio.first.truncation)
+        asked = [wanted.caption], number, secrets.randbelow(MAX_SEED), studio.truncation
+        order = await asyncio.to_thread(studio.submit, *asked)
         pictures = await finished(order, request)
 
         # Files that the answer names by URL.
@@ -246,6 +248,10 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(UserError)
     async def user(request: Request, error: UserError) -> Response:
         return JSONResponse({"error": str(error)}, 400)
+
+    @app.exception_handler(WriteError)
+    async def unwritten(request: Request, error: WriteError) -> Response:
+        return JSONResponse({"error": str(error)}, 503)
 
     @app.exception_handler(QueueFullError)
     @app.exception_handler(ClosedError)

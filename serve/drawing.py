@@ -71,6 +71,12 @@ class Studio:
     def first(self) -> Model:
         return next(iter(self.models.values()))
 
+    @property
+    def truncation(self) -> float | None:
+        """The first model's own truncation, up to the limit."""
+        own = self.first.truncation
+        return None if own is None else min(own, self.limits.truncation)
+
     def model(self, name: str | None = None) -> Model:
         """The model of this name, None: the first. Raises UserError."""
         if name is None:
@@ -123,28 +129,34 @@ class Studio:
             raise UserError(f"truncation: give a number above 0 and up to {limits.truncation:g}, or none")
 
         # Words and noise of each image, as TextToImage.generate gives them.
-        repeated = [self.check_caption(caption) for caption in captions for _ in range(per_caption)]
-        tokens, lengths, unknown = encode_rows(repeated, chosen.vocabulary, chosen.max_words)
+        checked = [self.check_caption(caption) for caption in captions]
+        tokens, lengths, unknown = encode_rows(checked, chosen.vocabulary, chosen.max_words)
+        rows = [row for row in range(len(captions)) for _ in range(per_caption)]
+        repeated = [checked[row] for row in rows]
         noise = noise_array(seed, 0, range(len(repeated)), chosen.noise_dim, truncation)
 
         # Jobs are queued together or not at all.
-        jobs = [Job(chosen, tokens[i], int(lengths[i]), noise[i]) for i in range(len(repeated))]
+        jobs = [Job(chosen, tokens[row], int(lengths[row]), noise[i]) for i, row in enumerate(rows)]
         futures = self.batcher.submit(jobs)
-        return Order(chosen, repeated, seed, truncation, jobs, unknown, futures)
+        return Order(chosen, repeated, seed, truncation, jobs, [unknown[row] for row in rows], futures)
 
     def submit_walk(
         self, first: str, second: str, seed: int = 0, truncation: float | None = None, model: str | None = None
-    ) -> Future:
-        """Queue a walk from one caption to another: a future of WALK_STEPS images (H, W, 3). Raises as `submit`."""
+    ) -> tuple[Future, list[str]]:
+        """Queue a walk from one caption to another: a future of WALK_STEPS images (H, W, 3), and the words that are left out.
+
+        Raises as `submit`.
+        """
         chosen = self.model(model)
         start, end = self.check_caption(first), self.check_caption(second)
-        encode_rows([start, end], chosen.vocabulary, chosen.max_words)  # raises where no word is known
+        left_out = encode_rows([start, end], chosen.vocabulary, chosen.max_words)[2]
+        unknown = list(dict.fromkeys(word for words in left_out for word in words))
         if not 0 <= seed <= MAX_SEED:
             raise UserError(f"seed: give a whole number from 0 to {MAX_SEED}")
 
         # One call: the steps of a walk share its two captions.
         call = Call(lambda: chosen.walk(start, end, WALK_STEPS, seed, truncation), images=WALK_STEPS)
-        return self.batcher.submit([call])[0]
+        return self.batcher.submit([call])[0], unknown
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """Images that clients fetch by URL: a folder with a size limit, whose oldest files go first."""
 
+import contextlib
 import re
 import secrets
 import threading
 from collections import OrderedDict
 from pathlib import Path
+
+from miscc.errors import WriteError
 
 NAME = re.compile(r"[A-Za-z0-9_-]{22}\.png")
 
@@ -23,9 +26,21 @@ class ImageStore:
         return sum(self._sizes.values())
 
     def add(self, png: bytes) -> str:
-        """Keep a PNG file; returns its name."""
+        """Keep a PNG file; returns its name. Raises WriteError, without a path, as clients read it."""
         name = f"{secrets.token_urlsafe(16)}.png"
-        (self.folder / name).write_bytes(png)
+        path = self.folder / name
+
+        # The folder again: a cleaner of temporary files may have removed it.
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.write_bytes(png)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            raise WriteError(
+                f"images: the server cannot keep any ({error.strerror}); free space in its temporary folder, or ask "
+                f"/api/v1.0/images, which needs no file"
+            ) from None
 
         # The oldest go as soon as all together are too large.
         with self._lock:

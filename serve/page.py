@@ -99,7 +99,7 @@ def _draw_tab(studio: Studio) -> None:
     with gr.Row():
         model = _model_choice(studio, "Model")
         number = gr.Slider(1, MOST_IMAGES, value=4, step=1, label="Images", elem_id="number")
-        seed, truncation = _noise_inputs(first)
+        seed, truncation = _noise_inputs(studio)
 
     # What was drawn, and how it is shown.
     button = gr.Button("Draw", variant="primary", elem_id="draw")
@@ -192,11 +192,12 @@ def read_words(studio: Studio, caption: str | None, name: str | None = None) -> 
 def _shown(pictures: Sequence[Picture], overlaid: str, strength: float) -> list[tuple[np.ndarray, str]]:
     """Images for a gallery, each under its seed; with the mask of a stage over them, enlarged so that it can be seen."""
     labels = [f"#{picture.index}, seed {picture.seed}" for picture in pictures]
-    if overlaid == NO_OVERLAY or not pictures[0].drawn.masks:
+    overlays = _overlays(pictures[0])
+    if overlaid not in overlays[1:]:  # none, or of a model chosen since
         return [(picture.image, label) for picture, label in zip(pictures, labels, strict=True)]
 
     # A mask is smaller than the image may be: both at a size that shows it.
-    stage = _overlays(pictures[0]).index(overlaid) - 1
+    stage = overlays.index(overlaid) - 1
     return [
         (overlay(_enlarged(picture.image), picture.drawn.masks[stage], strength), f"{label}, {overlaid}")
         for picture, label in zip(pictures, labels, strict=True)
@@ -226,7 +227,7 @@ def _compare_tab(studio: Studio) -> None:
             right = _caption_box(studio, "Right caption", captions[1 if len(captions) > 2 else -1])
             right_model = _model_choice(studio, "Right model", -1)
     with gr.Row():
-        seed, truncation = _noise_inputs(studio.first)
+        seed, truncation = _noise_inputs(studio)
 
     # Both images under a slider.
     button = gr.Button("Compare", variant="primary", elem_id="compare")
@@ -266,7 +267,7 @@ def _walk_tab(studio: Studio) -> None:
         second = _caption_box(studio, "To", "a large blue bird with white wings")
     with gr.Row():
         model = _model_choice(studio, "Model")
-        seed, truncation = _noise_inputs(studio.first)
+        seed, truncation = _noise_inputs(studio)
 
     button = gr.Button("Walk", variant="primary", elem_id="walk")
     status = gr.Markdown()
@@ -279,15 +280,15 @@ def _walk_tab(studio: Studio) -> None:
     async def walk(start, end, number_of_noise, cut, name):
         begun = time.monotonic()
         try:
-            images = await asyncio.wrap_future(
-                studio.submit_walk(start, end, _seed(number_of_noise), cut or None, name)
-            )
+            asked = start, end, _seed(number_of_noise), cut or None, name
+            future, unknown = await asyncio.to_thread(studio.submit_walk, *asked)
+            images = await asyncio.wrap_future(future)
         except SHOWN_ERRORS as error:
             raise gr.Error(str(error), print_exception=False) from None
 
         # Each under its way from one caption to the other.
         steps = [(image, f"{100 * step // (len(images) - 1)} %") for step, image in enumerate(images)]
-        return steps, f"{len(images)} images in {time.monotonic() - begun:.2f} s"
+        return steps, f"{len(images)} images in {time.monotonic() - begun:.2f} s{_left_out(unknown)}"
 
     gr.on(
         [button.click, first.submit, second.submit], walk, [first, second, seed, truncation, model], [gallery, status],
@@ -303,7 +304,7 @@ async def _drawn(studio: Studio, asked: dict[str, Any]) -> tuple[list[Picture], 
     begun = time.monotonic()
     order: Order | None = None
     try:
-        order = studio.submit(**asked)
+        order = await asyncio.to_thread(studio.submit, **asked)
         await asyncio.gather(*(asyncio.wrap_future(future) for future in order.futures))
         return order.pictures(), time.monotonic() - begun
     except SHOWN_ERRORS as error:
@@ -336,9 +337,9 @@ def _model_choice(studio: Studio, label: str, index: int = 0) -> gr.Dropdown:
     return gr.Dropdown(names, value=names[index], label=label, visible=len(names) > 1, filterable=False)
 
 
-def _noise_inputs(model: Model) -> tuple[gr.Number, gr.Slider]:
-    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
-    return seed, gr.Slider(0, 2, value=model.truncation or 0, step=0.05, label="Truncation (0: none)")
+def _noise_inputs(studio: Studio) -> tuple[gr.Number, gr.Slider]:
+    seed, own = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED), studio.truncation or 0
+    return seed, gr.Slider(0, max(2, own), value=own, step=0.05, label="Truncation (0: none)")
 
 
 def _picture_classes(studio: Studio) -> list[str]:

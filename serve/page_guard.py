@@ -50,6 +50,6 @@ class PageGuard(Guard):
 
     def _is_ours(self, path: str) -> bool:
         """Whether a path names a file in the page's own folder; addresses elsewhere do not."""
-        if "://" in path or not path.startswith("/"):
+        if "://" in path or "\0" in path or not path.startswith("/"):
             return False
         return Path(path).resolve().is_relative_to(self.folder)

@@ -80,7 +80,7 @@ def test_the_file_draws_what_the_checkpoint_draws(exported, system):
         pictures = studio.submit(captions, 1, 3, 0.7).pictures()
         assert np.abs(np.stack([picture.image for picture in pictures]) - expected).max() <= 1
     with pytest.raises(UserError, match="cannot mix two captions"):
-        studio.submit_walk(*CAPTIONS[:2]).result(10)
+        studio.submit_walk(*CAPTIONS[:2])[0].result(10)
 
 
 def test_the_file_alone_draws_without_torch(exported, tmp_path):

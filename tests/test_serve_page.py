@@ -19,7 +19,7 @@ pytest.importorskip("gradio", reason="the page: pip install -r requirements-serv
 import gradio
 from serve_help import running, tiny_models
 
-from serve.page import build_page, mount_page, read_words
+from serve.page import _noise_inputs, _shown, build_page, mount_page, read_words
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -56,6 +56,7 @@ def call(client, function, data, session="abc"):
         ("GET", "/gradio_api/file=/etc/passwd"),
         ("GET", "/gradio_api/file=/proc/self/environ"),
         ("GET", "/gradio_api/file={folder}/page/../images/x.png"),
+        ("GET", "/gradio_api/file=/x%00"),
         ("GET", "/gradio_api/file=README.md"),
         ("GET", "/gradio_api/file/etc/passwd"),
         ("POST", "/gradio_api/run/draw"),
@@ -176,6 +177,29 @@ def test_masks_and_attention_are_shown(server):
         2
     ]
     assert [strip["caption"] for strip in strips] == [f"image {i}, stage {s}" for i in (0, 1) for s in (2, 3)]
+
+
+def test_an_overlay_of_another_model_leaves_the_images_alone(server):
+    pictures = server.studio.submit([CAPTIONS[0]], 2, 5, model="ssa_gan").pictures()
+    alone = _shown(pictures, "256 px", 1.0)
+    assert [label for _, label in alone] == ["#0, seed 5", "#1, seed 5"]
+    assert all(shown is picture.image for (shown, _), picture in zip(alone, pictures, strict=True))
+    assert [label for _, label in _shown(pictures, "16 px", 1.0)] == ["#0, seed 5, 16 px", "#1, seed 5, 16 px"]
+
+
+def test_a_walk_names_the_words_that_it_leaves_out(server):
+    dependencies = server.get("/page/config").json()["dependencies"]
+    walk = next(d["id"] for d in dependencies if len(d["inputs"]) == 5 and len(d["outputs"]) == 2)
+    answer = call(server, walk, [CAPTIONS[0], "a blue zyzzyva bird", 0, 0, "ssa_gan"])
+    gallery, status = answer["output"]["data"]
+    assert len(gallery) == 8 and status.endswith("unknown to the model and left out: zyzzyva")
+
+
+@pytest.mark.parametrize(("own", "highest", "value"), [(None, 2, 0), (0.8, 2, 0.8), (6.0, 5.0, 5.0)])
+def test_a_models_own_truncation_is_on_the_slider(server, monkeypatch, own, highest, value):
+    monkeypatch.setattr(server.studio.first, "truncation", own)
+    slider = _noise_inputs(server.studio)[1]
+    assert (slider.maximum, slider.value) == (highest, value)
 
 
 def test_errors_are_shown_in_words_and_others_are_not(server, monkeypatch):
