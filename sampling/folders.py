@@ -35,10 +35,16 @@ CAPTIONS, ABOUT, PICTURE = "captions.jsonl", "samples.json", "samples.png"
 MOST_PICTURED = 24  # captions in samples.png
 
 
-def prepare_folder(folder: str | Path, overwrite: bool) -> Path:
-    """The folder to write to, without earlier samples. Raises DataError when there are some and overwrite is False."""
+def prepare_folder(folder: str | Path, overwrite: bool, requests: Sequence[Request] = ()) -> Path:
+    """The folder to write to, without earlier samples.
+
+    requests: what will be drawn there.
+
+    Raises DataError where overwrite is False and the folder holds samples, or another file of a picture's name.
+    """
     folder = Path(folder)
     if not (folder / CAPTIONS).exists() and not (folder / ABOUT).exists():
+        _check_free(folder, () if overwrite else requests)
         return folder
 
     # Earlier samples, also of a sampling that was stopped.
@@ -59,7 +65,7 @@ def prepare_folder(folder: str | Path, overwrite: bool) -> Path:
 
 def _check_free(folder: Path, requests: Sequence[Request]) -> None:
     """Raises DataError where a picture would be written over a file that is there, whoever wrote it."""
-    for name in (PICTURE, *(f"{file_stem(request)}.png" for request in requests)):
+    for name in [PICTURE, *(f"{file_stem(request)}.png" for request in requests)] if requests else ():
         if (folder / name).exists():
             raise DataError(f"{folder / name}: exists already; give --overwrite, or another folder with --out")
 
@@ -121,9 +127,7 @@ def sample(
     """
     # Every check comes before anything in the folder is changed.
     _check(pipeline, requests, with_masks, with_attention)
-    folder = prepare_folder(folder, overwrite)
-    if not overwrite:
-        _check_free(folder, requests)
+    folder = prepare_folder(folder, overwrite, requests)
 
     # What the folder holds; `finished` tells a stopped sampling from a whole one.
     settings = _settings(pipeline, requests, seed, truncation) | (about or {})
