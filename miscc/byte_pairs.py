@@ -129,7 +129,7 @@ class BytePairs(Vocabulary):
         return list(indices) if len(indices) <= max_words else [*indices[: max_words - 1], self._indices[STOP]]
 
     def _word(self, word: str) -> tuple[int, ...]:
-        """One word -> its tokens; long words, of which anybody can make any number, are not kept in memory."""
+        """One word -> its tokens. The cache holds no long words: a server's clients could fill the memory with them."""
         return self._cached(word) if len(word) <= LONGEST_CACHED else self._merge(word)
 
     def _merge(self, word: str) -> tuple[int, ...]:

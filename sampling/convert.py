@@ -140,10 +140,10 @@ def _discriminator(generator: Generator, content: Any, path: str | Path | None) 
             f"name the one that was trained with it"
         )
     for name in ("image_size", "sentence_dim"):
-        ours, others = discriminator.arguments.get(name), generator.arguments.get(name)
-        if None not in (ours, others) and ours != others:
+        actual, expected = discriminator.arguments.get(name), generator.arguments.get(name)
+        if None not in (actual, expected) and actual != expected:
             raise CheckpointError(
-                f"{path}: its {name} is {ours}, the generator's {others}; name the one trained with it"
+                f"{path}: its {name} is {actual}, the generator's {expected}; name the one that was trained with it"
             )
     return discriminator
 

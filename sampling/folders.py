@@ -44,7 +44,8 @@ def prepare_folder(folder: str | Path, overwrite: bool, requests: Sequence[Reque
     """
     folder = Path(folder)
     if not (folder / CAPTIONS).exists() and not (folder / ABOUT).exists():
-        _check_free(folder, () if overwrite else requests)
+        if not overwrite and requests:
+            _check_free(folder, requests)
         return folder
 
     # Earlier samples, also of a sampling that was stopped.
@@ -64,8 +65,8 @@ def prepare_folder(folder: str | Path, overwrite: bool, requests: Sequence[Reque
 
 
 def _check_free(folder: Path, requests: Sequence[Request]) -> None:
-    """Raises DataError where a picture would be written over a file that is there, whoever wrote it."""
-    for name in [PICTURE, *(f"{file_stem(request)}.png" for request in requests)] if requests else ():
+    """Raises DataError where the folder holds a file with the name of an image to draw, or of their picture."""
+    for name in (PICTURE, *(f"{file_stem(request)}.png" for request in requests)):
         if (folder / name).exists():
             raise DataError(f"{folder / name}: exists already; give --overwrite, or another folder with --out")
 

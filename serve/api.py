@@ -116,8 +116,8 @@ def _add_drawing(app: FastAPI, studio: Studio) -> None:
             raise UserError("format: png holds one image without masks; take zip or json for more")
 
         # Captions are encoded and files packed in threads, or other clients would wait for both.
-        asked = wanted.captions, wanted.n, wanted.seed, wanted.truncation, wanted.model
-        order = await asyncio.to_thread(studio.submit, *asked)
+        arguments = wanted.captions, wanted.n, wanted.seed, wanted.truncation, wanted.model
+        order = await asyncio.to_thread(studio.submit, *arguments)
         pictures = await finished(order, request)
         elapsed = time.monotonic() - start
         return await asyncio.to_thread(_response, pictures, wanted, model.name, elapsed)
@@ -129,8 +129,8 @@ def _add_attngan(app: FastAPI, studio: Studio, store: ImageStore) -> None:
     async def draw(wanted: Caption, request: Request, number: int) -> list[dict[str, Any]]:
         # A new seed each time, the model's own truncation.
         start = time.monotonic()
-        asked = [wanted.caption], number, secrets.randbelow(MAX_SEED), studio.truncation
-        order = await asyncio.to_thread(studio.submit, *asked)
+        arguments = [wanted.caption], number, secrets.randbelow(MAX_SEED), studio.truncation
+        order = await asyncio.to_thread(studio.submit, *arguments)
         pictures = await finished(order, request)
 
         # Files that the answer names by URL.

@@ -280,8 +280,8 @@ def _walk_tab(studio: Studio) -> None:
     async def walk(start, end, number_of_noise, cut, name):
         begun = time.monotonic()
         try:
-            asked = start, end, _seed(number_of_noise), cut or None, name
-            future, unknown = await asyncio.to_thread(studio.submit_walk, *asked)
+            arguments = start, end, _seed(number_of_noise), cut or None, name
+            future, unknown = await asyncio.to_thread(studio.submit_walk, *arguments)
             images = await asyncio.wrap_future(future)
         except SHOWN_ERRORS as error:
             raise gr.Error(str(error), print_exception=False) from None

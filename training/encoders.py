@@ -85,7 +85,8 @@ def stored_encoders(
 
 
 def _check_text_encoder(encoders: Encoders, text: Mapping[str, Any]) -> None:
-    """Raises UserError where NET_E's text encoder is not what the settings would build, or of a kind that is not trained."""
+    """Raises CheckpointError where NET_E's text encoder is of a kind that is not trained here, ConfigError where it is not
+    what the settings would build."""
     kind = network_name(encoders.text_encoder)
     if TEXT_ENCODERS[kind] is not TextEncoder:
         raise CheckpointError(
@@ -113,13 +114,14 @@ def _image_encoder(encoders: Encoders, settings: PretrainingSettings, backbone: 
             f"image_encoder*.pth beside their text_encoder*.pth, or set DAMSM.KEEP_IMAGE_ENCODER False for a fresh one"
         )
     actual, expected = network_name(encoder), settings.image_encoder
+    becomes_pretrained = (actual, expected) == ("small", "pretrained")
     if actual not in settings_of(PretrainingSettings)["image_encoder"].choices:
         raise CheckpointError(
             f"TRAIN.NET_E: the image encoder of {file} is {actual}, which is not trained here; give encoders of pretrain_DAMSM.py"
         )
 
     # The kind that the settings say. A small one may become a pretrained one; nothing else changes its kind.
-    if actual != expected and (actual, expected) != ("small", "pretrained"):
+    if actual != expected and not becomes_pretrained:
         raise ConfigError(
             f"TRAIN.NET_E: the image encoder of {file} is {actual}, the settings say {expected}; --set DAMSM.IMAGE_ENCODER "
             f"{actual}, or DAMSM.KEEP_IMAGE_ENCODER False for a fresh one"
@@ -129,7 +131,7 @@ def _image_encoder(encoders: Encoders, settings: PretrainingSettings, backbone: 
             f"TRAIN.NET_E: the image encoder of {file} is for {encoder.image_size} px, TREE.BASE_SIZE says "
             f"{settings.image_size}; --set TREE.BASE_SIZE {encoder.image_size}"
         )
-    if actual == "small" and expected == "pretrained":
+    if becomes_pretrained:
         return PretrainedImageEncoder.from_small(cast(SmallImageEncoder, encoder), **backbone)
 
     # On the frozen network that the settings name, if they name one.
