@@ -29,6 +29,7 @@ from sampling.encoders import (
     load_encoders,
     released_vocabulary,
 )
+from sampling.published import is_published, read_published
 from training.data import read_records
 from training.settings import StartSettings
 
@@ -152,14 +153,16 @@ def networks_from_files(start: StartSettings, fresh: Mapping[str, Network], name
 
 
 def _from_generator_file(start: StartSettings, fresh: Mapping[str, Network]) -> dict[str, Network]:
-    """The networks in the file that NET_G names: a checkpoint of ours, or the authors' weights."""
+    """The networks in what NET_G names: a checkpoint of ours, a published model, or the authors' weights."""
     path = start.generator_file
-    content = load_file(path)
+    content = read_published(path) if is_published(path) else load_file(path)
 
     # Ours: every network that the system trains, or G alone.
     if isinstance(content, dict) and "networks" in content:
         validate(content, path)
-        stored = content["networks"]
+        stored = dict(content["networks"])
+        if is_published(path) and "generator_ema" in stored:  # the average is all that was published
+            stored["generator"] = stored["generator_ema"]
         if "generator" not in stored:
             raise CheckpointError(f"TRAIN.NET_G: {path} holds no generator but {', '.join(stored)}")
         parts = tuple(fresh) if start.with_discriminator else ("generator",)
@@ -301,6 +304,6 @@ def problems(system: ChosenSystem, start: StartSettings, data: DataSettings) -> 
 
     # Weight files.
     for key, file in (("NET_G", start.generator_file), ("NET_D", start.discriminator_file)):
-        if file and not Path(file).is_file():
+        if file and not Path(file).is_file() and not is_published(file):
             found.append(f"TRAIN.{key}: {file}: no such weight file")
     return found

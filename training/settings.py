@@ -159,7 +159,9 @@ class FormerEncodersSettings:
 class StartSettings(FormerEncodersSettings, ClipSizeSettings, ImageSizeSettings, DatasetSettings):
     """What a training, or a drawing, starts from: weight files and encoders. The sizes are those of an untrained CLIP."""
 
-    generator_file: str = setting("TRAIN.NET_G", "", "weights to sample from or to continue from: ours or the authors'")
+    generator_file: str = setting(
+        "TRAIN.NET_G", "", "weights to sample from or to continue from: ours, a published model, or the authors'"
+    )
     discriminator_file: str = setting("TRAIN.NET_D", "", "the authors' discriminator that goes with NET_G")
     with_discriminator: bool = setting("TRAIN.B_NET_D", True, "take D from NET_G's checkpoint too, where it holds one")
     gate: float = setting(
