@@ -302,8 +302,8 @@ def problems(system: ChosenSystem, start: StartSettings, data: DataSettings) -> 
     except UserError as error:
         found.append(str(error))
 
-    # Weight files.
+    # Weight files; G's may be a published model's folder.
     for key, file in (("NET_G", start.generator_file), ("NET_D", start.discriminator_file)):
-        if file and not Path(file).is_file() and not is_published(file):
+        if file and not Path(file).is_file() and not (key == "NET_G" and is_published(file)):
             found.append(f"TRAIN.{key}: {file}: no such weight file")
     return found
