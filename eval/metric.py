@@ -4,6 +4,7 @@ The metrics themselves stand in a file each, such as FID.py; `eval/__init__.py` 
 evaluation during training and the benchmark use the same classes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -217,7 +218,7 @@ class Run:
         return self.network
 
 
-class Metric:
+class Metric(ABC):
     """Reads images batch by batch and computes scores of them all.
 
     needs: what the batches and the constructor must be given;
@@ -239,18 +240,18 @@ class Metric:
         """The metric as a protocol asks for it. Raises UserError or ImportError where it cannot be computed."""
         return cls()
 
+    @abstractmethod
     def update(self, batch: ScoringBatch) -> None:
         """Read the next images of this process."""
-        raise NotImplementedError
 
     def merge(self, other: "Self") -> None:
         """Add what the same metric has accumulated in another process."""
         for name in self.accumulated:
             getattr(self, name).extend(getattr(other, name))
 
+    @abstractmethod
     def compute(self) -> list[Score]:
         """The scores of all images. Raises UserError where there are none."""
-        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         # What other processes need: nothing but what `update` fills.

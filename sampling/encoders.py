@@ -16,7 +16,7 @@ from models.clip_files import load_clip_weights, load_tokenizer
 from models.registry import from_state, with_weight_file
 from models.released import load_image_encoder, load_text_encoder, naming
 from models.types import CaptionEncoder, Generator, ImageEncoder, Network
-from sampling.published import is_published, read_published
+from sampling.published import load_weights, weight_file
 
 
 class Encoders(NamedTuple):
@@ -62,14 +62,14 @@ def load_encoders(
     Raises CheckpointError when a file is missing, broken or of another kind.
     """
     path = Path(path)
-    if not path.is_file() and not is_published(path):
+    if not weight_file(path).is_file():
         raise CheckpointError(
             f"{path}: no such encoders; train them with `python pretrain_DAMSM.py --cfg cfg/DAMSM/...` and the file of your "
             f"data set (bird.yml, coco.yml, folder.yml), or point TEXT.DAMSM_NAME at a released text_encoder200.pth"
         )
 
     # One of ours, or a published model, which has no image encoder.
-    content = read_published(path) if path.is_dir() else load_file(path)
+    content = load_weights(path)
     if isinstance(content, dict) and "networks" in content:
         validate(content, path)
         parts = ("text_encoder", "image_encoder") if with_image_encoder else ("text_encoder",)

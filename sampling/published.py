@@ -12,7 +12,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from miscc.checkpoint import load_checkpoint, validate
+from miscc.checkpoint import load_checkpoint, load_file, validate
 from miscc.errors import CheckpointError, DamagedError, DataError
 from miscc.files import hash_of_file, read_json, write_atomically, write_json
 from miscc.vocabulary import Vocabulary, read_words
@@ -40,6 +40,14 @@ def load_model(path: str | Path) -> dict[str, Any]:
     checkpoint = read_published(path) if Path(path).is_dir() else load_checkpoint(path)
     validate(checkpoint, path)
     return checkpoint
+
+
+def load_weights(path: str | Path) -> Any:
+    """What a weight file holds, ours or the authors', not checked; a published model's folder as a checkpoint.
+
+    Raises CheckpointError where it is missing, damaged or of a newer format.
+    """
+    return read_published(path) if is_published(path) else load_file(path)
 
 
 def find_published(name: str | Path) -> Path:

@@ -140,6 +140,17 @@ def test_a_metric_must_say_what_it_accumulates():
                 self.images = batch.images
 
 
+def test_a_metric_without_compute_is_refused_before_anything_is_drawn():
+    class Half(Metric):
+        accumulated = ("images",)
+
+        def update(self, batch):
+            self.images = batch.images
+
+    with pytest.raises(TypeError, match="abstract class Half .*compute"):
+        Half.from_run(None)
+
+
 @pytest.mark.parametrize("place", ["eval.brightnes:Brightness", "eval.brightness:Brightnes"])
 def test_a_wrong_place_in_the_registry_is_a_mistake_and_no_missing_package(brightness, monkeypatch, place):
     monkeypatch.setitem(eval.METRICS, "brightness", (place, "how bright the images are"))

@@ -9,7 +9,7 @@ from torch import nn
 
 from datasets.settings import DataSettings
 from miscc.byte_pairs import BytePairs, vocabulary_of
-from miscc.checkpoint import load_file, validate
+from miscc.checkpoint import validate
 from miscc.errors import CheckpointError, ConfigError, UserError
 from miscc.settings import settings_of
 from miscc.vocabulary import Vocabulary
@@ -29,7 +29,7 @@ from sampling.encoders import (
     load_encoders,
     released_vocabulary,
 )
-from sampling.published import is_published, read_published
+from sampling.published import is_published, load_weights, weight_file
 from training.data import read_records
 from training.settings import StartSettings
 
@@ -155,14 +155,14 @@ def networks_from_files(start: StartSettings, fresh: Mapping[str, Network], name
 def _from_generator_file(start: StartSettings, fresh: Mapping[str, Network]) -> dict[str, Network]:
     """The networks in what NET_G names: a checkpoint of ours, a published model, or the authors' weights."""
     path = start.generator_file
-    content = read_published(path) if is_published(path) else load_file(path)
+    content = load_weights(path)
 
     # Ours: every network that the system trains, or G alone.
     if isinstance(content, dict) and "networks" in content:
         validate(content, path)
-        stored = dict(content["networks"])
-        if is_published(path) and "generator_ema" in stored:  # the average is all that was published
-            stored["generator"] = stored["generator_ema"]
+        stored = content["networks"]
+        if "generator_ema" in stored:  # which may be the only one: of a published model, as a rule
+            stored = {"generator": stored["generator_ema"], **stored}
         if "generator" not in stored:
             raise CheckpointError(f"TRAIN.NET_G: {path} holds no generator but {', '.join(stored)}")
         parts = tuple(fresh) if start.with_discriminator else ("generator",)
@@ -259,9 +259,14 @@ def encoders_for(system: ChosenSystem, start: StartSettings, data: DataSettings)
     # They must know the vocabulary's words, and include an image encoder where a loss needs it.
     check_vocabulary(encoders.text_encoder, vocabulary, f"{key}: {start.encoders_path}", data.data_dir)
     if encoders.image_encoder is None and objective.needs_image_encoder:
+        remedy = "put the released image_encoder*.pth there"
+        if is_published(start.encoders_path):
+            remedy = (
+                "train one for its text encoder (pretrain_DAMSM.py --set TRAIN.NET_E … DAMSM.KEEP_IMAGE_ENCODER False)"
+            )
         raise CheckpointError(
-            f"{key}: there is no image encoder beside {start.encoders_path}; put the released "
-            f"image_encoder*.pth there, or train without the DAMSM loss: --set TRAIN.DAMSM_WEIGHT 0"
+            f"{key}: there is no image encoder beside {start.encoders_path}; {remedy}, or train without the DAMSM loss: --set "
+            f"TRAIN.DAMSM_WEIGHT 0, and TRAIN.FINETUNE_ENCODERS False where they learn on"
         )
 
     # What the system makes of the text encoder.
@@ -303,7 +308,11 @@ def problems(system: ChosenSystem, start: StartSettings, data: DataSettings) -> 
         found.append(str(error))
 
     # Weight files; G's may be a published model's folder.
-    for key, file in (("NET_G", start.generator_file), ("NET_D", start.discriminator_file)):
-        if file and not Path(file).is_file() and not (key == "NET_G" and is_published(file)):
-            found.append(f"TRAIN.{key}: {file}: no such weight file")
+    generator, discriminator = start.generator_file, start.discriminator_file
+    for key, named, file in (
+        ("NET_G", generator, weight_file(generator)),
+        ("NET_D", discriminator, Path(discriminator)),
+    ):
+        if named and not file.is_file():
+            found.append(f"TRAIN.{key}: {named}: no such weight file")
     return found

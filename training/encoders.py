@@ -20,7 +20,7 @@ from models.pretrained_encoder import PretrainedImageEncoder
 from models.registry import from_state, network_name, with_weight_file
 from models.types import Network
 from sampling.encoders import Encoders, check_vocabulary, load_encoders, released_vocabulary
-from sampling.published import is_published
+from sampling.published import weight_file
 from training.settings import PretrainingSettings
 
 
@@ -58,7 +58,7 @@ def stored_encoders(
     file = settings.former_encoders
     if not file:
         return None, None
-    if not Path(file).is_file() and not is_published(file):
+    if not weight_file(file).is_file():
         raise CheckpointError(
             f"TRAIN.NET_E: {file}: no such encoders; give the best.pth of a pretraining, a published model or a "
             f"text_encoder*.pth, or leave it empty to start anew"

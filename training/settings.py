@@ -172,7 +172,7 @@ class StartSettings(FormerEncodersSettings, ClipSizeSettings, ImageSizeSettings,
     encoders: str = setting(
         "TEXT.DAMSM_NAME",
         "",
-        "the encoders: ours or text_encoder*.pth; empty: DAMSMencoders/<DATASET_NAME>/best.pth",
+        "the encoders: ours, a published model's (text alone) or text_encoder*.pth; empty: DAMSMencoders/<DATASET_NAME>/best.pth",
     )
     text_dim: int = sentence_dim_setting()
     kind: str = setting(

@@ -4,8 +4,8 @@ ToyBirds (eval/attributes.py, mask_iou.py, variety.py) share: their base class, 
 import argparse
 import dataclasses
 import sys
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -83,19 +83,19 @@ class BirdMetric(Metric):
         """The masks of each stage, (N, h, w); empty where there are none."""
         return [np.concatenate(stage) for stage in zip(*self.masks, strict=True)]
 
-    @cached_property
+    @property
+    @abstractmethod
     def reader(self) -> Any:
         """The network that reads the birds, with its `recipe`; loaded at first use."""
-        raise NotImplementedError
 
     def about(self) -> dict:
         """The field of a score's protocol that says by which network it is."""
         recipe: Recipe = self.reader.recipe
         return {"judge": dataclasses.asdict(recipe) | {"recipe_hash": recipe.key()}}
 
+    @abstractmethod
     def report(self) -> Any:
         """All that was counted: `lines()` for people, `record()` for JSON."""
-        raise NotImplementedError
 
 
 def captions_of_test_birds(number: int, seed: int = 0, per_caption: int = 1) -> tuple[list[str], list[str]]:
