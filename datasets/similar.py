@@ -12,6 +12,8 @@ from typing import cast
 import numpy as np
 from scipy import sparse
 
+from datasets.phrases import Phrase, phrases_in
+
 
 def with_similar_batches(
     order: np.ndarray,
@@ -46,17 +48,17 @@ def with_similar_batches(
 def word_vectors(captions: Sequence[Sequence[int]]) -> sparse.csr_matrix:
     """(N, words and pairs of neighbouring words): which caption has what, weighted by log(N / captions that have it).
 
-    captions: indices of words. Pairs, since "red wings" and "a red head" share no more than a colour.
+    captions: indices of words.
 
     Rows have norm 1, or 0 where a caption holds only what all captions have.
     """
     # Which caption has which words and pairs.
-    seen: dict[tuple[int, ...], int] = {}
+    seen: dict[Phrase, int] = {}
     rows, columns = [], []
     for row, words in enumerate(captions):
-        ngrams = {(word,) for word in words} | set(zip(words, words[1:], strict=False))
-        rows += [row] * len(ngrams)
-        columns += [seen.setdefault(ngram, len(seen)) for ngram in sorted(ngrams)]
+        phrases = phrases_in(words)
+        rows += [row] * len(phrases)
+        columns += [seen.setdefault(phrase, len(seen)) for phrase in sorted(phrases)]
 
     # Weights: what all captions have counts nothing.
     counts = np.bincount(columns, minlength=len(seen))

@@ -213,6 +213,18 @@ def sentence_loss(
 
 
 @in_float32
+def phrase_loss(logits: Tensor, phrases: Tensor) -> Tensor:
+    """Which phrases there are: binary cross-entropy, the sum over the P phrases, the mean over N images or captions.
+
+    logits: (N, P).
+    phrases: (N, P), 1 where there is the phrase, else 0.
+
+    Returns a scalar >= 0.
+    """
+    return F.binary_cross_entropy_with_logits(logits, phrases, reduction="none").sum(dim=1).mean()
+
+
+@in_float32
 def semantic_distance(a: Tensor, b: Tensor) -> Tensor:
     """SEM(a, b) = 1 − cos(a, b), in [0, 2]; (N, D), (N, D) -> (N,). SEMA's distance is not published; this one is ours."""
     return 1 - F.cosine_similarity(a, b, dim=1, eps=1e-8)

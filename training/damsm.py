@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from datasets.loading import ordered_loader
+from datasets.phrases import Phrases
 from datasets.records import Records
 from datasets.settings import DataSettings
 from datasets.text_image import TextImageDataset
@@ -26,13 +27,14 @@ from miscc.randomness import seed_everything
 from miscc.settings import arguments_from, from_config
 from models.damsm import TextEncoder, losses_of_features
 from models.modes import eval_mode
+from models.phrases import PhraseHead
 from models.registry import network_name, to_state
 from models.types import CaptionEncoder, ImageEncoder, TextFeatures, Update
 from training.build import check_batch_size
 from training.data import batches_from, make_dataset, next_batch, split_pairs
 from training.encoders import backbone_arguments, fresh_encoders, stored_encoders
 from training.progress import Progress, StopSignal
-from training.resume import check_encoders_resumable, check_same_data, fingerprint, restore_state
+from training.resume import check_encoders_resumable, check_same_data, fingerprint, restore_phrases, restore_state
 from training.retrieval import retrieval_at
 from training.run_dir import EncoderDir
 from training.schedule import Budget, learning_rate_factor, set_learning_rates
@@ -111,8 +113,17 @@ class EncoderTrainer:
         self.dataset = self._dataset(self.records, augment=True)
         self.steps_per_epoch = max(1, len(self.dataset) // self.settings.batch_size)
 
+        # The losses of phrases, where the settings ask for them.
+        self.phrases, self.phrase_head = None, None
+        if self.settings.phrase_weight:
+            self.phrases = Phrases(self.records.captions)
+            rates = torch.from_numpy(self.phrases.image_rates), torch.from_numpy(self.phrases.caption_rates)
+            self.phrase_head = PhraseHead(text_arguments["text_dim"], *rates).to(device)
+
         # The optimizer, and what steps it.
         parameters = [*self.text_encoder.parameters(), *self.image_encoder.head_parameters()]
+        if self.phrase_head is not None:
+            parameters += self.phrase_head.parameters()
         for parameter in parameters:
             parameter.requires_grad_(True)
         self.optimizer = adam(parameters, self.settings.learning_rate, self.settings.betas)
@@ -196,8 +207,9 @@ class EncoderTrainer:
         return dict(update.losses)
 
     def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
-        """The only update of a step: both encoders by the losses of both levels."""
-        yield Update("encoders", self.losses(batch, *self.encode(batch)))
+        """The only update of a step: both encoders by the losses of both levels, and by those of phrases."""
+        encoded = self.encode(batch)
+        yield Update("encoders", self.losses(batch, *encoded) | self.phrase_losses(batch, *encoded))
 
     def encode(self, batch: Batch) -> tuple[TextFeatures, tuple[Tensor, Tensor]]:
         """The captions' features, and the images' regions and codes."""
@@ -207,6 +219,22 @@ class EncoderTrainer:
         """Word and sentence losses, each the sum of both directions."""
         rows = (*image, text.words, text.sentence, batch.lengths, batch.class_ids)
         return losses_of_features(*rows, **self.settings.matching)
+
+    def phrase_losses(self, batch: Batch, text: TextFeatures, image: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """{"image_phrases", "caption_phrases"}, weighted, where DAMSM.PHRASES asks for them.
+
+        An image has the phrases of all its captions, not only of the batch's one.
+        """
+        if self.phrases is None or self.phrase_head is None:
+            return {}
+
+        # (N, P) each.
+        captions = [row[:length] for row, length in zip(batch.captions.tolist(), batch.lengths.tolist(), strict=True)]
+        of_captions = torch.from_numpy(self.phrases.of_captions(captions)).to(self.device)
+        of_images = torch.from_numpy(self.phrases.of_images(batch.indices.tolist())).to(self.device)
+
+        losses = self.phrase_head.losses(image[1], text.sentence, of_images, of_captions)
+        return {name: self.settings.phrase_weight * loss for name, loss in losses.items()}
 
     def end_epoch(self, epoch: int, run: EncoderDir, progress: Progress) -> None:
         """Validate, draw attention, save last, best and the numbered checkpoint that is due."""
@@ -225,8 +253,11 @@ class EncoderTrainer:
         if is_best:
             self.best_loss, self.best_epoch = scores["loss"], epoch
         checkpoint = self.checkpoint(scores)
-        if is_best:  # without optimizers: GANs start from it, no training of encoders resumes from it
-            save_checkpoint(run.best, {part: value for part, value in checkpoint.items() if part != "optimizers"})
+        if (
+            is_best
+        ):  # what resuming alone needs is left out: GANs start from it, no training of encoders resumes from it
+            resuming = ("optimizers", "phrases")
+            save_checkpoint(run.best, {part: value for part, value in checkpoint.items() if part not in resuming})
         every = self.settings.snapshot_interval
         if every and epoch % every == 0:
             save_checkpoint(run.numbered(epoch), checkpoint)
@@ -289,7 +320,7 @@ class EncoderTrainer:
 
     def checkpoint(self, scores: Mapping[str, float] | None = None) -> dict[str, Any]:
         """Everything that resuming needs; scores: of the validation after this epoch."""
-        return {
+        checkpoint: dict[str, Any] = {
             "config": self.config,
             "vocabulary": self.vocabulary.words,
             "networks": {part: to_state(network_name(network), network) for part, network in self.networks.items()},
@@ -299,12 +330,19 @@ class EncoderTrainer:
             "data": fingerprint(self.records),
             "best": {"loss": self.best_loss, "epoch": self.best_epoch},
             "validation": dict(scores or {}),
-        } | ({"seconds": self.budget.seconds} if self.settings.max_minutes else {})
+        }
+        if self.phrase_head is not None:
+            checkpoint["phrases"] = self.phrase_head.state_dict()
+        if self.settings.max_minutes:
+            checkpoint["seconds"] = self.budget.seconds
+        return checkpoint
 
     def _restore(self, checkpoint: dict) -> None:
         """Continue where the checkpoint was written. The networks have their weights already, see `stored_encoders`."""
         check_same_data(checkpoint, self.records, self.data_settings.data_dir)
         restore_state({"encoders": self.optimizer}, None, checkpoint)
+        if self.phrase_head is not None:
+            restore_phrases(self.phrase_head, checkpoint)
         self.step = checkpoint["step"]
         self.best_loss, self.best_epoch = checkpoint["best"]["loss"], checkpoint["best"]["epoch"]
 

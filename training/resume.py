@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from datasets.records import Records
 from miscc.config import Config, flatten
@@ -23,9 +24,9 @@ MOVABLE = {"GAN.PROJECTED.WEIGHTS"}
 # What shapes the encoders, their data or the order of it, or makes validation losses of another kind.
 ENCODER_KEYS = ("SEED", "RNN_TYPE", "DAMSM.IMAGE_ENCODER", "TREE.BASE_SIZE", "TEXT.EMBEDDING_DIM",
                 "TEXT.WORDS_NUM", "TRAIN.HELD_OUT", "TRAIN.BATCH_SIZE", "TRAIN.SIMILAR_BATCHES",
-                "DAMSM.MASK_CLASSES")  # fmt: skip
+                "DAMSM.MASK_CLASSES", "DAMSM.PHRASES")  # fmt: skip
 # What a run of an earlier version, which lacks the key, was trained with.
-BEFORE = {"TRAIN.SIMILAR_BATCHES": 0.0, "DAMSM.MASK_CLASSES": True}
+BEFORE = {"TRAIN.SIMILAR_BATCHES": 0.0, "DAMSM.MASK_CLASSES": True, "DAMSM.PHRASES": 0.0}
 
 
 def check_resumable(checkpoint: Mapping, cfg: Config) -> None:
@@ -130,6 +131,17 @@ def restore_state(optimizers: Mapping[str, torch.optim.Optimizer], average: EMA 
         raise CheckpointError(
             f"the checkpoint's {part} is missing, empty or another's ({reason}); use another checkpoint, or start anew from "
             f"its networks (TRAIN.NET_G)"
+        ) from None
+
+
+def restore_phrases(head: nn.Module, checkpoint: Mapping) -> None:
+    """Load the head of the losses of phrases. Raises CheckpointError where the checkpoint's is missing or another's."""
+    try:
+        head.load_state_dict(checkpoint["phrases"])
+    except (TypeError, RuntimeError, AttributeError, LookupError):
+        raise CheckpointError(
+            "the checkpoint's head for phrases is missing or another's; use another checkpoint, or go on from its encoders "
+            "(TRAIN.NET_E)"
         ) from None
 
 

@@ -236,6 +236,11 @@ class PretrainingSettings(FormerEncodersSettings, MatchingSettings, BetasSetting
         True,
         "TRAIN.NET_E's image encoder goes on, too; False: its text encoder alone, beside a fresh image encoder",
     )
+    phrase_weight: float = setting(
+        "DAMSM.PHRASES",
+        0.0,
+        "weight of the losses by which each encoder alone learns which words and pairs of words the captions have; 0: without",
+    )
     inception_weights: str = setting(
         "DAMSM.INCEPTION_WEIGHTS", "", "ImageNet weights of torchvision's inception_v3; empty: torchvision's cache"
     )
