@@ -17,21 +17,29 @@ $(VENV)/installed: requirements.txt
 	$(RUN) -m pip install --quiet -r requirements.txt
 	touch $@
 
-# MINUTES bounds the whole demo, after installation, on a slow machine as on a fast one; half of one is kept for the last
-# captions. Each step goes on from what is there, so a stopped demo continues where it was, and `make demo MINUTES=60` makes
-# the birds of a finished one better.
+# MINUTES bounds the whole demo, after installation, on a slow machine as on a fast one; three quarters of one are kept for the
+# last pictures. Each step goes on from what is there, so a stopped demo continues where it was, and `make demo MINUTES=60`
+# makes the birds of a finished one better.
 MINUTES ?= 15
+SHOWN := --caption "a small bird with a red head, black wings and a yellow belly" \
+	--caption "a large bird with striped blue wings and a white belly in the snow" \
+	--caption "this bird has a green crown, a pink breast and a long beak at sunset" --per-caption 2
 
 demo: environment
 	@mkdir -p $(DEMO) && date +%s > $(DEMO)/started
-	@echo "1/3 drawing the birds"
+	@echo "1/4 first pictures: what the model that ships with the repository draws, after hours of training"
+	@$(RUN) main.py --checkpoint pretrained/toybirds-ssa $(SHOWN) --out $(DEMO)/shipped --overwrite $(DEVICE)
+	@echo "2/4 drawing the birds to train on"
 	@$(RUN) -m datasets.prepare toybirds --root $(DEMO)/data --image-size 64
-	@echo "2/3 training SSA-GAN beside the encoders in pretrained/toybirds-encoders; a picture of its state every 90 seconds in"
-	@echo "    $(DEMO)/*/pictures: first colours, then bodies and backgrounds, then heads, wings and legs"
-	@left=$$(awk "BEGIN { m = $(MINUTES) - 0.5 - ($$(date +%s) - $$(cat $(DEMO)/started)) / 60; print (m > 1 ? m : 1) }"); \
+	@echo "3/4 training SSA-GAN anew, beside the encoders in pretrained/toybirds-encoders; a picture of its state every 90 seconds"
+	@echo "    in $(DEMO)/*/pictures: first colours, then bodies and backgrounds, then heads, wings and legs"
+	@left=$$(awk "BEGIN { m = $(MINUTES) - 0.75 - ($$(date +%s) - $$(cat $(DEMO)/started)) / 60; print (m > 1 ? m : 1) }"); \
 	$(RUN) main.py --cfg cfg/demo.yml --continue --set TRAIN.MAX_MINUTES $$left $(DEVICE)
-	@echo "3/3 drawing test captions"
+	@echo "4/4 drawing test captions, and the first pictures' captions beside the model that ships"
 	@$(RUN) main.py --cfg cfg/demo.yml --set B_VALIDATION True --num-images 24 --out $(DEMO)/samples --overwrite $(DEVICE)
+	@$(RUN) -m sampling.side_by_side $(SHOWN) --masks --out $(DEMO)/side_by_side.png $(DEVICE) \
+		demo=$$(ls -d $(DEMO)/*-demo-ssa_gan/checkpoints/last.pth | tail -n 1) shipped=pretrained/toybirds-ssa
+	@echo "$(DEMO)/side_by_side.png"
 
 clean-demo:
 	rm -rf $(DEMO)

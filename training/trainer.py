@@ -70,7 +70,7 @@ def train(cfg: Config, world: World, resume: bool = False, resume_if_exists: boo
     # A directory, only after all checks have passed. The main process alone shows and writes anything.
     if run is None and world.is_main:
         run = RunDir.create(cfg.OUTPUT_DIR, name, to_yaml(cfg))
-        note(to_yaml(cfg))
+        note(f"settings: {run.config}")
     run = run if world.is_main else None
     if run is not None:
         run.remove_unfinished()
