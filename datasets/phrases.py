@@ -4,7 +4,8 @@ Which of them a caption has, and which an image has in one of its captions. What
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import numpy as np
 from scipy import sparse
@@ -42,9 +43,10 @@ class Phrases:
 
         Raises DataError where no phrase tells the captions apart.
         """
-        # The phrases that are neither too rare nor too frequent.
-        found = [[phrases_in(caption.tolist()) for caption in of_image] for of_image in captions]
-        counts = Counter(phrase for of_image in found for phrases in of_image for phrase in phrases)
+        # The phrases that are neither too rare nor too frequent. Counted without keeping all captions' phrases: a GB for COCO.
+        counts: Counter[Phrase] = Counter()
+        for caption in chain.from_iterable(captions):
+            counts.update(phrases_in(caption.tolist()))
         num_captions = sum(map(len, captions))
         kept = [phrase for phrase, count in counts.items() if RAREST <= count / num_captions <= MOST_FREQUENT]
         if not kept:
@@ -54,7 +56,8 @@ class Phrases:
         self._columns = {phrase: column for column, phrase in enumerate(sorted(kept))}
 
         # Which image has which, in one of its captions.
-        self._of_images = self._rows([set().union(*of_image) for of_image in found])
+        of_images = ([phrases_in(caption.tolist()) for caption in of_image] for of_image in captions)
+        self._of_images = self._rows(set().union(*found) for found in of_images)
         self.caption_rates = np.array([counts[phrase] / num_captions for phrase in self._columns], dtype=np.float32)
         self.image_rates = np.asarray(self._of_images.mean(axis=0), dtype=np.float32).reshape(-1)
 
@@ -69,9 +72,9 @@ class Phrases:
         """(N, P) float32: 1 where a caption has a phrase; captions: N lists of word indices."""
         return self._rows([phrases_in(caption) for caption in captions]).toarray()
 
-    def _rows(self, found: Sequence[set[Phrase]]) -> sparse.csr_matrix:
+    def _rows(self, found: Iterable[set[Phrase]]) -> sparse.csr_matrix:
         """(N, P) float32 of N sets of phrases."""
         columns = [[self._columns[phrase] for phrase in phrases if phrase in self._columns] for phrases in found]
         ends = np.cumsum([0, *map(len, columns)])
-        indices = np.array([column for row in columns for column in row], dtype=np.int64)
-        return sparse.csr_matrix((np.ones(len(indices), np.float32), indices, ends), shape=(len(found), len(self)))
+        indices = np.fromiter(chain.from_iterable(columns), dtype=np.int64, count=ends[-1])
+        return sparse.csr_matrix((np.ones(len(indices), np.float32), indices, ends), shape=(len(columns), len(self)))
