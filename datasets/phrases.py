@@ -43,7 +43,7 @@ class Phrases:
 
         Raises DataError where no phrase tells the captions apart.
         """
-        # The phrases that are neither too rare nor too frequent. Counted without keeping all captions' phrases: a GB for COCO.
+        # The phrases that are neither too rare nor too frequent. Counted without keeping those of all captions (COCO: a GB).
         counts: Counter[Phrase] = Counter()
         for caption in chain.from_iterable(captions):
             counts.update(phrases_in(caption.tolist()))
