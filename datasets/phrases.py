@@ -6,6 +6,7 @@ Which of them a caption has, and which an image has in one of its captions. What
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import cast
 
 import numpy as np
 from scipy import sparse
@@ -27,7 +28,7 @@ def phrases_in(words: Sequence[int]) -> set[Phrase]:
 
     words: indices.
     """
-    return {(word,) for word in words} | set(zip(words, words[1:], strict=False))
+    return {*((word,) for word in words), *zip(words, words[1:], strict=False)}
 
 
 class Phrases:
@@ -66,7 +67,7 @@ class Phrases:
 
     def of_images(self, indices: Sequence[int]) -> np.ndarray:
         """(N, P) float32: 1 where an image has a phrase in one of its captions; indices: N images of the training set."""
-        return self._of_images[indices].toarray()
+        return cast(sparse.csr_matrix, self._of_images[indices]).toarray()
 
     def of_captions(self, captions: Sequence[Sequence[int]]) -> np.ndarray:
         """(N, P) float32: 1 where a caption has a phrase; captions: N lists of word indices."""

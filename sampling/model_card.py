@@ -48,7 +48,7 @@ def model_card(
         "runs no code from it.", "",
         f"The model knows {about['num_words']} words (`vocabulary.json`); others are left out and named. It reads the first "
         f"{about['max_words']} words of a caption.", "",
-        *_precision(about), *_scores(evaluations, sha256), *_settings(settings),
+        *_precision(about), *_trainable(about), *_scores(evaluations, sha256), *_settings(settings),
         "## Limits", "",
         f"It draws what {data} shows and nothing else, and repeats what is one-sided there. Its images are no evidence of "
         "anything.", "",
@@ -67,6 +67,15 @@ def _precision(about: Mapping[str, Any]) -> list[str]:
     return [
         "Its matrices and kernels are rounded to half precision: single values of an image may differ by a few levels of 255 "
         "from what the scored checkpoint draws.", "",
+    ]  # fmt: skip
+
+
+def _trainable(about: Mapping[str, Any]) -> list[str]:
+    if not about.get("trainable"):
+        return []
+    return [
+        "`discriminators.safetensors` is for a training that goes on from this folder (`TRAIN.NET_G`); drawing does not need it.",
+        "",
     ]  # fmt: skip
 
 

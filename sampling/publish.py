@@ -4,7 +4,7 @@ The folder's form is published.py's, its README.md model_card.py's.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,23 @@ import numpy as np
 
 from datasets import load_records
 from miscc.command_line import CommandParser
-from miscc.errors import DataError, UserError, run_command
+from miscc.errors import CheckpointError, DataError, UserError, run_command
 from miscc.files import hash_of_file, read_json, write_text
 from miscc.pictures import caption_grid, save_image, unit_to_uint8
+from models.adversarial import DISCRIMINATORS
 from models.registry import network_name, to_state
 from sampling.model_card import is_result, model_card, without_local_paths
 from sampling.pipeline import TextToImage
-from sampling.published import CARD, CONFIG, PICTURE, WEIGHTS, to_half_precision, weight_file, write_published
+from sampling.published import (
+    CARD,
+    CONFIG,
+    PICTURE,
+    WEIGHTS,
+    load_weights,
+    to_half_precision,
+    weight_file,
+    write_published,
+)
 from sampling.requests import read_captions
 
 logger = logging.getLogger(__name__)
@@ -35,6 +45,7 @@ def publish(
     sha256: str | None = None,
     half: bool = False,
     overwrite: bool = False,
+    discriminators: Mapping[str, dict[str, Any]] | None = None,
 ) -> Path:
     """Write a pipeline as the folder of a published model; returns the folder.
 
@@ -42,6 +53,7 @@ def publish(
     evaluations: the records of evaluation.json.
     sha256: of the checkpoint.
     half: weights in half precision, half of the size; loaded, they compute in float32 as ever.
+    discriminators: of the checkpoint, see `discriminators_of`, from which a training goes on.
 
     Raises UserError where something is there already, DataError for an example without a known word, CheckpointError for
     weights that half precision does not hold.
@@ -53,10 +65,12 @@ def publish(
     # What may be refused comes before anything is written: weights that are too large, an example without a known word.
     networks = {"generator": pipeline.generator, "text_encoder": pipeline.text_encoder}
     states = {part: to_state(network_name(network), network) for part, network in networks.items()}
+    states |= discriminators or {}
     if half:
         states = {part: to_half_precision(part, entry) for part, entry in states.items()}
     picture = _picture_of(pipeline, examples) if examples else None
     about = describe(pipeline, examples) | {"half": half or bool(pipeline.origin.get("half"))}
+    about["trainable"] = bool(discriminators)
     card = model_card(folder.resolve().name, about, evaluations, sha256, pictured=picture is not None)
 
     # The model, which replaces one that is there only once its weights are on the disk; then what describes it.
@@ -66,6 +80,20 @@ def publish(
         save_image(picture, folder / PICTURE)
     write_text(folder / CARD, card)
     return folder
+
+
+def discriminators_of(checkpoint: str | Path) -> dict[str, dict[str, Any]]:
+    """The discriminators in a checkpoint of a training, or in a published folder, without local paths.
+
+    Raises CheckpointError where it has none.
+    """
+    stored = load_weights(checkpoint)["networks"]
+    found = {part: entry for part, entry in stored.items() if part in DISCRIMINATORS}
+    if not found:
+        raise CheckpointError(
+            f"{checkpoint}: holds no discriminator; publish the last.pth of a training, or leave out --with-discriminators"
+        )
+    return {part: {**entry, "arguments": without_local_paths(entry["arguments"])} for part, entry in found.items()}
 
 
 def _picture_of(pipeline: TextToImage, examples: Sequence[str]) -> np.ndarray:
@@ -148,11 +176,17 @@ def main(words: Sequence[str] | None = None) -> None:
         action="store_true",
         help="weights in half precision: half of the size; images differ by a few levels of 255",
     )
+    add(
+        "--with-discriminators",
+        action="store_true",
+        help="also the discriminators, so that a training goes on from the folder (TRAIN.NET_G)",
+    )
     add("--overwrite", action="store_true", help="replace what is in the folder")
     options = parser.parse_args(words)
 
     # On the CPU: only a few examples are drawn.
     pipeline = TextToImage.load(options.checkpoint, "cpu", averaged=not options.no_average)
+    discriminators = discriminators_of(options.checkpoint) if options.with_discriminators else None
     captions = [*options.caption, *(read_captions(options.captions) if options.captions else [])]
     captions = captions or example_captions(pipeline)
     if not captions:
@@ -168,6 +202,7 @@ def main(words: Sequence[str] | None = None) -> None:
         sha256=hash_of_file(weights),
         half=options.half,
         overwrite=options.overwrite,
+        discriminators=discriminators,
     )
     print(f"{folder}: {WEIGHTS}, {CONFIG}, vocabulary.json, {CARD}")
 

@@ -1,7 +1,8 @@
 """A published model: a folder with model.safetensors, config.json, vocabulary.json and README.md, read as a checkpoint.
 
-Loading it executes nothing: tensors come from safetensors, everything else from JSON. The command that writes such a folder
-is publish.py, its README.md comes from model_card.py.
+discriminators.safetensors is beside them where a training shall go on from the folder as from its own checkpoint. Loading a
+folder executes nothing: tensors come from safetensors, everything else from JSON. The command that writes one is publish.py, its
+README.md comes from model_card.py.
 """
 
 from collections.abc import Mapping
@@ -18,8 +19,8 @@ from miscc.files import hash_of_file, read_json, write_atomically, write_json
 from miscc.vocabulary import Vocabulary, read_words
 from sampling.trained_with import entries_of
 
-WEIGHTS, CONFIG, VOCABULARY, CARD, PICTURE = (
-    "model.safetensors", "config.json", "vocabulary.json", "README.md", "samples.png",
+WEIGHTS, DISCRIMINATORS, CONFIG, VOCABULARY, CARD, PICTURE = (
+    "model.safetensors", "discriminators.safetensors", "config.json", "vocabulary.json", "README.md", "samples.png",
 )  # fmt: skip
 FORMAT = 1  # of config.json; raised when an older reader would misread a newer folder
 PARTS = ("generator", "text_encoder")
@@ -45,9 +46,10 @@ def load_model(path: str | Path) -> dict[str, Any]:
 def load_weights(path: str | Path) -> Any:
     """What a weight file holds, ours or the authors', not checked; a published model's folder as a checkpoint.
 
-    Raises CheckpointError where it is missing, damaged or of a newer format.
+    With the discriminators of the folder, where it has them. Raises CheckpointError where it is missing, damaged or of a newer
+    format.
     """
-    return read_published(path) if is_published(path) else load_file(path)
+    return read_published(path, with_discriminators=True) if is_published(path) else load_file(path)
 
 
 def find_published(name: str | Path) -> Path:
@@ -83,23 +85,37 @@ def find_published(name: str | Path) -> Path:
 def write_published(folder: Path, networks: Mapping[str, Mapping[str, Any]], words: Vocabulary, about: dict) -> None:
     """Write weights, vocabulary and, last of all, config.json, without which the folder is not taken for a model.
 
-    networks: {"generator", "text_encoder"} as models.registry.to_state has them.
+    networks: {"generator", "text_encoder"} and any discriminators, as models.registry.to_state has them.
     about: what config.json says besides.
     """
+    # The weights: what draws in one file, what trains in another.
+    described = {part: {name: entry[name] for name in ("name", "arguments")} for part, entry in networks.items()}
+    discriminators = [part for part in networks if part not in PARTS]
+    checksums = {"sha256": _write_weights(folder / WEIGHTS, {part: networks[part] for part in PARTS})}
+    if discriminators:
+        file = folder / DISCRIMINATORS
+        checksums["discriminators_sha256"] = _write_weights(file, {part: networks[part] for part in discriminators})
+
+    # config.json with the checksums comes last; then what it no longer names is not needed.
+    words.save(folder / VOCABULARY)
+    parts = {part: described[part] for part in PARTS}
+    trained = {"discriminators": {part: described[part] for part in discriminators}} if discriminators else {}
+    write_json(folder / CONFIG, {"format": FORMAT, **about, **checksums, **parts, **trained})
+    if not discriminators:
+        (folder / DISCRIMINATORS).unlink(missing_ok=True)
+
+
+def _write_weights(file: Path, networks: Mapping[str, Mapping[str, Any]]) -> str:
+    """Write the tensors of networks, each under its own prefix; returns the file's checksum."""
     tensors = {
         f"{part}.{name}": tensor.detach().cpu().contiguous().clone()
-        for part in PARTS
-        for name, tensor in networks[part]["state"].items()
+        for part, entry in networks.items()
+        for name, tensor in entry["state"].items()
     }
     # In memory first: the library would write the file in place.
     encoded = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    write_atomically(folder / WEIGHTS, lambda stream: stream.write(encoded))
-
-    # config.json with the checksum of the weights comes last.
-    words.save(folder / VOCABULARY)
-    described = {part: {name: networks[part][name] for name in ("name", "arguments")} for part in PARTS}
-    checksum = {"sha256": hash_of_file(folder / WEIGHTS)}
-    write_json(folder / CONFIG, {"format": FORMAT, **about, **checksum, **described})
+    write_atomically(file, lambda stream: stream.write(encoded))
+    return hash_of_file(file)
 
 
 def to_half_precision(part: str, entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,8 +135,10 @@ def to_half_precision(part: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     return {**entry, "state": state}
 
 
-def read_published(folder: str | Path) -> dict[str, Any]:
+def read_published(folder: str | Path, with_discriminators: bool = False) -> dict[str, Any]:
     """The folder as a checkpoint: networks, vocabulary, config, step, epoch, and examples, its example captions.
+
+    with_discriminators: also those that a training goes on with, where the folder has them.
 
     Raises CheckpointError where a file is missing, damaged, or of a newer format.
     """
@@ -131,25 +149,19 @@ def read_published(folder: str | Path) -> dict[str, Any]:
             f"`python -m sampling.publish` wrote"
         )
 
+    # What draws, and its words.
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
+    networks = _read_weights(folder / WEIGHTS, {part: config[part] for part in PARTS}, config.get("sha256"))
     try:
-        if config.get("sha256") not in (None, hash_of_file(folder / WEIGHTS)):  # folders of former versions have none
-            raise DamagedError(
-                f"{folder / WEIGHTS}: cannot be read, its checksum differs from {CONFIG}'s; publish it again"
-            )
-        tensors = safetensors.torch.load_file(folder / WEIGHTS)
         words = read_words(folder / VOCABULARY)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS}: cannot be read ({error}); publish it again") from None
     except DataError as error:
         raise CheckpointError(f"{error} (it belongs to the published model)") from None
 
-    # One file holds both networks, each under its own prefix.
-    networks = {}
-    for part in PARTS:
-        state = {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
-        networks[part] = {**config[part], "state": state}
+    # What trains; a copy of the folder may be without it.
+    if with_discriminators and config.get("discriminators") and (folder / DISCRIMINATORS).is_file():
+        file, checksum = folder / DISCRIMINATORS, config.get("discriminators_sha256")
+        networks |= _read_weights(file, config["discriminators"], checksum)
 
     # An averaged generator goes by its name in a training's checkpoint.
     if config.get("averaged"):
@@ -168,6 +180,27 @@ def read_published(folder: str | Path) -> dict[str, Any]:
     }
 
 
+def _read_weights(file: Path, described: Mapping[str, Mapping], checksum: str | None) -> dict[str, dict[str, Any]]:
+    """Networks as models.registry.to_state has them, from one file in which each has its own prefix.
+
+    described: name and arguments by part.
+    checksum: of the file; None: folders of former versions have none.
+
+    Raises CheckpointError where the file cannot be read, DamagedError where it is another than the one that was written.
+    """
+    try:
+        if checksum not in (None, hash_of_file(file)):
+            raise DamagedError(f"{file}: cannot be read, its checksum differs from {CONFIG}'s; publish it again")
+        tensors = safetensors.torch.load_file(file)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}); publish it again") from None
+
+    def state_of(part: str) -> dict[str, Any]:
+        return {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
+
+    return {part: {**entry, "state": state_of(part)} for part, entry in described.items()}
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     """The fields of config.json that loading needs."""
     try:
@@ -181,9 +214,12 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path}: has format {config['format']}, this version reads up to {FORMAT}; update the project"
         )
 
-    # Both networks, as `from_state` reads them.
-    for part in PARTS:
-        entry = config.get(part)
+    # The networks, as `from_state` reads them.
+    discriminators = config.get("discriminators") or {}
+    if not isinstance(discriminators, dict):
+        raise CheckpointError(f"{path}: does not describe the discriminators; publish the model again")
+    for part in (*PARTS, *discriminators):
+        entry = config.get(part) if part in PARTS else discriminators[part]
         entry = entry if isinstance(entry, dict) else {}
         if not isinstance(entry.get("name"), str) or not isinstance(entry.get("arguments"), dict):
             raise CheckpointError(f"{path}: does not describe the {part}; publish the model again")
