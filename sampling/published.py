@@ -88,13 +88,14 @@ def write_published(folder: Path, networks: Mapping[str, Mapping[str, Any]], wor
     networks: {"generator", "text_encoder"} and any discriminators, as models.registry.to_state has them.
     about: what config.json says besides.
     """
-    # The weights: what draws in one file, what trains in another.
+    # The weights: what trains in one file, then what draws in another. A full disk leaves a model that is there.
     described = {part: {name: entry[name] for name in ("name", "arguments")} for part, entry in networks.items()}
     discriminators = [part for part in networks if part not in PARTS]
-    checksums = {"sha256": _write_weights(folder / WEIGHTS, {part: networks[part] for part in PARTS})}
+    checksums = {}
     if discriminators:
         file = folder / DISCRIMINATORS
         checksums["discriminators_sha256"] = _write_weights(file, {part: networks[part] for part in discriminators})
+    checksums["sha256"] = _write_weights(folder / WEIGHTS, {part: networks[part] for part in PARTS})
 
     # config.json with the checksums comes last; then what it no longer names is not needed.
     words.save(folder / VOCABULARY)
@@ -216,10 +217,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
     # The networks, as `from_state` reads them.
     discriminators = config.get("discriminators") or {}
-    if not isinstance(discriminators, dict):
+    if not isinstance(discriminators, dict) or not discriminators.keys().isdisjoint(PARTS):
         raise CheckpointError(f"{path}: does not describe the discriminators; publish the model again")
-    for part in (*PARTS, *discriminators):
-        entry = config.get(part) if part in PARTS else discriminators[part]
+    for part, entry in [*((part, config.get(part)) for part in PARTS), *discriminators.items()]:
         entry = entry if isinstance(entry, dict) else {}
         if not isinstance(entry.get("name"), str) or not isinstance(entry.get("arguments"), dict):
             raise CheckpointError(f"{path}: does not describe the {part}; publish the model again")

@@ -97,7 +97,7 @@ def test_the_gan_goes_on_with_its_discriminators(tiny, tmp_path, caplog, half):
 def test_a_folder_that_does_not_describe_its_discriminators_is_refused(published, tiny):
     folder, _ = published
     config = json.loads((folder / "config.json").read_text())
-    for wrong in ([1], {"discriminator": {"name": 3}}):
+    for wrong in ([1], {"discriminator": {"name": 3}}, {"generator": config["generator"]}):
         (folder / "config.json").write_text(json.dumps({**config, "discriminators": wrong}))
         with pytest.raises(CheckpointError, match="config.json: does not describe the discriminator"):
             Trainer(tiny(("TRAIN.NET_G", str(folder))), CPU)

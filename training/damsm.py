@@ -253,9 +253,7 @@ class EncoderTrainer:
         if is_best:
             self.best_loss, self.best_epoch = scores["loss"], epoch
         checkpoint = self.checkpoint(scores)
-        if (
-            is_best
-        ):  # what resuming alone needs is left out: GANs start from it, no training of encoders resumes from it
+        if is_best:  # without what resuming needs: GANs start from it, no training of encoders resumes from it
             resuming = ("optimizers", "phrases")
             save_checkpoint(run.best, {part: value for part, value in checkpoint.items() if part not in resuming})
         every = self.settings.snapshot_interval
