@@ -23,6 +23,8 @@ from sampling.published import (
     CARD,
     CONFIG,
     PICTURE,
+    TRAINING_WEIGHTS,
+    VOCABULARY,
     WEIGHTS,
     load_weights,
     to_half_precision,
@@ -204,7 +206,8 @@ def main(words: Sequence[str] | None = None) -> None:
         overwrite=options.overwrite,
         discriminators=discriminators,
     )
-    print(f"{folder}: {WEIGHTS}, {CONFIG}, vocabulary.json, {CARD}")
+    files = [WEIGHTS, *([TRAINING_WEIGHTS] if discriminators else []), CONFIG, VOCABULARY, CARD]
+    print(f"{folder}: {', '.join(files)}")
 
 
 if __name__ == "__main__":

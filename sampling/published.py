@@ -19,7 +19,7 @@ from miscc.files import hash_of_file, read_json, write_atomically, write_json
 from miscc.vocabulary import Vocabulary, read_words
 from sampling.trained_with import entries_of
 
-WEIGHTS, DISCRIMINATORS, CONFIG, VOCABULARY, CARD, PICTURE = (
+WEIGHTS, TRAINING_WEIGHTS, CONFIG, VOCABULARY, CARD, PICTURE = (
     "model.safetensors", "discriminators.safetensors", "config.json", "vocabulary.json", "README.md", "samples.png",
 )  # fmt: skip
 FORMAT = 1  # of config.json; raised when an older reader would misread a newer folder
@@ -93,7 +93,7 @@ def write_published(folder: Path, networks: Mapping[str, Mapping[str, Any]], wor
     discriminators = [part for part in networks if part not in PARTS]
     checksums = {}
     if discriminators:
-        file = folder / DISCRIMINATORS
+        file = folder / TRAINING_WEIGHTS
         checksums["discriminators_sha256"] = _write_weights(file, {part: networks[part] for part in discriminators})
     checksums["sha256"] = _write_weights(folder / WEIGHTS, {part: networks[part] for part in PARTS})
 
@@ -103,7 +103,7 @@ def write_published(folder: Path, networks: Mapping[str, Mapping[str, Any]], wor
     trained = {"discriminators": {part: described[part] for part in discriminators}} if discriminators else {}
     write_json(folder / CONFIG, {"format": FORMAT, **about, **checksums, **parts, **trained})
     if not discriminators:
-        (folder / DISCRIMINATORS).unlink(missing_ok=True)
+        (folder / TRAINING_WEIGHTS).unlink(missing_ok=True)
 
 
 def _write_weights(file: Path, networks: Mapping[str, Mapping[str, Any]]) -> str:
@@ -160,8 +160,8 @@ def read_published(folder: str | Path, with_discriminators: bool = False) -> dic
         raise CheckpointError(f"{error} (it belongs to the published model)") from None
 
     # What trains; a copy of the folder may be without it.
-    if with_discriminators and config.get("discriminators") and (folder / DISCRIMINATORS).is_file():
-        file, checksum = folder / DISCRIMINATORS, config.get("discriminators_sha256")
+    if with_discriminators and config.get("discriminators") and (folder / TRAINING_WEIGHTS).is_file():
+        file, checksum = folder / TRAINING_WEIGHTS, config.get("discriminators_sha256")
         networks |= _read_weights(file, config["discriminators"], checksum)
 
     # An averaged generator goes by its name in a training's checkpoint.

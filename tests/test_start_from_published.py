@@ -46,7 +46,7 @@ def test_the_gan_starts_from_its_generator(published, tiny, caplog):
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_the_gan_goes_on_with_its_discriminators(tiny, tmp_path, caplog, half):
+def test_the_gan_goes_on_with_its_discriminators(tiny, tmp_path, caplog, capsys, half):
     """Both of them, as they were in the checkpoint, or rounded; the folder draws the same without them."""
     systems = (("GAN.DISCRIMINATOR", "both"), ("GAN.PROJECTED.INPUT", "32"), ("GAN.PROJECTED.WIDTH", "4"))
     assert train(tiny(("TRAIN.MAX_STEPS", "2"), ("CONFIG_NAME", "first"), *systems), CPU) == 0
@@ -55,6 +55,7 @@ def test_the_gan_goes_on_with_its_discriminators(tiny, tmp_path, caplog, half):
         ["--checkpoint", str(last), "--out", str(folder), "--with-discriminators", *(["--half"] if half else [])]
     )
     assert "for a training that goes on from this folder" in (folder / "README.md").read_text()
+    assert "model.safetensors, discriminators.safetensors, config.json" in capsys.readouterr().out
 
     # A training from it.
     stored = load_checkpoint(last)["networks"]
