@@ -15,10 +15,8 @@ from miscc.errors import DataError
 
 Phrase = tuple[int, ...]  # indices of one word, or of two neighbouring ones
 
-RAREST, MOST_FREQUENT = (
-    0.001,
-    0.5,
-)  # shares of the captions; rarer ones cannot be learned, more frequent ones say nothing
+# Shares of the captions. Rarer phrases cannot be learned, more frequent ones say nothing.
+RAREST, MOST_FREQUENT = 0.001, 0.5
 
 
 def phrases_in(words: Sequence[int]) -> set[Phrase]:

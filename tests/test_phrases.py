@@ -105,7 +105,7 @@ def test_weighted_losses_of_a_batch(with_phrases):
     trainer = EncoderTrainer(with_phrases(), CPU)
     batch = collate([trainer.dataset[0, index] for index in range(8)]).to(CPU)
     text, image = trainer.encode(batch)
-    found = trainer.phrase_losses(batch, text, image)
+    found = trainer.phrase_losses(batch, text, image[1])
 
     phrases = Phrases(trainer.records.captions)
     of_images = phrases.of_images(list(range(8)))
@@ -113,7 +113,7 @@ def test_weighted_losses_of_a_batch(with_phrases):
     of_captions = phrases.of_captions(captions)
     assert (of_images >= of_captions).all() and (of_images > of_captions).any()
     both = torch.from_numpy(of_images), torch.from_numpy(of_captions)
-    expected = trainer.phrase_head.losses(image[1], text.sentence, *both)
+    expected = trainer.phrase_losses.head.losses(image[1], text.sentence, *both)
     assert found.keys() == {"image_phrases", "caption_phrases"}
     assert all(found[name].item() == pytest.approx(0.5 * expected[name].item()) for name in found)
 
@@ -129,7 +129,7 @@ def test_they_are_learned(with_phrases):
 def test_without_weight_there_is_no_head(drawn_folder, tmp_path):
     cfg = settings(tmp_path / "damsm.yml", DAMSM_YAML.format(data=drawn_folder, epochs=1), "damsm")
     trainer = EncoderTrainer(cfg, CPU)
-    assert trainer.phrase_head is None and "phrases" not in trainer.checkpoint()
+    assert trainer.phrase_losses is None and "phrases" not in trainer.checkpoint()
 
 
 def test_training_resumes_exactly_and_the_best_encoders_come_without_the_head(with_phrases, tmp_path):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from datasets.loading import ordered_loader
-from datasets.phrases import Phrases
 from datasets.records import Records
 from datasets.settings import DataSettings
 from datasets.text_image import TextImageDataset
@@ -27,14 +26,14 @@ from miscc.randomness import seed_everything
 from miscc.settings import arguments_from, from_config
 from models.damsm import TextEncoder, losses_of_features
 from models.modes import eval_mode
-from models.phrases import PhraseHead
 from models.registry import network_name, to_state
 from models.types import CaptionEncoder, ImageEncoder, TextFeatures, Update
 from training.build import check_batch_size
 from training.data import batches_from, make_dataset, next_batch, split_pairs
 from training.encoders import backbone_arguments, fresh_encoders, stored_encoders
+from training.phrases import PhraseLosses
 from training.progress import Progress, StopSignal
-from training.resume import check_encoders_resumable, check_same_data, fingerprint, restore_phrases, restore_state
+from training.resume import check_encoders_resumable, check_same_data, fingerprint, restore_state
 from training.retrieval import retrieval_at
 from training.run_dir import EncoderDir
 from training.schedule import Budget, learning_rate_factor, set_learning_rates
@@ -114,16 +113,13 @@ class EncoderTrainer:
         self.steps_per_epoch = max(1, len(self.dataset) // self.settings.batch_size)
 
         # The losses of phrases, where the settings ask for them.
-        self.phrases, self.phrase_head = None, None
-        if self.settings.phrase_weight:
-            self.phrases = Phrases(self.records.captions)
-            rates = torch.from_numpy(self.phrases.image_rates), torch.from_numpy(self.phrases.caption_rates)
-            self.phrase_head = PhraseHead(text_arguments["text_dim"], *rates).to(device)
+        weight, text_dim = self.settings.phrase_weight, text_arguments["text_dim"]
+        self.phrase_losses = PhraseLosses(self.records, weight, text_dim, device) if weight else None
 
         # The optimizer, and what steps it.
         parameters = [*self.text_encoder.parameters(), *self.image_encoder.head_parameters()]
-        if self.phrase_head is not None:
-            parameters += self.phrase_head.parameters()
+        if self.phrase_losses is not None:
+            parameters += self.phrase_losses.parameters()
         for parameter in parameters:
             parameter.requires_grad_(True)
         self.optimizer = adam(parameters, self.settings.learning_rate, self.settings.betas)
@@ -208,8 +204,11 @@ class EncoderTrainer:
 
     def updates(self, batch: Batch, noise: Tensor) -> Iterator[Update]:
         """The only update of a step: both encoders by the losses of both levels, and by those of phrases."""
-        encoded = self.encode(batch)
-        yield Update("encoders", self.losses(batch, *encoded) | self.phrase_losses(batch, *encoded))
+        text, image = self.encode(batch)
+        losses = self.losses(batch, text, image)
+        if self.phrase_losses is not None:
+            losses |= self.phrase_losses(batch, text, image[1])
+        yield Update("encoders", losses)
 
     def encode(self, batch: Batch) -> tuple[TextFeatures, tuple[Tensor, Tensor]]:
         """The captions' features, and the images' regions and codes."""
@@ -219,22 +218,6 @@ class EncoderTrainer:
         """Word and sentence losses, each the sum of both directions."""
         rows = (*image, text.words, text.sentence, batch.lengths, batch.class_ids)
         return losses_of_features(*rows, **self.settings.matching)
-
-    def phrase_losses(self, batch: Batch, text: TextFeatures, image: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """{"image_phrases", "caption_phrases"}, weighted, where DAMSM.PHRASES asks for them.
-
-        An image has the phrases of all its captions, not only of the batch's one.
-        """
-        if self.phrases is None or self.phrase_head is None:
-            return {}
-
-        # (N, P) each.
-        captions = [row[:length] for row, length in zip(batch.captions.tolist(), batch.lengths.tolist(), strict=True)]
-        of_captions = torch.from_numpy(self.phrases.of_captions(captions)).to(self.device)
-        of_images = torch.from_numpy(self.phrases.of_images(batch.indices.tolist())).to(self.device)
-
-        losses = self.phrase_head.losses(image[1], text.sentence, of_images, of_captions)
-        return {name: self.settings.phrase_weight * loss for name, loss in losses.items()}
 
     def end_epoch(self, epoch: int, run: EncoderDir, progress: Progress) -> None:
         """Validate, draw attention, save last, best and the numbered checkpoint that is due."""
@@ -329,8 +312,8 @@ class EncoderTrainer:
             "best": {"loss": self.best_loss, "epoch": self.best_epoch},
             "validation": dict(scores or {}),
         }
-        if self.phrase_head is not None:
-            checkpoint["phrases"] = self.phrase_head.state_dict()
+        if self.phrase_losses is not None:
+            checkpoint["phrases"] = self.phrase_losses.state()
         if self.settings.max_minutes:
             checkpoint["seconds"] = self.budget.seconds
         return checkpoint
@@ -339,8 +322,8 @@ class EncoderTrainer:
         """Continue where the checkpoint was written. The networks have their weights already, see `stored_encoders`."""
         check_same_data(checkpoint, self.records, self.data_settings.data_dir)
         restore_state({"encoders": self.optimizer}, None, checkpoint)
-        if self.phrase_head is not None:
-            restore_phrases(self.phrase_head, checkpoint)
+        if self.phrase_losses is not None:
+            self.phrase_losses.restore(checkpoint.get("phrases"))
         self.step = checkpoint["step"]
         self.best_loss, self.best_epoch = checkpoint["best"]["loss"], checkpoint["best"]["epoch"]
 

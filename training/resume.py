@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from datasets.records import Records
 from miscc.config import Config, flatten
@@ -131,17 +130,6 @@ def restore_state(optimizers: Mapping[str, torch.optim.Optimizer], average: EMA 
         raise CheckpointError(
             f"the checkpoint's {part} is missing, empty or another's ({reason}); use another checkpoint, or start anew from "
             f"its networks (TRAIN.NET_G)"
-        ) from None
-
-
-def restore_phrases(head: nn.Module, checkpoint: Mapping) -> None:
-    """Load the head of the losses of phrases. Raises CheckpointError where the checkpoint's is missing or another's."""
-    try:
-        head.load_state_dict(checkpoint["phrases"])
-    except (TypeError, RuntimeError, AttributeError, LookupError):
-        raise CheckpointError(
-            "the checkpoint's head for phrases is missing or another's; use another checkpoint, or go on from its encoders "
-            "(TRAIN.NET_E)"
         ) from None
 
 
