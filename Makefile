@@ -56,11 +56,14 @@ $(VENV)/installed-serve: requirements-serve.txt $(VENV)/installed
 	$(RUN) -m pip install --quiet -r requirements-serve.txt
 	touch $@
 
+# One process a core, four at most: each takes some 1.5 GB. A file's tests stay together, since they share what they trained.
+TEST := $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: environment
-	$(RUN) -m pytest
+	$(TEST)
 
 slow-test: environment
-	$(RUN) -m pytest -m slow
+	$(TEST) -m slow
 
 check: environment
 	$(VENV)/bin/ruff check .
