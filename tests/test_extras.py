@@ -1,9 +1,10 @@
-"""Optional packages: the requirement files and the extras of pyproject.toml name the same."""
+"""Optional packages: the requirement files and the extras of pyproject.toml name the same; the lock file pins what is required."""
 
 import re
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,3 +16,12 @@ def test_requirement_files_and_extras_are_the_same(extra):
     lines = (ROOT / f"requirements-{extra}.txt").read_text().splitlines()
     required = [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
     assert [word.strip(' "') for word in re.findall(r'"[^"]*"', extras)] == required
+
+
+def test_the_lock_file_pins_everything_that_is_required():
+    """With a version that the requirement admits."""
+    lines = (line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
+    required = [Requirement(line) for line in lines if line]
+    pinned = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.M))
+    assert len(required) > 15 and {one.name for one in required} <= pinned.keys()
+    assert [one.name for one in required if pinned[one.name] not in one.specifier] == []
