@@ -1,4 +1,4 @@
-"""Optional packages: the requirement files and the extras of pyproject.toml name the same; the lock file pins what is required."""
+"""Optional packages: requirement files and extras of pyproject.toml are the same. The lock file pins all that is required."""
 
 import re
 from pathlib import Path
