@@ -90,6 +90,11 @@ class AdversarialSystem(System):
         """The discriminators of this run."""
         return [self.networks[part] for part in DISCRIMINATORS if part in self.networks]
 
+    @property
+    def paper_takes_part(self) -> bool:
+        """Whether the paper's discriminator trains, and is in G's loss, at this point of the training."""
+        return "discriminator" in self.networks and self.share >= self.settings.alone_until
+
     def logit_pairs(self) -> dict[str, tuple[str, str]]:
         kinds = {"discriminator": ("real", "fake"), "projected": ("projected_real", "projected_fake")}
         return {part: pair for part, pair in kinds.items() if part in self.networks}
@@ -188,7 +193,7 @@ class AdversarialSystem(System):
     def adversarial_losses(self, seen: Seen, sentence: Tensor) -> dict[str, Tensor]:
         """The discriminators' part of G's loss: {"adversarial", "projected_adversarial"}, one for each discriminator."""
         losses = {}
-        if "discriminator" in self.networks:
+        if self.paper_takes_part:
             losses["adversarial"] = hinge_generator_loss(self.discriminator(seen.fake, sentence))
 
         if seen.projected is not None:

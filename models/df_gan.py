@@ -122,8 +122,8 @@ class DFGAN(AdversarialSystem):
             yield Update("generator", losses, self.augmentation_stats())
 
     def discriminator_updates(self, seen: Seen, sentence: Tensor) -> Iterator[Update]:
-        """The steps of the discriminators that there are; sentence (N, D) without a graph."""
-        if "discriminator" in self.networks:
+        """The steps of the discriminators that take part; sentence (N, D) without a graph."""
+        if self.paper_takes_part:
             losses, stats = self.discriminator_losses(seen.real, seen.fake.detach(), sentence)
             yield Update("discriminator", losses, stats)
 

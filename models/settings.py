@@ -160,12 +160,13 @@ class SmallDataSettings:
 class AdversarialSettings(SmallDataSettings, BetasSettings):
     """Settings of every system that trains G against D.
 
-    discriminator: see DiscriminatorSettings; of systems without that choice.
+    discriminator, alone_until: see DiscriminatorSettings; of systems without that choice.
     needs_image_encoder: whether a loss looks at images with an encoder.
     encoders_with_images: whose encoder that is, see TEXT.ENCODER.
     """
 
     discriminator: ClassVar[str] = "paper"
+    alone_until: ClassVar[float] = 0.0
     encoders_with_images: ClassVar[str] = "damsm"
 
     generator_lr: float = setting("TRAIN.GENERATOR_LR", 1e-4, "Adam's learning rate of G", above=0)
@@ -196,6 +197,9 @@ class PenaltySettings:
         return step % self.penalty_every == 0
 
 
+FOLLOWS_ALL_LOGITS = {"TRAIN.LECAM": "lecam_weight", "TRAIN.ADA": "ada_target"}  # key: field of SmallDataSettings
+
+
 @dataclass(frozen=True)
 class DiscriminatorSettings:
     """Which discriminators train G."""
@@ -209,6 +213,31 @@ class DiscriminatorSettings:
     projected_weight: float = setting(
         "GAN.PROJECTED.LOSS_WEIGHT", 1.0, "weight of the projected discriminator in G's loss"
     )
+    alone_until: float = setting(
+        "GAN.PROJECTED.ALONE_UNTIL",
+        0.0,
+        "of both discriminators, the paper's joins after this share of the training; 0: at once",
+        below=1,
+    )
+
+    def __post_init__(self) -> None:
+        if self.alone_until and self.discriminator != "both":
+            raise ConfigError(
+                "GAN.PROJECTED.ALONE_UNTIL: no second discriminator can join; set GAN.DISCRIMINATOR both, or it to 0"
+            )
+        # Their statistics are of all discriminators, from the first step on.
+        values = vars(self)
+        followed = [key for key, name in FOLLOWS_ALL_LOGITS.items() if values.get(name)]
+        if self.alone_until and followed:
+            raise ConfigError(
+                f"GAN.PROJECTED.ALONE_UNTIL: {followed[0]} follows the logits of all discriminators from the first step on; "
+                f"set one of them to 0"
+            )
+
+        # Parts that stand behind this one in a system's settings have checks of their own.
+        following = getattr(super(), "__post_init__", None)
+        if following is not None:
+            following()
 
 
 @dataclass(frozen=True)

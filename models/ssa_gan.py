@@ -270,7 +270,7 @@ class SSAGAN(AdversarialSystem):
 
         # Discriminators, in their own steps, on the same augmented images.
         seen = self.seen(batch, fake.images[-1])
-        if "discriminator" in self.networks:
+        if self.paper_takes_part:
             yield from self._discriminator_updates(seen, text.sentence)
         yield from self.projected_updates(seen, text.sentence)
 

@@ -62,6 +62,43 @@ def test_projected_alone_has_no_penalty_and_no_paper_discriminator(kind):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["ssa", "df"])
+def test_the_papers_discriminator_joins_after_its_share_of_the_training(kind):
+    """Until then all is as with the projected one alone, and the paper's stays as it was."""
+    system = system_of(kind, "both", alone_until=0.5)
+    batch, noise = make_batch(), torch.randn(4, 8)
+    before = [parameter.clone() for parameter in system.networks["discriminator"].parameters()]
+
+    system.share = 0.49
+    history = changed_by_a_step(system, batch, noise)
+    assert [(name, losses) for name, losses, *_ in history] == [
+        ("projected", ["projected_hinge"]), ("generator", ["projected_adversarial"]),
+    ]  # fmt: skip
+    after = system.networks["discriminator"].parameters()
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+    system.share = 0.5
+    history = changed_by_a_step(system, batch, noise)
+    assert {name for name, *_ in history} == {"discriminator", "projected", "generator"}
+    assert history[-1][1] == ["adversarial", "projected_adversarial"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ((("GAN.DISCRIMINATOR", "projected"),), "no second discriminator can join; set GAN.DISCRIMINATOR both, or it to 0"),
+        ((("GAN.DISCRIMINATOR", "both"), ("TRAIN.LECAM", "0.1")), "TRAIN.LECAM follows the logits of all discriminators"),
+        (
+            (("GAN.DISCRIMINATOR", "both"), ("TRAIN.AUGMENT", "cutout"), ("TRAIN.ADA", "0.6")),
+            "TRAIN.ADA follows the logits of all discriminators",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_discriminator_that_joins_does_not_go_with(tiny, changes, message):
+    with pytest.raises(ConfigError, match=f"GAN.PROJECTED.ALONE_UNTIL: .*{message}"):
+        train(tiny(("GAN.PROJECTED.ALONE_UNTIL", "0.5"), *changes, *TINY), CPU)
+
+
 def test_the_paper_discriminator_is_the_default():
     assert list(SSAGAN.parts(SSAGAN.Settings())) == ["generator", "discriminator"]
 
@@ -154,6 +191,19 @@ def test_stopping_and_resuming_changes_nothing(tiny, tmp_path, mode):
     held = load_checkpoint(whole / "checkpoints" / "last.pth")["networks"]
     assert ("discriminator" in held) == (mode == "both")
     assert not [name for name in held["projected"]["state"] if name.startswith("backbone")]
+
+
+def test_a_run_that_stops_before_the_papers_discriminator_joins_resumes_exactly(tiny, tmp_path):
+    extra = [("GAN.DISCRIMINATOR", "both"), ("TRAIN.MAX_STEPS", "6"), *TINY]
+    train(tiny(*extra, ("GAN.PROJECTED.ALONE_UNTIL", "0.5")), CPU)
+    other = ("OUTPUT_DIR", str(tmp_path / "other"))
+    # Two of the three steps that the projected one has alone; shares follow MAX_STEPS.
+    train(tiny(*extra, other, ("TRAIN.MAX_STEPS", "2"), ("GAN.PROJECTED.ALONE_UNTIL", "0.9")), CPU)
+    train(tiny(*extra, other, ("GAN.PROJECTED.ALONE_UNTIL", "0.5")), CPU, resume=True)
+
+    whole, parts = (tmp_path / name / "00000-tiny-ssa_gan" for name in ("output", "other"))
+    assert_same_state(final_state(whole), final_state(parts))
+    assert ["loss/hinge" in line for line in stats_of(whole)] == [False] * 3 + [True] * 3
 
 
 def test_a_run_keeps_its_kind_of_discriminator(tiny):
