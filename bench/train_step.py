@@ -69,7 +69,8 @@ class Step:
                 for name, (parameters, lr, betas) in system.optimizers().items()
             }
 
-        # What the trainer does in a step.
+        # What the trainer does in a step, and all of it.
+        system.step = system.fullest_step
         self.stepper = Stepper(system.updates, optimizers, World(0, 1, device), precision)
         self.average = EMA(system.networks["generator"], 0.999)
         self.compiled = False

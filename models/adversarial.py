@@ -93,7 +93,14 @@ class AdversarialSystem(System):
     @property
     def paper_takes_part(self) -> bool:
         """Whether the paper's discriminator trains, and is in G's loss, at this point of the training."""
-        return "discriminator" in self.networks and self.share >= self.settings.alone_until
+        joins = self.settings.steps_alone if "projected" in self.networks else 0
+        return "discriminator" in self.networks and self.step >= joins
+
+    @property
+    def fullest_step(self) -> int:
+        # Both discriminators, and the penalty, which comes every so many steps.
+        every = getattr(self.settings, "penalty_every", 1)
+        return every * -(-self.settings.steps_alone // every)
 
     def logit_pairs(self) -> dict[str, tuple[str, str]]:
         kinds = {"discriminator": ("real", "fake"), "projected": ("projected_real", "projected_fake")}

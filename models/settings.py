@@ -160,13 +160,13 @@ class SmallDataSettings:
 class AdversarialSettings(SmallDataSettings, BetasSettings):
     """Settings of every system that trains G against D.
 
-    discriminator, alone_until: see DiscriminatorSettings; of systems without that choice.
+    discriminator, steps_alone: see DiscriminatorSettings; of systems without that choice.
     needs_image_encoder: whether a loss looks at images with an encoder.
     encoders_with_images: whose encoder that is, see TEXT.ENCODER.
     """
 
     discriminator: ClassVar[str] = "paper"
-    alone_until: ClassVar[float] = 0.0
+    steps_alone: ClassVar[int] = 0
     encoders_with_images: ClassVar[str] = "damsm"
 
     generator_lr: float = setting("TRAIN.GENERATOR_LR", 1e-4, "Adam's learning rate of G", above=0)
@@ -213,25 +213,17 @@ class DiscriminatorSettings:
     projected_weight: float = setting(
         "GAN.PROJECTED.LOSS_WEIGHT", 1.0, "weight of the projected discriminator in G's loss"
     )
-    alone_until: float = setting(
-        "GAN.PROJECTED.ALONE_UNTIL",
-        0.0,
-        "of both discriminators, the paper's joins after this share of the training; 0: at once",
-        below=1,
+    steps_alone: int = setting(
+        "GAN.PROJECTED.STEPS_ALONE", 0, "of both discriminators, the paper's joins after so many steps"
     )
 
     def __post_init__(self) -> None:
-        if self.alone_until and self.discriminator != "both":
+        # Statistics of both from the first step on are not there.
+        following_both = [key for key, name in FOLLOWS_ALL_LOGITS.items() if getattr(self, name, 0)]
+        if self.discriminator == "both" and self.steps_alone and following_both:
             raise ConfigError(
-                "GAN.PROJECTED.ALONE_UNTIL: no second discriminator can join; set GAN.DISCRIMINATOR both, or it to 0"
-            )
-        # Their statistics are of all discriminators, from the first step on.
-        values = vars(self)
-        followed = [key for key, name in FOLLOWS_ALL_LOGITS.items() if values.get(name)]
-        if self.alone_until and followed:
-            raise ConfigError(
-                f"GAN.PROJECTED.ALONE_UNTIL: {followed[0]} follows the logits of all discriminators from the first step on; "
-                f"set one of them to 0"
+                f"GAN.PROJECTED.STEPS_ALONE: {following_both[0]} follows the logits of both discriminators from the first step "
+                f"on; set one of them to 0"
             )
 
         # Parts that stand behind this one in a system's settings have checks of their own.

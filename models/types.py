@@ -233,8 +233,7 @@ class System:
     settings: the objective's arguments.
     networks: by part; the encoders beside those of NETWORKS.
     image_sizes: of the real images that a step needs, pixels, coarse to fine.
-    seed, step, share: of the run, the training steps taken so far, and which share of its budget that is, 0 to 1; the trainer
-        sets them.
+    seed, step: of the run, and the training steps taken so far; the trainer sets them.
     """
 
     Settings: ClassVar[type[Any]] = ObjectiveSettings
@@ -250,7 +249,6 @@ class System:
     image_sizes: list[int]
     seed: int = 0
     step: int = 0
-    share: float = 0.0
 
     def __init__(self, networks: dict[str, Any], **arguments: Any):
         self.networks = networks
@@ -264,6 +262,11 @@ class System:
     @property
     def text_encoder(self) -> CaptionEncoder:
         return self.networks["text_encoder"]
+
+    @property
+    def fullest_step(self) -> int:
+        """A step in which all takes part that ever does: what a training needs is measured by it."""
+        return 0
 
     @classmethod
     def parts(cls, settings: Any) -> list[str]:

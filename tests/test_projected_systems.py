@@ -63,13 +63,13 @@ def test_projected_alone_has_no_penalty_and_no_paper_discriminator(kind):
 
 
 @pytest.mark.parametrize("kind", ["ssa", "df"])
-def test_the_papers_discriminator_joins_after_its_share_of_the_training(kind):
+def test_the_papers_discriminator_joins_after_its_steps(kind):
     """Until then all is as with the projected one alone, and the paper's stays as it was."""
-    system = system_of(kind, "both", alone_until=0.5)
+    system = system_of(kind, "both", steps_alone=5)
     batch, noise = make_batch(), torch.randn(4, 8)
     before = [parameter.clone() for parameter in system.networks["discriminator"].parameters()]
 
-    system.share = 0.49
+    system.step = 4
     history = changed_by_a_step(system, batch, noise)
     assert [(name, losses) for name, losses, *_ in history] == [
         ("projected", ["projected_hinge"]), ("generator", ["projected_adversarial"]),
@@ -77,26 +77,35 @@ def test_the_papers_discriminator_joins_after_its_share_of_the_training(kind):
     after = system.networks["discriminator"].parameters()
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
-    system.share = 0.5
+    system.step = 5
     history = changed_by_a_step(system, batch, noise)
     assert {name for name, *_ in history} == {"discriminator", "projected", "generator"}
     assert history[-1][1] == ["adversarial", "projected_adversarial"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ((("GAN.DISCRIMINATOR", "projected"),), "no second discriminator can join; set GAN.DISCRIMINATOR both, or it to 0"),
-        ((("GAN.DISCRIMINATOR", "both"), ("TRAIN.LECAM", "0.1")), "TRAIN.LECAM follows the logits of all discriminators"),
-        (
-            (("GAN.DISCRIMINATOR", "both"), ("TRAIN.AUGMENT", "cutout"), ("TRAIN.ADA", "0.6")),
-            "TRAIN.ADA follows the logits of all discriminators",
-        ),
-    ],
-)  # fmt: skip
-def test_what_a_discriminator_that_joins_does_not_go_with(tiny, changes, message):
-    with pytest.raises(ConfigError, match=f"GAN.PROJECTED.ALONE_UNTIL: .*{message}"):
-        train(tiny(("GAN.PROJECTED.ALONE_UNTIL", "0.5"), *changes, *TINY), CPU)
+def test_steps_alone_mean_nothing_for_one_discriminator():
+    for mode in ("paper", "projected"):
+        system = system_of("ssa", mode, steps_alone=5)
+        names = {name for name, *_ in changed_by_a_step(system, make_batch(), torch.randn(4, 8))}
+        assert names == {"generator", "projected" if mode == "projected" else "discriminator"}
+
+
+@pytest.mark.parametrize(("alone", "every", "expected"), [(0, 1, 0), (0, 4, 0), (5, 1, 5), (5, 4, 8), (8, 4, 8)])
+def test_a_training_is_measured_by_a_step_with_both_discriminators_and_the_penalty(alone, every, expected):
+    system = system_of("ssa", "both", steps_alone=alone, penalty_every=every)
+    assert system.fullest_step == expected
+    system.step = expected
+    assert [name for name, *_ in changed_by_a_step(system, make_batch(), torch.randn(4, 8))] == [
+        "discriminator", "discriminator", "projected", "generator",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [("TRAIN.LECAM", "0.1"), ("TRAIN.ADA", "0.6")])
+def test_statistics_of_both_from_the_first_step_on_do_not_go_with_a_discriminator_that_joins(tiny, changes):
+    extra = (("GAN.DISCRIMINATOR", "both"), ("TRAIN.AUGMENT", "cutout"), ("GAN.PROJECTED.STEPS_ALONE", "5"), *TINY)
+    message = f"GAN.PROJECTED.STEPS_ALONE: {changes[0]} follows the logits of both discriminators"
+    with pytest.raises(ConfigError, match=message):
+        train(tiny(*extra, changes), CPU)
 
 
 def test_the_paper_discriminator_is_the_default():
@@ -194,12 +203,11 @@ def test_stopping_and_resuming_changes_nothing(tiny, tmp_path, mode):
 
 
 def test_a_run_that_stops_before_the_papers_discriminator_joins_resumes_exactly(tiny, tmp_path):
-    extra = [("GAN.DISCRIMINATOR", "both"), ("TRAIN.MAX_STEPS", "6"), *TINY]
-    train(tiny(*extra, ("GAN.PROJECTED.ALONE_UNTIL", "0.5")), CPU)
+    extra = [("GAN.DISCRIMINATOR", "both"), ("GAN.PROJECTED.STEPS_ALONE", "3"), ("TRAIN.MAX_STEPS", "6"), *TINY]
+    train(tiny(*extra), CPU)
     other = ("OUTPUT_DIR", str(tmp_path / "other"))
-    # Two of the three steps that the projected one has alone; shares follow MAX_STEPS.
-    train(tiny(*extra, other, ("TRAIN.MAX_STEPS", "2"), ("GAN.PROJECTED.ALONE_UNTIL", "0.9")), CPU)
-    train(tiny(*extra, other, ("GAN.PROJECTED.ALONE_UNTIL", "0.5")), CPU, resume=True)
+    train(tiny(*extra, other, ("TRAIN.MAX_STEPS", "2")), CPU)
+    train(tiny(*extra, other), CPU, resume=True)
 
     whole, parts = (tmp_path / name / "00000-tiny-ssa_gan" for name in ("output", "other"))
     assert_same_state(final_state(whole), final_state(parts))

@@ -123,6 +123,7 @@ def _most_kept(system: System, batch: Batch, noise: Tensor) -> float:
 
     # One step.
     optimizers = {name: torch.optim.SGD(spec.parameters, lr=0.0) for name, spec in system.optimizers().items()}
+    system.step = system.fullest_step
     stepper = Stepper(system.updates, optimizers, World(0, 1, META))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda pair: pair[0]):
         for _ in stepper.steps(batch, noise, count):

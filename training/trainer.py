@@ -256,12 +256,12 @@ class Trainer:
         noise_dim = self.system.generator.noise_dim
         noise = noise_for(self.order_seed, epoch, batch.indices.tolist(), noise_dim).to(self.device, non_blocking=True)
 
-        # Where the training stands, and the learning rates that follow from it.
-        self.system.step, self.system.share = self.step, self.budget.share(self.step)
-        factor = learning_rate_factor(self.system.share, self.settings.lr_decay_from)
+        # Learning rates: by the share of the budget that is used up.
+        factor = learning_rate_factor(self.budget.share(self.step), self.settings.lr_decay_from)
         set_learning_rates(self.optimizers, self.base_rates, factor)
 
         # Updates: discriminator(s) and generator, in the system's order.
+        self.system.step = self.step
         values: dict[str, Tensor] = {}
         stats: dict[str, Tensor | float] = {}
         for update in self.stepper.steps(batch, noise):
