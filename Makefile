@@ -40,6 +40,7 @@ demo: environment
 	@$(RUN) -m sampling.side_by_side $(SHOWN) --masks --out $(DEMO)/side_by_side.png $(DEVICE) \
 		demo=$$(ls -d $(DEMO)/*-demo-ssa_gan/checkpoints/last.pth | tail -n 1) shipped=pretrained/toybirds-ssa
 	@echo "$(DEMO)/side_by_side.png"
+	@echo "to go on from here, for sharper birds: make demo MINUTES=$$(( 2 * $(MINUTES) ))"
 
 clean-demo:
 	rm -rf $(DEMO)
