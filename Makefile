@@ -17,7 +17,7 @@ $(VENV)/installed: requirements.txt
 	$(RUN) -m pip install --quiet -r requirements.txt
 	touch $@
 
-# MINUTES bounds the whole demo, after installation, on a slow machine as on a fast one; three quarters of one are kept for the
+# MINUTES bounds the whole demo, after installation, on a slow machine as on a fast one; one and a quarter are kept for the
 # last pictures. Each step goes on from what is there, so a stopped demo continues where it was, and `make demo MINUTES=60`
 # makes the birds of a finished one better.
 MINUTES ?= 15
@@ -33,14 +33,14 @@ demo: environment
 	@$(RUN) -m datasets.prepare toybirds --root $(DEMO)/data --image-size 64
 	@echo "3/4 training SSA-GAN anew, beside the encoders in pretrained/toybirds-encoders; a picture of its state every 90 seconds"
 	@echo "    in $(DEMO)/*/pictures: first colours, then bodies and backgrounds, then heads, wings and legs"
-	@left=$$(awk "BEGIN { m = $(MINUTES) - 0.75 - ($$(date +%s) - $$(cat $(DEMO)/started)) / 60; print (m > 1 ? m : 1) }"); \
+	@left=$$(awk "BEGIN { m = $(MINUTES) - 1.25 - ($$(date +%s) - $$(cat $(DEMO)/started)) / 60; print (m > 1 ? m : 1) }"); \
 	$(RUN) main.py --cfg cfg/demo.yml --continue --set TRAIN.MAX_MINUTES $$left $(DEVICE)
 	@echo "4/4 drawing test captions, and the first pictures' captions beside the model that ships"
 	@$(RUN) main.py --cfg cfg/demo.yml --set B_VALIDATION True --num-images 24 --out $(DEMO)/samples --overwrite $(DEVICE)
 	@$(RUN) -m sampling.side_by_side $(SHOWN) --masks --out $(DEMO)/side_by_side.png $(DEVICE) \
 		demo=$$(ls -d $(DEMO)/*-demo-ssa_gan/checkpoints/last.pth | tail -n 1) shipped=pretrained/toybirds-ssa
 	@echo "$(DEMO)/side_by_side.png"
-	@echo "to go on from here, for sharper birds: make demo MINUTES=$$(( 2 * $(MINUTES) ))"
+	@echo "to go on from here, for sharper birds: make demo MINUTES=$$(awk "BEGIN { print 2 * $(MINUTES) }")"
 
 clean-demo:
 	rm -rf $(DEMO)
