@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from miscc.augment import Augmentation, augmentation
 from miscc.batch import Batch
+from miscc.errors import ConfigError
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss, lecam_loss, mode_seeking_loss
 from models.damsm import matching_losses
 from models.projected import ProjectedDiscriminator
@@ -38,6 +39,8 @@ class AdversarialSystem(System):
     networks: by part, see models.types.System; the encoders among them are not trained.
     lecam: averages of logits, where TRAIN.LECAM asks for them.
     ada: controls how many images are augmented, where TRAIN.ADA asks for it.
+
+    Raises ConfigError for settings that do not go together.
     """
 
     Settings: ClassVar[type[Any]] = AdversarialSettings
@@ -45,6 +48,11 @@ class AdversarialSystem(System):
     def __init__(self, networks: dict[str, Any], **arguments: Any):
         super().__init__(networks, **arguments)
         settings, self.lecam, self.ada = self.settings, None, None
+        if settings.steps_alone and len(self.discriminators()) > 1 and (settings.lecam_weight or settings.ada_target):
+            raise ConfigError(
+                "GAN.PROJECTED.STEPS_ALONE: TRAIN.LECAM and TRAIN.ADA follow the logits of both discriminators from the first "
+                "step on; set it, or them, to 0"
+            )
         if settings.lecam_weight:
             self.lecam = LogitAverages(self.logit_pairs(), settings.lecam_warmup)
         if settings.ada_target:

@@ -197,9 +197,6 @@ class PenaltySettings:
         return step % self.penalty_every == 0
 
 
-FOLLOWS_ALL_LOGITS = {"TRAIN.LECAM": "lecam_weight", "TRAIN.ADA": "ada_target"}  # key: field of SmallDataSettings
-
-
 @dataclass(frozen=True)
 class DiscriminatorSettings:
     """Which discriminators train G."""
@@ -216,20 +213,6 @@ class DiscriminatorSettings:
     steps_alone: int = setting(
         "GAN.PROJECTED.STEPS_ALONE", 0, "of both discriminators, the paper's joins after so many steps"
     )
-
-    def __post_init__(self) -> None:
-        # Statistics of both from the first step on are not there.
-        following_both = [key for key, name in FOLLOWS_ALL_LOGITS.items() if getattr(self, name, 0)]
-        if self.discriminator == "both" and self.steps_alone and following_both:
-            raise ConfigError(
-                f"GAN.PROJECTED.STEPS_ALONE: {following_both[0]} follows the logits of both discriminators from the first step "
-                f"on; set one of them to 0"
-            )
-
-        # Parts that stand behind this one in a system's settings have checks of their own.
-        following = getattr(super(), "__post_init__", None)
-        if following is not None:
-            following()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_projected_systems import TINY, system_of
-from test_trainer import assert_same_state, final_state, stats_of
+from test_trainer import assert_same_state, final_state, stats_of, trained_whole_and_in_parts
 from tiny_systems import make_batch
 
 from miscc.augment import augmentation
@@ -136,12 +136,7 @@ def test_off_by_default():
 def test_stopping_in_the_middle_of_four_steps_and_resuming_changes_nothing(tiny, tmp_path):
     """With micro-batches; the averages are those of the whole batch, which the log has."""
     extra = (*RISES, ("GAN.DISCRIMINATOR", "both"), ("TRAIN.ACCUMULATE", "2"), *TINY)
-    train(tiny(*extra), CPU)
-    other = ("OUTPUT_DIR", str(tmp_path / "other"))
-    train(tiny(*extra, other, ("TRAIN.MAX_STEPS", "6")), CPU)
-    train(tiny(*extra, other), CPU, resume=True)
-
-    whole, parts = (tmp_path / name / "00000-tiny-ssa_gan" for name in ("output", "other"))
+    whole, parts = trained_whole_and_in_parts(tiny, tmp_path, 6, *extra)
     assert_same_state(final_state(whole), final_state(parts))
     lines, state = stats_of(whole), final_state(whole)["system"]
     assert [("loss/lecam" in line, "loss/projected_lecam" in line) for line in lines] == [(False,) * 2] * 2 + [

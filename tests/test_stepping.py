@@ -12,7 +12,6 @@ from miscc.losses import hinge_discriminator_loss, hinge_generator_loss
 from models.modes import full_precision
 from training.compute import checkpoint_activations, compile_networks, use_channels_last
 from training.step import Stepper, adam, check_accumulation, restore_adam, split_batch, supported_precision
-from training.trainer import train
 
 CPU = World(0, 1, torch.device("cpu"))
 NOISE = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -200,14 +199,9 @@ def test_every_judge_is_compiled_where_steps_call_it(monkeypatch):
     ],
 )
 def test_the_trainer_stops_and_goes_on_exactly_with_them(tiny, tmp_path, settings):
-    from test_trainer import assert_same_state, final_state
+    from test_trainer import assert_same_state, final_state, trained_whole_and_in_parts
 
-    settings = [*settings, ("TRAIN.MAX_STEPS", "3")]
-    train(tiny(*settings), CPU)
-    other = ("OUTPUT_DIR", str(tmp_path / "other"))
-    train(tiny(*settings, other, ("TRAIN.MAX_STEPS", "1")), CPU)
-    assert train(tiny(*settings, other), CPU, resume=True) == 0
-    whole, parts = (tmp_path / name / "00000-tiny-ssa_gan" for name in ("output", "other"))
+    whole, parts = trained_whole_and_in_parts(tiny, tmp_path, 1, *settings, ("TRAIN.MAX_STEPS", "3"))
     assert_same_state(final_state(whole), final_state(parts))
 
 

@@ -51,6 +51,15 @@ def final_state(run):
     return {key: value for key, value in load_checkpoint(run / "checkpoints" / "last.pth").items() if key != "config"}
 
 
+def trained_whole_and_in_parts(tiny, tmp_path, steps, *settings):
+    """The folders of a run, and of the same that ended after `steps` and was resumed."""
+    train(tiny(*settings), CPU)
+    other = ("OUTPUT_DIR", str(tmp_path / "other"))
+    train(tiny(*settings, other, ("TRAIN.MAX_STEPS", str(steps))), CPU)
+    assert train(tiny(*settings, other), CPU, resume=True) == 0
+    return [tmp_path / name / "00000-tiny-ssa_gan" for name in ("output", "other")]
+
+
 def test_stats_are_written_where_tensorboard_cannot(tiny, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(28, "No space left on device")
