@@ -44,8 +44,8 @@ NUM_VALUES = tuple(len(values) for values in ATTRIBUTES.values())
 COLOURS = ("crown_color", "wing_color", "belly_color")
 LOWEST_ACCURACY = 0.98  # of each attribute on held-out drawings; a classifier below it is not used
 RECIPES = {  # by input size; at 32 px the spots of a wing are a pixel wide, and a blur would take them away
-    64: Recipe("attribute-judge", 64, epochs=9, width=24, most_noise=0.08, most_blur=0.6),
-    32: Recipe("attribute-judge", 32, epochs=10, width=24, most_noise=0.04, most_blur=0.3),
+    64: Recipe("attribute-classifier", 64, epochs=9, width=24, most_noise=0.08, most_blur=0.6),
+    32: Recipe("attribute-classifier", 32, epochs=10, width=24, most_noise=0.04, most_blur=0.3),
 }
 UNNAMED, UNKNOWN = -1, -2  # in place of a value's index: the caption says nothing, or what no toy bird can be
 

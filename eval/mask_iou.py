@@ -44,8 +44,8 @@ THRESHOLD = 0.5  # a mask of at least this is inside
 SMALLEST_BIRD = 0.02  # share of the image; an outline smaller than that is no bird (drawn ones fill 0.15 to 0.4)
 WITHOUT_MASKS = "these images come without masks; SSA-GAN predicts them, AttnGAN and DF-GAN do not"
 RECIPES = {  # by input size
-    64: Recipe("outline-judge", 64, epochs=5, width=16, most_noise=0.08, most_blur=0.6),
-    32: Recipe("outline-judge", 32, epochs=8, width=24, most_noise=0.04, most_blur=0.3),
+    64: Recipe("outline-segmenter", 64, epochs=5, width=16, most_noise=0.08, most_blur=0.6),
+    32: Recipe("outline-segmenter", 32, epochs=8, width=24, most_noise=0.04, most_blur=0.3),
 }
 
 

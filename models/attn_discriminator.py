@@ -24,7 +24,7 @@ class StageDiscriminator(Discriminator):
     df_dim: base number of channels.
     image_size: pixels; a power of two from 8 on. ValueError otherwise.
     sentence_dim: length of the sentence features.
-    judges_alone: whether there is an unconditional head (AttnDCGAN's has none).
+    has_unconditional_head: whether there is an unconditional head (AttnDCGAN's has none).
     spectral_normalisation: of all convolutions, in addition to batch norm (not in the paper).
     """
 
@@ -36,13 +36,13 @@ class StageDiscriminator(Discriminator):
         df_dim: int = 64
         image_size: int = 64
         sentence_dim: int = 256
-        judges_alone: bool = True
+        has_unconditional_head: bool = True
         spectral_normalisation: bool = False
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
         df_dim, sentence_dim = self.settings.df_dim, self.settings.sentence_dim
-        self.image_size, self.judges_alone = self.settings.image_size, self.settings.judges_alone
+        self.image_size, self.has_unconditional_head = self.settings.image_size, self.settings.has_unconditional_head
         num_downsamples = num_upsamples(self.image_size)
         width = 8 * df_dim
 
@@ -61,7 +61,7 @@ class StageDiscriminator(Discriminator):
         # The heads: with the sentence, and without.
         self.joint = _with_norm(conv3x3(width + sentence_dim, width))
         self.conditional_head = nn.Conv2d(width, 1, 4)
-        self.unconditional_head = nn.Conv2d(width, 1, 4) if self.judges_alone else None
+        self.unconditional_head = nn.Conv2d(width, 1, 4) if self.has_unconditional_head else None
 
         # Spectral normalisation comes last: it starts from the initial weights.
         initialise(self)
@@ -78,7 +78,7 @@ class StageDiscriminator(Discriminator):
         return self.conditional_head(self.joint(torch.cat([features, replicated], dim=1))).flatten()
 
     def unconditional(self, features: Tensor) -> Tensor:  # (N, C, 4, 4) -> (N,)
-        assert self.unconditional_head is not None  # callers check judges_alone first
+        assert self.unconditional_head is not None  # callers check has_unconditional_head first
         return self.unconditional_head(features).flatten()
 
     def forward(self, images: Tensor, sentence: Tensor) -> Tensor:  # (N, 3, H, W), (N, D) -> (N,)
@@ -96,7 +96,7 @@ class AttnDiscriminator(Discriminator):
     slow_start = True
     compiled_methods = ()  # each stage compiles its own
     has_stages = True
-    judges_alone: ClassVar[bool] = True
+    has_unconditional_head: ClassVar[bool] = True
     every_stage: ClassVar[bool] = True
 
     @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class AttnDiscriminator(Discriminator):
         shared = {name: getattr(self.settings, name) for name in ("df_dim", "sentence_dim", "spectral_normalisation")}
         sizes = [self.settings.base_size * 2**index for index in range(self.settings.num_stages)]
         self.stages = nn.ModuleList(
-            StageDiscriminator(image_size=size, judges_alone=self.judges_alone, **shared)
+            StageDiscriminator(image_size=size, has_unconditional_head=self.has_unconditional_head, **shared)
             for size in (sizes if self.every_stage else sizes[-1:])
         )
 
@@ -135,7 +135,10 @@ class AttnDiscriminator(Discriminator):
 
         # All alike, but for their size.
         shared = [{**stage.arguments, "image_size": None} for stage in chosen]
-        if any(arguments != shared[0] for arguments in shared) or chosen[0].judges_alone != self.judges_alone:
+        if (
+            any(arguments != shared[0] for arguments in shared)
+            or chosen[0].has_unconditional_head != self.has_unconditional_head
+        ):
             raise ValueError("the discriminators are not of one training of this system")
 
         # With their arguments, not ours, so that a checkpoint rebuilds the network as it is.
@@ -149,7 +152,7 @@ class AttnDiscriminator(Discriminator):
 class AttnDCDiscriminator(AttnDiscriminator):
     """AttnDCGAN's discriminator: that of the last stage, conditional on the caption only."""
 
-    judges_alone = False
+    has_unconditional_head = False
     every_stage = False
 
 

@@ -322,7 +322,7 @@ def discriminator_loss(
 
     # Without captions, where the stage has a head for it.
     alone = {}
-    if stage.judges_alone:
+    if stage.has_unconditional_head:
         alone = {"real_alone": stage.unconditional(real), "fake_alone": stage.unconditional(fake)}
 
     loss = binary_discriminator_loss(*logits.values(), *alone.values())
@@ -332,5 +332,5 @@ def discriminator_loss(
 def adversarial_loss(stage: StageDiscriminator, fake_images: Tensor, sentence: Tensor) -> Tensor:
     """One stage's part of G's loss: fake images (N, 3, H, W) up, with their captions (N, D) and without."""
     features = stage.features(fake_images)
-    alone = [stage.unconditional(features)] if stage.judges_alone else []
+    alone = [stage.unconditional(features)] if stage.has_unconditional_head else []
     return binary_generator_loss(stage.logits(features, sentence), *alone)

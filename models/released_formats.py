@@ -176,7 +176,7 @@ def _attn_discriminator_arguments(state: State) -> dict[str, Any]:
         "df_dim": width // 8,
         "image_size": 4 * 2 ** (len(convolutions) + further),
         "sentence_dim": state["COND_DNET.jointConv.0.weight"].shape[1] - width,
-        "judges_alone": "UNCOND_DNET.outlogits.0.weight" in state,
+        "has_unconditional_head": "UNCOND_DNET.outlogits.0.weight" in state,
     }
 
 

@@ -33,9 +33,9 @@ CPU = World(0, 1, torch.device("cpu"))
 # -- the authors' discriminators --------------------------------------------------------------------------------------
 
 
-def stage_state(image_size, sentence_dim=8, df_dim=1, judges_alone=True):
+def stage_state(image_size, sentence_dim=8, df_dim=1, has_unconditional_head=True):
     """A state dict with the released names, for a stage from 64 px on."""
-    stage = StageDiscriminator(df_dim, image_size, sentence_dim, judges_alone)
+    stage = StageDiscriminator(df_dim, image_size, sentence_dim, has_unconditional_head)
     parts = {"encoder.": "img_code_s16.", "down.0.": "img_code_s32.", "down.1.": "img_code_s64.",
              "unconditional_head.": "UNCOND_DNET.outlogits.0.", "joint.": "COND_DNET.jointConv.",
              "conditional_head.": "COND_DNET.outlogits.0."}  # fmt: skip
@@ -79,7 +79,7 @@ def test_stages_come_from_the_files_beside_the_first(wide, tmp_path):
 
 def test_networks_given_another_system_are_refused(wide, tmp_path):
     for number, size in enumerate((64, 128)):
-        torch.save(stage_state(size, sentence_dim=256, judges_alone=False), tmp_path / f"netD{number}.pth")
+        torch.save(stage_state(size, sentence_dim=256, has_unconditional_head=False), tmp_path / f"netD{number}.pth")
     cfg = wide(("TRAIN.NET_D", str(tmp_path / "netD0.pth")))
     with pytest.raises(CheckpointError, match="not of one training of this system"):
         networks_given(cfg)

@@ -120,7 +120,7 @@ def test_the_other_caption_is_another_birds_and_names_the_same_where_there_is_on
 
 
 def test_images_that_show_their_captions_are_at_chance_for_others():
-    """Test captions, and a judge that reads off each image exactly the attributes of the bird that it was made for."""
+    """Test captions, and a classifier that reads off each image exactly the attributes of the bird that it was made for."""
     birds = ToyBirds("test", 1500)
     captions = [birds.captions(index)[0] for index in range(1500)]
     rows = [birds.attributes(index) for index in range(1500)]
@@ -165,12 +165,12 @@ def test_diversity_by_hand():
     assert facing.diversity == pytest.approx(1.0)
 
 
-def test_what_cannot_be_judged_is_said():
-    judge = KnownClassifier(answers({}, {}), CEILING)
+def test_what_cannot_be_read_is_said():
+    classifier = KnownClassifier(answers({}, {}), CEILING)
     with pytest.raises(DataError, match="no caption names an attribute"):
-        read_attributes(numbered(2), ["a photo of a dog", "a bird with a green beak"], judge)
+        read_attributes(numbered(2), ["a photo of a dog", "a bird with a green beak"], classifier)
     with pytest.raises(DataError, match="2 images, 1 captions"):
-        read_attributes(numbered(2), ["a red bird"], judge)
+        read_attributes(numbered(2), ["a red bird"], classifier)
 
 
 def test_the_table_and_the_record_have_every_attribute():
@@ -194,12 +194,12 @@ def test_the_networks_heads_fit_the_attributes():
 
 
 def test_the_script_on_a_checkpoint(tmp_path, monkeypatch, capsys):
-    """A generator of noise, judged by one who reads 0 everywhere: red, short, small ..."""
+    """A generator of noise, and a classifier that reads 0 everywhere: red, short, small ..."""
     checkpoint = write_checkpoint(tmp_path / "last.pth")
-    judge = KnownClassifier(np.zeros((256 * 256, 9), dtype=np.int64), CEILING)
-    judge.recipe = Recipe("attribute-judge", 32, epochs=1, width=4, most_noise=0.0, most_blur=0.0)
+    classifier = KnownClassifier(np.zeros((256 * 256, 9), dtype=np.int64), CEILING)
+    classifier.recipe = Recipe("attribute-classifier", 32, epochs=1, width=4, most_noise=0.0, most_blur=0.0)
     asked = []
-    monkeypatch.setattr(attributes, "load_classifier", lambda *arguments: asked.append(arguments) or judge)
+    monkeypatch.setattr(attributes, "load_classifier", lambda *arguments: asked.append(arguments) or classifier)
     out = tmp_path / "out.json"
     command = ["attributes.py", "--checkpoint", str(checkpoint), "--num-images", "30", "--per-caption", "3"]
     monkeypatch.setattr("sys.argv", [*command, "--device", "cpu", "--json", str(out), "--cache-dir", str(tmp_path)])
@@ -213,7 +213,7 @@ def test_the_script_on_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert crown["accuracy"] == pytest.approx(crowns.count("red") / crown["named"])
     assert written["attributes"]["attributes"]["facing"]["pairs"] == 30  # ten captions, three pairs each
     assert written["origin"]["checkpoint"] == str(checkpoint) and written["origin"]["seed"] == 0
-    assert written["judge"]["recipe_hash"] == judge.recipe.key() and "torch" in written["versions"]
+    assert written["reader"]["recipe_hash"] == classifier.recipe.key() and "torch" in written["versions"]
     assert "crown_color" in capsys.readouterr().out
 
 

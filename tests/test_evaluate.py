@@ -293,7 +293,7 @@ def test_self_check(drawn_folder, records, tmp_path):
     names = list(values(same))
     assert values(same)[names[0]] == pytest.approx(0.0, abs=1e-6) and values(other)[names[0]] > 1e-4
     assert other["num_images"] == 24 and same["num_images"] == 12
-    assert other["judged"] == "real train" and same["generator"] is None
+    assert other["image_source"] == "real train" and same["generator"] is None
 
 
 # -- the command --------------------------------------------------------------------------------------------------------
@@ -314,7 +314,12 @@ def test_the_command_adds_a_record_beside_the_checkpoint(checkpoint, capsys, tmp
     main([*words, "--num-images", "10", "--data-dir", str(drawn_folder)])
     main([*words, "--selfcheck"])
     found = read_records(checkpoint.with_name("evaluation.json"))
-    assert [record["judged"] for record in found] == ["generated", "generated", "real train", "the same real images"]
+    assert [record["image_source"] for record in found] == [
+        "generated",
+        "generated",
+        "real train",
+        "the same real images",
+    ]
     first, second = found[:2]
     assert first["protocol"] == json.loads(json.dumps(QUICK.__dict__)) and first["overrides"] == {}
     assert second["overrides"] == {"num_images": 10} and second["real"]["from_cache"]

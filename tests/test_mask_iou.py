@@ -40,7 +40,7 @@ def half(side: str, size: int = 8) -> np.ndarray:
     return shape
 
 
-RECIPE = Recipe("outline-judge", 32, epochs=1, width=4, most_noise=0.0, most_blur=0.0)
+RECIPE = Recipe("outline-segmenter", 32, epochs=1, width=4, most_noise=0.0, most_blur=0.0)
 IMAGES = np.zeros((2, 8, 8, 3), dtype=np.uint8)
 
 
@@ -55,9 +55,9 @@ def test_iou_by_hand():
 
 def test_masks_against_outlines_by_hand():
     """One bird is the left half, the other the upper half; the mask says left for both."""
-    judge = KnownSegmenter(np.stack([half("left"), half("upper")]), half("right"))
+    segmenter = KnownSegmenter(np.stack([half("left"), half("upper")]), half("right"))
     masks = np.where(np.stack([half("left")] * 2), 0.9, 0.2).astype(np.float32)
-    report = mask_iou(IMAGES, [masks], judge)
+    report = mask_iou(IMAGES, [masks], segmenter)
     (stage,) = report.stages
     assert (stage.size, stage.inverted) == (8, False)
     assert stage.iou == pytest.approx((1 + 1 / 3) / 2)
@@ -70,9 +70,9 @@ def test_masks_against_outlines_by_hand():
 
 
 def test_the_better_polarity_is_taken_and_said_for_each_stage_but_not_for_each_image():
-    judge = KnownSegmenter(np.stack([half("left"), half("left")]), half("left"))
+    segmenter = KnownSegmenter(np.stack([half("left"), half("left")]), half("left"))
     dark = np.where(np.stack([half("left"), half("left")]), 0.1, 0.8).astype(np.float32)
-    report = mask_iou(IMAGES, [dark, 1 - dark], judge)
+    report = mask_iou(IMAGES, [dark, 1 - dark], segmenter)
     assert [(stage.iou, stage.inverted, stage.other_iou) for stage in report.stages] == [(1, True, 0), (1, False, 0)]
     assert any("(inverted)" in line for line in report.lines())
     mixed = np.stack([dark[0], 1 - dark[0], 1 - dark[0]])
@@ -98,11 +98,11 @@ def test_coarse_masks_are_enlarged_between_pixel_centres_and_fine_ones_shrunk():
     coarse = np.array([[[0.0, 1.0], [0.0, 1.0]]], dtype=np.float32)
     assert resized(coarse, 4)[0, 0] == pytest.approx([0, 0.25, 0.75, 1])
     assert resized(np.repeat(np.repeat(coarse, 4, 1), 4, 2), 2)[0].mean() == pytest.approx(0.5)
-    judge = KnownSegmenter(half("right")[None], half("right"))
-    (stage,) = mask_iou(IMAGES[:1], [coarse], judge).stages
+    segmenter = KnownSegmenter(half("right")[None], half("right"))
+    (stage,) = mask_iou(IMAGES[:1], [coarse], segmenter).stages
     assert (stage.size, stage.iou) == (2, 1.0)
     exactly = np.full((1, 8, 8), 0.5, dtype=np.float32)  # what is at the threshold is inside
-    (stage,) = mask_iou(IMAGES[:1], [exactly], judge).stages
+    (stage,) = mask_iou(IMAGES[:1], [exactly], segmenter).stages
     assert (stage.iou, stage.inverted, stage.other_iou) == (0.5, False, 0)
 
 
@@ -121,11 +121,11 @@ def test_images_without_a_bird_are_left_out_and_counted():
 
 
 def test_masks_that_are_not_there_or_do_not_fit_are_refused():
-    judge = KnownSegmenter(np.stack([half("left")] * 2), half("left"))
+    segmenter = KnownSegmenter(np.stack([half("left")] * 2), half("left"))
     with pytest.raises(DataError, match="come without masks"):
-        mask_iou(IMAGES, [], judge)
+        mask_iou(IMAGES, [], segmenter)
     with pytest.raises(DataError, match=r"2 images, \[3\] masks"):
-        mask_iou(IMAGES, [np.zeros((3, 8, 8), dtype=np.float32)], judge)
+        mask_iou(IMAGES, [np.zeros((3, 8, 8), dtype=np.float32)], segmenter)
 
 
 def test_the_mean_shape_is_where_half_of_the_birds_are():
@@ -187,15 +187,15 @@ def run(monkeypatch, *arguments) -> int:
 
 
 def test_the_script_on_a_checkpoint_and_on_one_without_masks(checkpoint, tmp_path, monkeypatch, capsys):
-    judge = KnownSegmenter(np.stack([half("left", 32)] * 12), half("left", 32))
-    judge.recipe = RECIPE
-    monkeypatch.setattr(mask_iou_module, "load_segmenter", lambda *_: judge)
+    segmenter = KnownSegmenter(np.stack([half("left", 32)] * 12), half("left", 32))
+    segmenter.recipe = RECIPE
+    monkeypatch.setattr(mask_iou_module, "load_segmenter", lambda *_: segmenter)
     out = tmp_path / "out.json"
     assert run(monkeypatch, "--checkpoint", checkpoint, "--num-images", 12, "--json", out) == 0
     written = json.loads(out.read_text())
     assert [stage["size"] for stage in written["masks"]["stages"]] == [4, 8, 16, 32]
     assert written["masks"]["mean_shape_iou"] == 1.0 and written["masks"]["whole_frame_iou"] == 0.5
-    assert written["origin"]["checkpoint"] == str(checkpoint) and written["judge"]["kind"] == "outline-judge"
+    assert written["origin"]["checkpoint"] == str(checkpoint) and written["reader"]["kind"] == "outline-segmenter"
     assert "mask of 32 px" in capsys.readouterr().out
 
     whole = TextToImage.generate

@@ -196,7 +196,7 @@ def test_the_generators_own_encoders_are_named_as_such(tmp_path, encoders):
     assert score.warnings == () and score.protocol["encoder_of_the_generator"] is False
 
 
-def test_encoders_that_cannot_judge_are_refused(tmp_path, encoders):
+def test_encoders_that_cannot_score_are_refused(tmp_path, encoders):
     names = list(COLOURS)
     folder = write_samples(tmp_path / "out", names, names)
     with pytest.raises(CheckpointError, match="no image encoder"):

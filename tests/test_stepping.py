@@ -171,7 +171,7 @@ def test_compiled_networks_take_the_same_step(monkeypatch):
     assert_same(run(plain), run(compiled), rtol=1e-7, atol=1e-10)
 
 
-def test_every_judge_is_compiled_where_steps_call_it(monkeypatch):
+def test_every_discriminator_is_compiled_where_steps_call_it(monkeypatch):
     """AttnGAN's in its stages; SEMA's F in its forward, too, which is not made of compiled methods."""
     from models.attn_discriminator import AttnDiscriminator
     from models.damsm import TextEncoder

@@ -71,10 +71,12 @@ class DummyGAN(System):
 
     def updates(self, batch, noise):
         fake = self.networks["generator"](noise, None).images[0]
-        judge = self.networks["discriminator"]
-        yield Update("discriminator", {"judge": (judge(fake.detach()) - judge(batch.images)).mean()})
+        discriminator = self.networks["discriminator"]
+        yield Update(
+            "discriminator", {"discriminator": (discriminator(fake.detach()) - discriminator(batch.images)).mean()}
+        )
         brightness = self.settings.brightness_weight * -fake.mean()
-        yield Update("generator", {"generator": -judge(fake).mean(), "brightness": brightness})
+        yield Update("generator", {"generator": -discriminator(fake).mean(), "brightness": brightness})
 
 
 @pytest.fixture

@@ -129,7 +129,7 @@ def test_the_hash_of_the_starting_encoders_outlives_the_move_of_their_file(tiny,
             False,
         ),
         ({"family": "damsm", "file": ""}, entry("damsm", "", "2", "") | {"starting_hash": ""}, False),
-        ({"judge": "classifier"}, entry("a"), False),
+        ({"reader": "classifier"}, entry("a"), False),
     ],
 )
 def test_a_score_by_a_network_of_the_training_flatters(about, trained_with, flatters):

@@ -81,9 +81,10 @@ def lines(record: Mapping[str, Any]) -> list[str]:
     changed = ", ".join(f"{name} {value}" for name, value in record["overrides"].items())
     quick = f", NOT its own numbers: {changed}" if changed else ""
     checkpoint = record.get("checkpoint") or {}
-    made_by = f" of {checkpoint['path']} (step {checkpoint['step']})" if record["judged"] == "generated" else ""
-    judged = record["judged"].removesuffix(" images")
-    title = f"{record['num_images']} {judged} images{made_by} by protocol {protocol['name']}{quick}"
+    source = record.get("image_source") or record["judged"]  # as records of earlier versions call it
+    made_by = f" of {checkpoint['path']} (step {checkpoint['step']})" if source == "generated" else ""
+    images = f"{record['num_images']} {source.removesuffix(' images')} images"
+    title = f"{images}{made_by} by protocol {protocol['name']}{quick}"
     table = [title if made_by else f"{title}, no generator"]
     if real.get("read_by", True):  # records of earlier versions do not say which metrics read real images
         crop = protocol["real_crop"]

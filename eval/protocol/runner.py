@@ -108,7 +108,7 @@ def run_protocol(
         raise UserError(f"protocol {protocol.name}: nothing can be computed: {_reasons(missing)}")
     done = time.monotonic()
     return {
-        "judged": stream.what,
+        "image_source": stream.what,
         "protocol": asdict(protocol),
         "overrides": {},
         "scores": [score.record() for score in scores],

@@ -109,6 +109,7 @@ class _Drawer(Dataset):
         """A bird whose attributes are independent. In the training split they are not: its wings and bellies
         come in 75 pairs, from which a classifier would learn to guess one by the other."""
         attributes = any_attributes(self.seed, index)
+        # The streams' names fix the drawings, and with them every published score: not to be renamed.
         image, mask = draw(attributes, stream(self.seed, "judge's drawings", index), DRAWN_AT)
         return ToyBird(image, mask, attributes, [])
 
@@ -314,7 +315,7 @@ def trained(
 
 def kept_file(cache: str | Path, recipe: Recipe) -> Path:
     """Where the trained network of a recipe is kept below a cache folder."""
-    return Path(cache) / "judges" / f"{recipe.kind}-{recipe.image_size}px-{recipe.key()}.pth"
+    return Path(cache) / "toybirds" / f"{recipe.kind}-{recipe.image_size}px-{recipe.key()}.pth"
 
 
 def _load(path: Path, network: nn.Module) -> tuple[nn.Module, dict[str, Any]]:

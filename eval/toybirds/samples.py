@@ -91,7 +91,7 @@ class BirdMetric(Metric):
     def about(self) -> dict:
         """The field of a score's protocol that says by which network it is."""
         recipe: Recipe = self.reader.recipe
-        return {"judge": dataclasses.asdict(recipe) | {"recipe_hash": recipe.key()}}
+        return {"reader": dataclasses.asdict(recipe) | {"recipe_hash": recipe.key()}}
 
     @abstractmethod
     def report(self) -> Any:
