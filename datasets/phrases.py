@@ -67,9 +67,14 @@ class Phrases:
         """(N, P) float32: 1 where an image has a phrase in one of its captions; indices: N images of the training set."""
         return cast(sparse.csr_matrix, self._of_images[indices]).toarray()
 
-    def of_captions(self, captions: Sequence[Sequence[int]]) -> np.ndarray:
-        """(N, P) float32: 1 where a caption has a phrase; captions: N lists of word indices."""
-        return self._rows([phrases_in(caption) for caption in captions]).toarray()
+    def of_captions(self, captions: Sequence[Sequence[int]], whole: Sequence[Sequence[int]]) -> np.ndarray:
+        """(N, P) float32: 1 where a caption has a phrase, as it was read and as a whole.
+
+        captions: N lists of word indices, as they are read.
+        whole: the same before any words were left out.
+        """
+        pairs = zip(captions, whole, strict=True)
+        return self._rows([phrases_in(caption) & phrases_in(full) for caption, full in pairs]).toarray()
 
     def _rows(self, found: Iterable[set[Phrase]]) -> sparse.csr_matrix:
         """(N, P) float32 of N sets of phrases."""

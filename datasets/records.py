@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,19 @@ class Records:
             return self.texts[index][number]
         return self.vocabulary.decode(self.captions[index][number])
 
+    def with_captions(self, most: int | None) -> "Records":
+        """The same with at most so many captions of each image; None: all."""
+        texts = None if self.texts is None else [texts[:most] for texts in self.texts]
+        return replace(self, captions=[captions[:most] for captions in self.captions], texts=texts)
+
+    def examples(self, count: int, vocabulary: Vocabulary) -> list[str]:
+        """The first captions of at most `count` evenly spaced images, each caption once.
+
+        Without those of which the vocabulary, perhaps of encoders trained on other captions, has no word.
+        """
+        captions = dict.fromkeys(self.text(index, 0) for index in evenly_spaced(len(self), count))
+        return [caption for caption in captions if vocabulary.encode(caption)[0]]
+
     def fingerprint(self) -> dict[str, int]:
         """Number of images and checksums of keys and captions: equal for equal data."""
         captions = zlib.crc32(b"".join(tokens.tobytes() for captions in self.captions for tokens in captions))
@@ -61,3 +74,9 @@ class Records:
                 value = [value[index] for index in indices]
             chosen[member.name] = value
         return Records(**chosen)
+
+
+def evenly_spaced(length: int, most: int) -> list[int]:
+    """At most `most` of the indices below `length`, from the first to the last: neighbours in a data set are often alike."""
+    count = min(length, most)
+    return [round(i * (length - 1) / max(1, count - 1)) for i in range(count)]

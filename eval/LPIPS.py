@@ -9,7 +9,7 @@ import itertools
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -34,6 +34,7 @@ from miscc.errors import CheckpointError, DataError, run_command
 from miscc.images import from_uint8
 from miscc.randomness import stream
 from models.modes import no_tf32
+from sampling.folders import key_stem
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -317,11 +318,10 @@ def paired_distance(
 
 
 def _partners(real: ImageSource, fake: ImageSource, allow_missing: bool) -> list[int | None]:
-    """The index of each generated image's real one: by the whole key, or by its last part where that is unique."""
-    by_key = {_plain(str(PurePosixPath(name).with_suffix(""))): index for index, name in enumerate(real.names)}
-    by_stem = defaultdict(list)
-    for index, name in enumerate(real.names):
-        by_stem[_plain(PurePosixPath(name).stem)].append(index)
+    """The index of each generated image's real one: by the whole key, or by its last part, where one image alone has it."""
+    whole = _by_name(real.names, lambda path: str(path.with_suffix("")))
+    plain = _by_name(real.names, lambda path: _plain(str(path.with_suffix(""))))
+    last = _by_name(real.names, lambda path: _plain(path.stem))
 
     # The key of each generated image: from captions.jsonl, or its file's name.
     keys = {}
@@ -331,8 +331,12 @@ def _partners(real: ImageSource, fake: ImageSource, allow_missing: bool) -> list
     missing = []
     for name in fake.names:
         key = keys.get(name) or str(PurePosixPath(name).with_suffix(""))
-        stems = by_stem.get(_plain(PurePosixPath(key).name), [])  # keys may hold dots: `.stem` would cut them
-        partner = by_key.get(_plain(key), stems[0] if len(stems) == 1 else None)
+        as_written = key_stem(key)  # by `--real`, where odd characters are replaced
+        ends = [
+            _plain(PurePosixPath(path).name) for path in (as_written, key)
+        ]  # keys may hold dots: `.stem` would cut them
+        found = [whole[as_written], whole[key], plain[_plain(key)], *(last[end] for end in ends)]
+        partner = next((indices[0] for indices in found if len(indices) == 1), None)
         partners.append(partner)
         if partner is None:
             missing.append(f"{name} (key {key})")
@@ -346,8 +350,16 @@ def _partners(real: ImageSource, fake: ImageSource, allow_missing: bool) -> list
     return partners
 
 
+def _by_name(names: Sequence[str], spelling: Callable[[PurePosixPath], str]) -> defaultdict[str, list[int]]:
+    """The indices of the files that have each spelling of a name; [] for others."""
+    found = defaultdict(list)
+    for index, name in enumerate(names):
+        found[spelling(PurePosixPath(name))].append(index)
+    return found
+
+
 def _plain(key: str) -> str:
-    """A key as the sampler writes it into file names, where odd characters become underscores."""
+    """A key with underscores for odd characters, as data sets spell keys in file names."""
     return re.sub(r"[^\w.\-/]+", "_", key)
 
 

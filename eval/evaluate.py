@@ -202,22 +202,22 @@ def _real_stream(what: str, records: Records, protocol: Protocol, image_size: in
     return ImageStream(what, split_requests(records), read, image_size, records.vocabulary, data_set=records.name)
 
 
-def records_for(config: Mapping[str, Any], split: str, data_dir: str | Path | None, vocabulary: Vocabulary) -> Records:
+def records_for(
+    config: Mapping[str, Any], split: str, data_dir: str | Path | None, vocabulary: Vocabulary | None
+) -> Records:
     """A split of the data that a generator was trained on, with as many captions an image as it was trained with.
 
     data_dir: where the data is now, None: where it was. Raises DataError, CheckpointError without a data set's name.
     """
     name, folder = config.get("DATASET_NAME"), data_dir or config.get("DATA_DIR")
     if not name or not folder:
-        raise CheckpointError("the checkpoint does not say which data it was trained on; evaluate one of our own")
+        raise CheckpointError(
+            "the settings do not say which data it was trained on, or where that is; take one of our own, or give --data-dir"
+        )
 
     # As many captions an image as in training.
     records, _ = load_records(name, folder, split, vocabulary)
-    most = (config.get("TEXT") or {}).get("CAPTIONS_PER_IMAGE") or None
-    records.captions = [captions[:most] for captions in records.captions]
-    if records.texts is not None:
-        records.texts = [texts[:most] for texts in records.texts]
-    return records
+    return records.with_captions((config.get("TEXT") or {}).get("CAPTIONS_PER_IMAGE") or None)
 
 
 def encoders_for(path: str | Path | None, config: Mapping[str, Any], device: torch.device) -> Encoders | None:
@@ -291,6 +291,8 @@ def main(words: Sequence[str] | None = None) -> None:
     world = _world(args)
     try:
         pipeline, sha256 = load_with_hash(args.checkpoint, world.device, protocol.averaged)
+        while distributed.any_process(sha256 != distributed.share(sha256, world), world):  # a training has replaced it
+            pipeline, sha256 = load_with_hash(args.checkpoint, world.device, protocol.averaged)
         config, vocabulary = pipeline.origin["config"], pipeline.vocabulary
         out = Path(args.out) if args.out else weight_file(args.checkpoint).with_name("evaluation.json")
         check_writable(out)

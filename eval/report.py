@@ -12,10 +12,11 @@ from typing import Any
 
 from PIL import Image
 
+from datasets.records import evenly_spaced
+from eval.evaluate import records_for
 from eval.protocol.report import lines as score_lines
-from eval.protocol.report import read_records
 from eval.report_plots import plots, read_stats
-from eval.report_samples import Shown, confusions, evenly, nearest_images, records_of, worst_captions
+from eval.report_samples import Shown, confusions, nearest_images, worst_captions
 from miscc.command_line import CommandParser, positive
 from miscc.config import flatten
 from miscc.errors import ConfigError, DataError, UserError, run_command
@@ -24,6 +25,7 @@ from miscc.pictures import resize_pixels, unit_to_uint8
 from miscc.yaml_reader import read_yaml_text
 from sampling.encoders import load_encoders
 from sampling.pipeline import TextToImage
+from sampling.publish import read_evaluations
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -71,7 +73,7 @@ class Run:
         folder = self.path if self.is_encoders else self.path / "checkpoints"
         found = [folder / name for name in (("best.pth",) if self.is_encoders else ("last.pth", "best.pth"))]
         self.checkpoint = next((file for file in found if file.is_file()), None)
-        self.records = read_records(folder / "evaluation.json")
+        self.records = read_evaluations(folder / "evaluation.json")
 
     def changes(self) -> list[str]:
         """`KEY: old -> new` of every resume, with its time, as the log has them."""
@@ -114,12 +116,16 @@ def _samples(run: Run, data_dir: str | None, num_training: int, num_captions: in
         return
 
     # Drawn anew from the newest checkpoint.
-    pipeline = TextToImage.load(run.checkpoint, "cpu")
+    try:
+        pipeline = TextToImage.load(run.checkpoint, "cpu")
+    except UserError as error:
+        yield f"<p>Nothing was drawn: {_text(str(error))}</p>"
+        return
     config = pipeline.origin["config"]
 
     def captions(number: int) -> list[str]:
-        records = records_of(config, "test", data_dir, pipeline.vocabulary)
-        return [records.text(index, 0) for index in evenly(len(records), number)]
+        records = records_for(config, "test", data_dir, pipeline.vocabulary)
+        return [records.text(index, 0) for index in evenly_spaced(len(records), number)]
 
     def masks() -> str:
         texts = captions(4)
@@ -137,7 +143,7 @@ def _samples(run: Run, data_dir: str | None, num_training: int, num_captions: in
     def nearest() -> str:
         texts = captions(6)
         samples = pipeline.generate(texts, with_masks=False).images
-        training = records_of(config, "train", data_dir, pipeline.vocabulary)
+        training = records_for(config, "train", data_dir, pipeline.vocabulary)
 
         # How to read the distances.
         said = (
@@ -163,7 +169,7 @@ def _samples(run: Run, data_dir: str | None, num_training: int, num_captions: in
 def _confused(run: Run, data_dir: str | None, number: int) -> str:
     assert run.checkpoint is not None  # `is_encoders`
     encoders = load_encoders(run.checkpoint)
-    said, shown = confusions(encoders, records_of(run.config, "test", data_dir, encoders.vocabulary), number)
+    said, shown = confusions(encoders, records_for(run.config, "test", data_dir, encoders.vocabulary), number)
     return f"<p>{_text(said)}.</p>{_shown(shown)}"
 
 

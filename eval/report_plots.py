@@ -21,11 +21,14 @@ def read_stats(path: Path) -> dict[str, list[tuple[int, float]]]:
     curves: dict[str, list[tuple[int, float]]] = {}
     if not path.is_file():
         return curves
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
             step = int(entry.pop("step"))
         except (ValueError, KeyError, TypeError, AttributeError):
+            if number == len(lines):  # half a line, of a process that was killed
+                break
             raise DataError(f"{path}: line {number} is no line of stats; remove it") from None
 
         # The epoch is a position, not a value.

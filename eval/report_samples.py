@@ -1,18 +1,17 @@
 """What the report shows of a run's samples: the nearest training images, captions that fit worst, confusions of the encoders."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from datasets import load_records
 from datasets.captions import encode_batch
-from datasets.records import Records
+from datasets.records import Records, evenly_spaced
 from datasets.text_image import load_resized
-from miscc.errors import CheckpointError, DataError
+from miscc.errors import CheckpointError
 from miscc.images import from_uint8
 from miscc.vocabulary import Vocabulary
 from sampling.encoders import Encoders
@@ -29,27 +28,12 @@ class Shown(NamedTuple):
     text: str
 
 
-def records_of(config: Mapping[str, Any], split: str, data_dir: str | None, vocabulary: Vocabulary | None) -> Records:
-    """A split of the data of a run. Raises DataError where it is not there."""
-    place = data_dir or config.get("DATA_DIR")
-    if not config.get("DATASET_NAME") or not place:
-        raise DataError("the run does not say where its data is; give --data-dir")
-
-    return load_records(config["DATASET_NAME"], place, split, vocabulary)[0]
-
-
-def evenly(number: int, most: int) -> list[int]:
-    """At most `most` of the indices below `number`, evenly spaced."""
-    count = min(number, most)
-    return [round(i * (number - 1) / max(1, count - 1)) for i in range(count)]
-
-
 def nearest_images(
     samples: np.ndarray, captions: Sequence[str], training: Records, most: int, size: int
 ) -> list[Shown]:
     """For each sample (H, W, 3) uint8 the three nearest of at most `most` training images, by mean colour difference."""
     # Layout and colours of training images, at a few pixels.
-    chosen = evenly(len(training), most)
+    chosen = evenly_spaced(len(training), most)
     images = [_crop(training, index, size) for index in chosen]
     features = np.stack([_small(image) for image in images])  # (M, SMALL * SMALL * 3)
 
@@ -95,7 +79,7 @@ def worst_captions(pipeline: TextToImage, encoders: Encoders, captions: Sequence
 
 def confusions(encoders: Encoders, records: Records, most: int, show: int = 8) -> tuple[str, list[Shown]]:
     """How often encoders take another image's caption for an image's own, and the worst cases of it."""
-    chosen = evenly(len(records), most)
+    chosen = evenly_spaced(len(records), most)
     images = np.stack([_crop(records, index, encoders.image_size) for index in chosen])
     captions = [records.text(index, 0) for index in chosen]
     cosines = similarities(encoders, images, captions, records.vocabulary)

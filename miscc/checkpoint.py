@@ -91,7 +91,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     if not isinstance(checkpoint, dict) or "format" not in checkpoint or "networks" not in checkpoint:
         raise CheckpointError(
             f"{path}: is not a checkpoint of this project (`format` and `networks` are missing); of the authors' weights "
-            f"`python -m models.released {path} --convert OUT --encoder FILE --data DIR` makes one"
+            f"`python -m sampling.convert {path} --convert OUT --encoder FILE --data DIR` makes one"
         )
     if not isinstance(checkpoint["format"], int) or checkpoint["format"] > FORMAT:
         raise CheckpointError(

@@ -16,7 +16,7 @@ from models.clip_files import load_clip_weights, load_tokenizer
 from models.registry import from_state, with_weight_file
 from models.released import load_image_encoder, load_text_encoder, naming
 from models.types import CaptionEncoder, Generator, ImageEncoder, Network
-from sampling.published import load_weights, weight_file
+from sampling.published import is_published, read_published, weight_file
 
 
 class Encoders(NamedTuple):
@@ -69,7 +69,7 @@ def load_encoders(
         )
 
     # One of ours, or a published model, which has no image encoder.
-    content = load_weights(path)
+    content = read_published(path) if is_published(path) else load_file(path)
     if isinstance(content, dict) and "networks" in content:
         validate(content, path)
         parts = ("text_encoder", "image_encoder") if with_image_encoder else ("text_encoder",)

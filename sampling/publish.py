@@ -8,15 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from datasets import load_records
 from miscc.command_line import CommandParser
 from miscc.errors import CheckpointError, DataError, UserError, run_command
 from miscc.files import hash_of_file, read_json, write_text
-from miscc.pictures import caption_grid, save_image, unit_to_uint8
+from miscc.pictures import save_image
 from models.adversarial import DISCRIMINATORS
 from models.registry import network_name, to_state
+from sampling.folders import generated_picture
 from sampling.model_card import is_result, model_card, without_local_paths
 from sampling.pipeline import TextToImage
 from sampling.published import (
@@ -70,7 +69,7 @@ def publish(
     states |= discriminators or {}
     if half:
         states = {part: to_half_precision(part, entry) for part, entry in states.items()}
-    picture = _picture_of(pipeline, examples) if examples else None
+    picture = generated_picture(examples, pipeline.generate(list(examples))) if examples else None
     about = describe(pipeline, examples) | {"half": half or bool(pipeline.origin.get("half"))}
     about["trainable"] = bool(discriminators)
     card = model_card(folder.resolve().name, about, evaluations, sha256, pictured=picture is not None)
@@ -80,6 +79,8 @@ def publish(
     write_published(folder, states, pipeline.vocabulary, about)
     if picture is not None:
         save_image(picture, folder / PICTURE)
+    else:
+        (folder / PICTURE).unlink(missing_ok=True)
     write_text(folder / CARD, card)
     return folder
 
@@ -96,14 +97,6 @@ def discriminators_of(checkpoint: str | Path) -> dict[str, dict[str, Any]]:
             f"{checkpoint}: holds no discriminator; publish the last.pth of a training, or leave out --with-discriminators"
         )
     return {part: {**entry, "arguments": without_local_paths(entry["arguments"])} for part, entry in found.items()}
-
-
-def _picture_of(pipeline: TextToImage, examples: Sequence[str]) -> np.ndarray:
-    """The example captions with their images and last masks, (H, W, 3) uint8."""
-    drawn = pipeline.generate(list(examples))
-    masks = [[unit_to_uint8(mask)] for mask in drawn.masks[-1]] if drawn.masks else [[] for _ in examples]
-    cells = [[image, *mask] for image, mask in zip(drawn.images, masks, strict=True)]
-    return caption_grid(examples, cells, headings=("image", "mask")[: len(cells[0])])
 
 
 def describe(pipeline: TextToImage, examples: Sequence[str] = ()) -> dict[str, Any]:
@@ -140,16 +133,13 @@ def example_captions(pipeline: TextToImage, number: int = NUM_EXAMPLES) -> list[
     except DataError:
         return []
 
-    # Evenly spaced: neighbours in a data set often show the same class.
-    count = min(number, len(records))
-    positions = [round(i * (len(records) - 1) / max(1, count - 1)) for i in range(count)]
-    captions = dict.fromkeys(records.text(position, 0) for position in positions)
-    return [caption for caption in captions if pipeline.vocabulary.encode(caption)[0]]
+    return records.examples(number, pipeline.vocabulary)
 
 
-def read_evaluations(path: Path) -> list[dict[str, Any]]:
+def read_evaluations(path: str | Path) -> list[dict[str, Any]]:
     """The records of an evaluation.json, [] where there is none. Raises DataError for something else."""
-    if not path.is_file():
+    path = Path(path)
+    if not path.exists():
         return []
     try:
         records = read_json(path)

@@ -5,6 +5,7 @@ folder executes nothing: tensors come from safetensors, everything else from JSO
 README.md comes from model_card.py.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,22 +89,30 @@ def write_published(folder: Path, networks: Mapping[str, Mapping[str, Any]], wor
     networks: {"generator", "text_encoder"} and any discriminators, as models.registry.to_state has them.
     about: what config.json says besides.
     """
-    # The weights: what trains in one file, then what draws in another. A full disk leaves a model that is there.
     described = {part: {name: entry[name] for name in ("name", "arguments")} for part, entry in networks.items()}
     discriminators = [part for part in networks if part not in PARTS]
+    names = (*([TRAINING_WEIGHTS] if discriminators else []), WEIGHTS, VOCABULARY, CONFIG)
+    new = {name: folder / f".{name}.new.tmp" for name in names}
     checksums = {}
-    if discriminators:
-        file = folder / TRAINING_WEIGHTS
-        checksums["discriminators_sha256"] = _write_weights(file, {part: networks[part] for part in discriminators})
-    checksums["sha256"] = _write_weights(folder / WEIGHTS, {part: networks[part] for part in PARTS})
+    try:
+        # Every file under another name first: a full disk leaves the model that is there as it was.
+        if discriminators:
+            parts = {part: networks[part] for part in discriminators}
+            checksums["discriminators_sha256"] = _write_weights(new[TRAINING_WEIGHTS], parts)
+        checksums["sha256"] = _write_weights(new[WEIGHTS], {part: networks[part] for part in PARTS})
+        words.save(new[VOCABULARY])
+        parts = {part: described[part] for part in PARTS}
+        trained = {"discriminators": {part: described[part] for part in discriminators}} if discriminators else {}
+        write_json(new[CONFIG], {"format": FORMAT, **about, **checksums, **parts, **trained})
 
-    # config.json with the checksums comes last; then what it no longer names is not needed.
-    words.save(folder / VOCABULARY)
-    parts = {part: described[part] for part in PARTS}
-    trained = {"discriminators": {part: described[part] for part in discriminators}} if discriminators else {}
-    write_json(folder / CONFIG, {"format": FORMAT, **about, **checksums, **parts, **trained})
-    if not discriminators:
-        (folder / TRAINING_WEIGHTS).unlink(missing_ok=True)
+        # config.json with the checksums comes last; then what it no longer names is not needed.
+        for name, temporary in new.items():
+            os.replace(temporary, folder / name)
+        if not discriminators:
+            (folder / TRAINING_WEIGHTS).unlink(missing_ok=True)
+    finally:
+        for temporary in new.values():
+            temporary.unlink(missing_ok=True)
 
 
 def _write_weights(file: Path, networks: Mapping[str, Mapping[str, Any]]) -> str:

@@ -101,6 +101,12 @@ class Studio:
             raise UserError("caption: holds control characters or half a character; write plain text")
         return caption
 
+    def _check_noise(self, seed: int, truncation: float | None) -> None:
+        if not 0 <= seed <= MAX_SEED:
+            raise UserError(f"seed: give a whole number from 0 to {MAX_SEED}")
+        if truncation is not None and not 0 < truncation <= self.limits.truncation:
+            raise UserError(f"truncation: give a number above 0 and up to {self.limits.truncation:g}, or none")
+
     def submit(
         self,
         captions: Sequence[str],
@@ -123,10 +129,7 @@ class Studio:
             raise UserError(
                 f"n: {len(captions)} captions times {per_caption} are more than {limits.images} images at once"
             )
-        if not 0 <= seed <= MAX_SEED:
-            raise UserError(f"seed: give a whole number from 0 to {MAX_SEED}")
-        if truncation is not None and not 0 < truncation <= limits.truncation:
-            raise UserError(f"truncation: give a number above 0 and up to {limits.truncation:g}, or none")
+        self._check_noise(seed, truncation)
 
         # Words and noise of each image, as TextToImage.generate gives them.
         checked = [self.check_caption(caption) for caption in captions]
@@ -145,14 +148,17 @@ class Studio:
     ) -> tuple[Future, list[str]]:
         """Queue a walk from one caption to another: a future of WALK_STEPS images (H, W, 3), and the words that are left out.
 
-        Raises as `submit`.
+        Raises as `submit`, and UserError for a model that cannot mix captions.
         """
         chosen = self.model(model)
+        if not chosen.mixes_captions:
+            raise UserError(
+                f"model: {chosen.name}, an exported one, cannot mix two captions; serve its checkpoint instead"
+            )
+        self._check_noise(seed, truncation)
         start, end = self.check_caption(first), self.check_caption(second)
         left_out = encode_rows([start, end], chosen.vocabulary, chosen.max_words)[2]
         unknown = list(dict.fromkeys(word for words in left_out for word in words))
-        if not 0 <= seed <= MAX_SEED:
-            raise UserError(f"seed: give a whole number from 0 to {MAX_SEED}")
 
         # One call: the steps of a walk share its two captions.
         call = Call(lambda: chosen.walk(start, end, WALK_STEPS, seed, truncation), images=WALK_STEPS)

@@ -6,6 +6,7 @@ checkpoint before it takes its place. Drawing from the file is onnx_model.py's.
 
 import json
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -272,6 +273,13 @@ def _pt2_runner(path: Path) -> Callable[..., Sequence[np.ndarray]]:
     return run
 
 
+def default_file(checkpoint: str, ending: str) -> Path:
+    """Beside a checkpoint or a published model's folder, with its name."""
+    path = Path(os.path.abspath(checkpoint))
+    name = path.name if path.is_dir() else path.stem  # a folder's name may have dots: pub-v1.5
+    return path.with_name(f"{name}.{ending}")
+
+
 def main(words: Sequence[str] | None = None) -> None:
     parser = CommandParser(prog="python -m serve.export", description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -283,7 +291,7 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words)
 
     pipeline = TextToImage.load(options.checkpoint, "cpu", averaged=not options.no_average)
-    out = Path(options.out or Path(options.checkpoint).with_suffix(f".{options.format}"))
+    out = Path(options.out or default_file(options.checkpoint, options.format))
     start = time.monotonic()
     differences = export(pipeline, out, options.format, options.overwrite)
     largest = max(differences.values())

@@ -52,7 +52,7 @@ class Model:
 
     def walk(self, first: str, second: str, steps: int, seed: int, truncation: float | None) -> list[np.ndarray]:
         """`steps` images (H, W, 3) uint8 from one caption to another under the same noise."""
-        raise UserError(f"{self.name}: an exported model cannot mix two captions; serve its checkpoint instead")
+        raise NotImplementedError
 
     def words_of(self, tokens: np.ndarray, length: int) -> list[str]:
         """The words of a caption as the model reads them."""

@@ -77,7 +77,7 @@ def build_page(studio: Studio) -> gr.Blocks:
             _draw_tab(studio)
         with gr.Tab("Compare"):
             _compare_tab(studio)
-        if studio.first.mixes_captions:
+        if any(model.mixes_captions for model in studio.models.values()):
             with gr.Tab("Walk"):
                 _walk_tab(studio)
     # A queue of its own before the batcher's: it shows users their position.
@@ -97,7 +97,7 @@ def _draw_tab(studio: Studio) -> None:
         color_map={"unknown": "red", "left out": "gray"}, show_legend=False, elem_id="words",
     )  # fmt: skip
     with gr.Row():
-        model = _model_choice(studio, "Model")
+        model = _model_choice(list(studio.models), "Model")
         number = gr.Slider(1, MOST_IMAGES, value=4, step=1, label="Images", elem_id="number")
         seed, truncation = _noise_inputs(studio)
 
@@ -137,7 +137,7 @@ def _draw_tab(studio: Studio) -> None:
 
     # Events: of drawing, and those that only change what is shown, without a place in the queue.
     events = {"api_visibility": "private", "concurrency_limit": 16}
-    silent = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
+    silent: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
 
     inputs = [caption, number, seed, truncation, model, shown, strength]
     gr.on([button.click, caption.submit], draw, inputs, [gallery, status, attention, drawn], **events)
@@ -177,7 +177,7 @@ def _attention_gallery(model: Model) -> gr.Gallery:
     )  # fmt: skip
 
 
-def read_words(studio: Studio, caption: str | None, name: str | None = None) -> list[tuple[str, str | None]]:
+def read_words(studio: Studio, caption: str | None, name: str | None = None) -> list[tuple[str, float | str | None]]:
     """The words of a caption, each with why the model does not read it: "unknown", "left out" beyond its length, or None."""
     model, known, read = studio.model(name), 0, []
 
@@ -222,10 +222,10 @@ def _compare_tab(studio: Studio) -> None:
     captions = [*studio.first.examples, "a large blue bird with white wings"]
     with gr.Row():
         with gr.Column():
-            left, left_model = _caption_box(studio, "Left caption"), _model_choice(studio, "Left model")
+            left, left_model = _caption_box(studio, "Left caption"), _model_choice(list(studio.models), "Left model")
         with gr.Column():
             right = _caption_box(studio, "Right caption", captions[1 if len(captions) > 2 else -1])
-            right_model = _model_choice(studio, "Right model", -1)
+            right_model = _model_choice(list(studio.models), "Right model", -1)
     with gr.Row():
         seed, truncation = _noise_inputs(studio)
 
@@ -265,8 +265,9 @@ def _walk_tab(studio: Studio) -> None:
     with gr.Row():
         first = _caption_box(studio, "From")
         second = _caption_box(studio, "To", "a large blue bird with white wings")
+    names = [name for name, model in studio.models.items() if model.mixes_captions]
     with gr.Row():
-        model = _model_choice(studio, "Model")
+        model = _model_choice(names, "Model")
         seed, truncation = _noise_inputs(studio)
 
     button = gr.Button("Walk", variant="primary", elem_id="walk")
@@ -332,9 +333,8 @@ def _caption_box(studio: Studio, label: str, text: str = "") -> gr.Textbox:
     )
 
 
-def _model_choice(studio: Studio, label: str, index: int = 0) -> gr.Dropdown:
-    names = list(studio.models)
-    return gr.Dropdown(names, value=names[index], label=label, visible=len(names) > 1, filterable=False)
+def _model_choice(names: Sequence[str], label: str, index: int = 0) -> gr.Dropdown:
+    return gr.Dropdown(list(names), value=names[index], label=label, visible=len(names) > 1, filterable=False)
 
 
 def _noise_inputs(studio: Studio) -> tuple[gr.Number, gr.Slider]:

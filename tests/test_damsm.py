@@ -21,6 +21,7 @@ from training.damsm import EncoderTrainer, pretrain
 from training.data import split_pairs
 from training.encoders import load_imagenet_weights
 from training.retrieval import retrieval_at
+from training.run_dir import EncoderDir
 from training.schedule import Budget
 
 CPU = torch.device("cpu")
@@ -192,6 +193,24 @@ def test_encoders_that_are_there_are_not_lost(damsm_settings, tmp_path):
     assert (tmp_path / "out" / "best.pth").read_bytes() == before
     with pytest.raises(CheckpointError, match="nothing to resume"):
         pretrain(damsm_settings(1), CPU, tmp_path / "nowhere", resume=True)
+
+
+def test_overwriting_leaves_nothing_of_the_former_training_to_go_on_from(damsm_settings, tmp_path, monkeypatch):
+    """Killed before its first checkpoint, the new training must not be resumed from the former one's state."""
+    pretrain(damsm_settings(2, ("TRAIN.SNAPSHOT_INTERVAL", "1")), CPU, tmp_path / "out")
+    assert (tmp_path / "out" / "previous.pth").is_file() and (tmp_path / "out" / "epoch_0001.pth").is_file()
+    before = (tmp_path / "out" / "best.pth").read_bytes()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EncoderTrainer, "run_to_the_end", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(damsm_settings(1), CPU, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "best.pth").read_bytes() == before
+    assert not EncoderDir(tmp_path / "out").has_state() and not list((tmp_path / "out").glob("epoch_*.pth"))
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        pretrain(damsm_settings(1), CPU, tmp_path / "out", resume=True)
 
 
 def test_patience_ends_the_training(damsm_settings, tmp_path, monkeypatch):

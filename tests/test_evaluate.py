@@ -27,7 +27,6 @@ from eval.features.statistics import statistics_of_features
 from eval.FID import distance
 from eval.metric import Tools
 from eval.protocol.protocols import PROTOCOLS, Protocol, find_protocol
-from eval.protocol.report import read_records
 from eval.protocol.runner import ImageStream, run_protocol
 from miscc import distributed
 from miscc.checkpoint import load_checkpoint, save_checkpoint
@@ -36,6 +35,7 @@ from miscc.errors import CheckpointError, ConfigError, DataError, TrainingError,
 from miscc.files import hash_of_file
 from sampling.encoders import load_encoders
 from sampling.pipeline import Generated, TextToImage
+from sampling.publish import read_evaluations
 from training.trainer import train
 
 QUICK = Protocol(
@@ -313,7 +313,7 @@ def test_the_command_adds_a_record_beside_the_checkpoint(checkpoint, capsys, tmp
     main(words)
     main([*words, "--num-images", "10", "--data-dir", str(drawn_folder)])
     main([*words, "--selfcheck"])
-    found = read_records(checkpoint.with_name("evaluation.json"))
+    found = read_evaluations(checkpoint.with_name("evaluation.json"))
     assert [record["image_source"] for record in found] == [
         "generated",
         "generated",
@@ -394,7 +394,7 @@ def test_encoders_of_the_training_that_are_damaged_cost_r_precision_alone(checkp
     save_checkpoint(checkpoint, content)
     words = ["--checkpoint", str(checkpoint), "--protocol", "quick", "--device", "cpu", "--no-cache"]
     main(words)
-    (record,) = read_records(checkpoint.with_name("evaluation.json"))
+    (record,) = read_evaluations(checkpoint.with_name("evaluation.json"))
     assert str(damaged) in record["not_computed"]["R_precision"] and len(record["scores"]) == 5
     with pytest.raises(CheckpointError, match=str(damaged)):
         main([*words, "--encoders", str(damaged)])
@@ -445,6 +445,6 @@ def test_two_processes_give_the_numbers_of_one(checkpoint, tmp_path):
     words = ["--checkpoint", checkpoint, "--protocol", "quick", "--device", "cpu", "--no-cache"]
     torchrun(tmp_path / "shared.py", json.dumps(QUICK.__dict__), *words)
     main([str(word) for word in words])
-    two, one = read_records(checkpoint.with_name("evaluation.json"))
+    two, one = read_evaluations(checkpoint.with_name("evaluation.json"))
     assert (two["num_processes"], one["num_processes"]) == (2, 1)
     assert len(values(one)) == 6 and values(two) == pytest.approx(values(one), rel=1e-5, abs=1e-9)

@@ -21,7 +21,7 @@ from eval.features.statistics import statistics_of_features
 from eval.FID import distance
 from miscc.checkpoint import load_checkpoint, save_checkpoint
 from miscc.distributed import World
-from miscc.errors import ConfigError, DataError
+from miscc.errors import CheckpointError, ConfigError, DataError
 from miscc.settings import from_config
 from miscc.vocabulary import Vocabulary
 from sampling.pipeline import TextToImage
@@ -102,6 +102,15 @@ def test_images_are_held_out_of_a_single_class():
 def test_something_must_be_left_to_train_on():
     with pytest.raises(DataError, match="TRAIN.EVAL_CLASSES: 0.9 of 2 classes leaves 0 images to train on"):
         hold_out(classes(3, 3), 0.9, seed=1)
+
+
+@pytest.mark.parametrize(
+    "state", [{"best_step": 1}, {"name": "FD", "best": "low", "best_step": 1}, {"name": "FD", "best": 1.0}, [1]]
+)
+def test_a_damaged_best_score_is_one_line(tiny, state):
+    trainer = Trainer(tiny(*EVERY_EPOCH), World(0, 1, torch.device("cpu")))
+    with pytest.raises(CheckpointError, match="the checkpoint's best score is damaged"):
+        trainer.evaluation.restore(state)
 
 
 # -- the number ---------------------------------------------------------------------------------------------------------

@@ -182,6 +182,14 @@ def test_other_files_are_refused_in_one_line(tmp_path, exported):
         load_onnx_model(tmp_path / "bare.onnx")
 
 
+def test_the_default_file_has_the_models_name(tmp_path, monkeypatch):
+    (tmp_path / "pub-v1.5").mkdir()
+    assert exporting.default_file(str(tmp_path / "pub-v1.5"), "onnx") == tmp_path / "pub-v1.5.onnx"
+    assert exporting.default_file(str(tmp_path / "last.pth"), "pt2") == tmp_path / "last.pt2"
+    monkeypatch.chdir(tmp_path / "pub-v1.5")
+    assert exporting.default_file(".", "onnx") == tmp_path / "pub-v1.5.onnx"
+
+
 def test_the_command_writes_beside_the_checkpoint_and_keeps_what_is_there(tmp_path):
     checkpoint = tiny_checkpoint(tmp_path / "last.pth", "df_gan")
     exporting.main(["--checkpoint", str(checkpoint), "--format", "pt2"])

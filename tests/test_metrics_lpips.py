@@ -14,6 +14,7 @@ from eval.LPIPS import Diversity, PerceptualDistance, caption_diversity, load_pe
 from eval.metric import ScoringBatch
 from miscc.errors import CheckpointError, DataError
 from miscc.images import from_uint8, open_rgb
+from sampling.folders import key_stem
 from sampling.requests import Request
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "weights"
@@ -123,6 +124,29 @@ def test_pairs_are_matched_by_key_and_by_file_name(tmp_path, network):
     by_name = paired_distance(real, fake, network)
     expected = [package(network, picture(n, 40, tone=50), picture(n, 40)) for n in range(3)]
     assert by_name.value == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_pairs_of_odd_keys_are_matched_as_the_sampler_writes_them(tmp_path, network):
+    """With `--real`: odd characters are replaced, and a checksum tells `a b` and `a_b` apart."""
+    keys = ["001.Bird/a b", "001.Bird/a_b", "(1) c"]
+    real = tmp_path / "real"
+    for number, key in enumerate(keys):
+        file = real / f"{key_stem(key)}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(number, 40, tone=50)).save(file)
+    fake = sample_folder(tmp_path / "fake", ["x", "y", "z"], [keys[1], keys[2], keys[0]])
+    score = paired_distance(real, fake, network)
+    expected = [package(network, picture(real, 40, tone=50), picture(n, 40)) for n, real in enumerate((1, 2, 0))]
+    assert score.value == pytest.approx(np.mean(expected), rel=1e-4) and score.protocol["num_pairs"] == 3
+
+
+def test_a_name_that_two_real_images_share_is_no_partner(tmp_path, network):
+    (tmp_path / "real").mkdir()
+    for number, name in enumerate(("a b", "a_b")):
+        Image.fromarray(picture(number, 40)).save(tmp_path / "real" / f"{name}.png")
+    fake = sample_folder(tmp_path / "fake", ["x"], ["a+b"])
+    with pytest.raises(DataError, match="no real image, or several, for 1 of 1 generated ones"):
+        paired_distance(tmp_path / "real", fake, network)
 
 
 def test_pairs_without_partner_and_of_other_sizes(tmp_path, network):

@@ -23,8 +23,8 @@ from datasets.prepare import main as prepare
 from eval import evaluate
 from eval.metric import Metric, Score
 from eval.protocol.protocols import PROTOCOLS, Protocol
-from eval.protocol.report import read_records
 from models.ssa_gan import SSAGAN
+from sampling.publish import read_evaluations
 
 
 def stats_of(output):
@@ -140,7 +140,7 @@ def test_new_things_go_together_from_training_to_a_score(squares, monkeypatch, t
     # Scored by the new metric.
     (checkpoint,) = (tmp_path / "output").glob("*-mine-dummy/checkpoints/last.pth")
     evaluate.main(["--checkpoint", str(checkpoint), "--protocol", "red", "--device", "cpu", "--no-cache"])
-    (record,) = read_records(checkpoint.with_name("evaluation.json"))
+    (record,) = read_evaluations(checkpoint.with_name("evaluation.json"))
     (score,) = record["scores"]
     assert score["name"] == "redness" and 0 < score["value"] < 255 and record["num_images"] == 3
     assert record["real"]["data_set"] == "squares" and "3 generated images" in capsys.readouterr().out

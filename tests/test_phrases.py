@@ -53,8 +53,15 @@ def test_phrases_by_hand():
     assert np.allclose(phrases.image_rates, expected.mean(axis=0))
 
     # Captions, also with words that the training set does not have.
-    found = phrases.of_captions([[1, 2], [3, 9, 2], [9]])
+    captions = [[1, 2], [3, 9, 2], [9]]
+    found = phrases.of_captions(captions, captions)
     assert found.dtype == np.float32 and (found == [[1, 0, 1, 0], [0, 0, 1, 1], [0, 0, 0, 0]]).all()
+
+
+def test_words_that_became_neighbours_by_shortening_are_no_phrase():
+    phrases = Phrases(rows([[1, 2]], [[1, 3]], [[1, 2], [3]], [[1]]))  # (1, 2), (1, 3), (2), (3)
+    assert (phrases.of_captions([[1, 3]], [[1, 2, 3]]) == [[0, 0, 0, 1]]).all()  # not (1, 3)
+    assert (phrases.of_captions([[1, 3]], [[4, 1, 3]]) == [[0, 1, 0, 1]]).all()
 
 
 def test_rare_and_frequent_phrases_are_left_out():
@@ -65,7 +72,8 @@ def test_rare_and_frequent_phrases_are_left_out():
             captions[index] = [*captions[index], word]
     kept = Phrases(rows(*[[caption] for caption in captions]))
     assert (RAREST, MOST_FREQUENT) == (0.001, 0.5)
-    assert kept.of_captions([[2], [3], [4], [5]]).sum(axis=1).tolist() == [1, 0, 1, 0]
+    single = [[2], [3], [4], [5]]
+    assert kept.of_captions(single, single).sum(axis=1).tolist() == [1, 0, 1, 0]
 
 
 def test_captions_that_are_all_alike_have_no_phrases():
@@ -110,7 +118,7 @@ def test_weighted_losses_of_a_batch(with_phrases):
     phrases = Phrases(trainer.records.captions)
     of_images = phrases.of_images(list(range(8)))
     captions = [caption[:length].tolist() for caption, length in zip(batch.captions, batch.lengths, strict=True)]
-    of_captions = phrases.of_captions(captions)
+    of_captions = phrases.of_captions(captions, captions)
     assert (of_images >= of_captions).all() and (of_images > of_captions).any()
     both = torch.from_numpy(of_images), torch.from_numpy(of_captions)
     expected = trainer.phrase_losses.head.losses(image[1], text.sentence, *both)

@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from tiny_models import CAPTIONS, GENERATORS, tiny_checkpoint, tiny_pipeline
 from main import main as main_command
 from miscc.errors import CheckpointError, UserError
 from miscc.files import hash_of_file
+from models.registry import network_name, to_state
+from models.ssa_gan import OneWayDiscriminator
+from sampling import published
 from sampling.convert import describe
 from sampling.pipeline import TextToImage
-from sampling.publish import example_captions, read_evaluations
+from sampling.publish import example_captions, publish, read_evaluations
 from sampling.publish import main as publish_command
 from sampling.published import load_model, weight_file
 from sampling.side_by_side import side_by_side
@@ -96,6 +100,37 @@ def test_a_full_disk_leaves_the_model_that_is_there(tmp_path, monkeypatch):
         tiny_pipeline().save_pretrained(folder, half=True, overwrite=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     TextToImage.from_pretrained(folder, "cpu")
+
+
+@pytest.mark.parametrize("full_at", [1, 2, 3])
+def test_a_disk_that_is_full_later_leaves_the_model_and_its_discriminators(tmp_path, monkeypatch, full_at):
+    """All that draws and all that trains is of one publication, whichever file is the one that does not fit."""
+    network = OneWayDiscriminator(nf=1, image_size=16, sentence_dim=8)
+    discriminators = {"discriminator": to_state(network_name(network), network)}
+    folder = publish(tiny_pipeline(), tmp_path / "model", examples=CAPTIONS, discriminators=discriminators)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = []
+
+    def refuse(path, *arguments):
+        files.append(Path(path).name)
+        if len(files) == full_at:
+            raise UserError(f"{path}: the disk is full")
+        return plain(path, *arguments)
+
+    plain = published.write_atomically
+    monkeypatch.setattr(published, "write_atomically", refuse)
+    monkeypatch.setattr(published, "write_json", lambda path, value: refuse(path, lambda stream: stream.write(b"{}")))
+    with pytest.raises(UserError, match="the disk is full"):
+        publish(tiny_pipeline(), folder, half=True, overwrite=True, discriminators=discriminators)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert "discriminator" in published.load_weights(folder)["networks"]
+
+
+def test_a_model_without_examples_keeps_no_picture_of_the_former_one(tmp_path):
+    folder = tiny_pipeline().save_pretrained(tmp_path / "model", examples=CAPTIONS)
+    assert (folder / published.PICTURE).is_file()
+    tiny_pipeline().save_pretrained(folder, overwrite=True)
+    assert not (folder / published.PICTURE).is_file()
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import torch
 
 pytest.importorskip("matplotlib", reason="the report: pip install -r requirements-report.txt")
 
+from datasets.records import evenly_spaced
 from datasets.settings import DataSettings
 from eval.report import Run, main, report
 from eval.report_plots import plots, read_stats
-from eval.report_samples import evenly, nearest_images
+from eval.report_samples import nearest_images
 from miscc.distributed import World
 from miscc.errors import DataError
 from miscc.settings import from_config
@@ -113,6 +114,12 @@ def test_the_nearest_training_image_of_a_copy_is_itself(drawn_folder, tiny):
     assert float(shown.pictures[2][1].rsplit(" ", 1)[1]) > 0
 
 
+def test_a_run_whose_checkpoint_is_damaged_is_reported_without_drawings(run_folder):
+    (run_folder / "checkpoints" / "last.pth").write_bytes(b"half a file")
+    text = report([Run(run_folder)])
+    assert "Nothing was drawn: " in text and "Pictures over time" in text and "Settings" in text
+
+
 def test_curves_are_read_line_by_line(tmp_path):
     (tmp_path / "stats.jsonl").write_text(
         '{"step": 1, "epoch": 0.5, "loss/a": 2}\n{"step": 2, "loss/a": null, "v/x_r1": 0.5}\n'
@@ -121,10 +128,14 @@ def test_curves_are_read_line_by_line(tmp_path):
     assert curves == {"loss/a": [(1, 2.0)], "v/x_r1": [(2, 0.5)]}
     assert list(plots({"run": curves})) == ["loss", "retrieval"]
     assert read_stats(tmp_path / "none.jsonl") == {}
-    (tmp_path / "stats.jsonl").write_text('{"step": 1}\nno json\n')
+    (tmp_path / "stats.jsonl").write_bytes(
+        b'{"step": 1, "a": 2}\n{"step": 2, "a": \xff'
+    )  # of a process that was killed
+    assert read_stats(tmp_path / "stats.jsonl") == {"a": [(1, 2.0)]}
+    (tmp_path / "stats.jsonl").write_text('{"step": 1}\nno json\n{"step": 2}\n')
     with pytest.raises(DataError, match="line 2 is no line of stats"):
         read_stats(tmp_path / "stats.jsonl")
-    assert evenly(10, 3) == [0, 4, 9] and evenly(2, 5) == [0, 1][:2]
+    assert evenly_spaced(10, 3) == [0, 4, 9] and evenly_spaced(2, 5) == [0, 1][:2]
 
 
 def test_other_folders_are_refused(tmp_path):

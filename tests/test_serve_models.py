@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny_models import CAPTIONS, tiny_pipeline
 
+from miscc.errors import UserError
 from sampling.pipeline import TextToImage
 from serve.batcher import Batcher
 from serve.drawing import WALK_STEPS, Studio
@@ -103,6 +104,17 @@ def test_a_walk_names_the_words_that_it_leaves_out_and_keeps_none(model, studio,
     assert none == [] and len(images) == WALK_STEPS
     assert all(np.array_equal(one, other) for one, other in zip(images, expected.result(20), strict=True))
     assert not model.pipeline._named and "zyzzyva" not in caplog.text
+
+
+def test_what_a_walk_cannot_be_is_refused_before_it_is_queued(model, studio, monkeypatch):
+    for truncation in (0, -3, 1e30):
+        with pytest.raises(UserError, match="truncation: give a number above 0 and up to"):
+            studio.submit_walk(*CAPTIONS[:2], truncation=truncation)
+    with pytest.raises(UserError, match="seed: give a whole number"):
+        studio.submit_walk(*CAPTIONS[:2], seed=-1)
+    monkeypatch.setattr(model, "mixes_captions", False)
+    with pytest.raises(UserError, match=f"model: {model.name}, an exported one, cannot mix two captions"):
+        studio.submit_walk(*CAPTIONS[:2])
 
 
 def test_a_caption_is_encoded_once_however_many_images_it_gets(model, studio, monkeypatch):

@@ -11,7 +11,7 @@ from miscc.errors import ConfigError
 from miscc.losses import hinge_discriminator_loss, hinge_generator_loss
 from models.modes import full_precision
 from training.compute import checkpoint_activations, compile_networks, use_channels_last
-from training.step import Stepper, adam, check_accumulation, restore_adam, split_batch, supported_precision
+from training.step import Stepper, adam, check_batch_size, restore_adam, split_batch, supported_precision
 
 CPU = World(0, 1, torch.device("cpu"))
 NOISE = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -64,9 +64,19 @@ def test_images_of_several_sizes_are_split_each():
 
 @pytest.mark.parametrize(("batch", "processes", "accumulate"), [(24, 1, 5), (8, 2, 4), (8, 4, 2)])
 def test_batches_that_cannot_be_cut_are_refused(batch, processes, accumulate):
-    with pytest.raises(ConfigError, match="TRAIN.ACCUMULATE"):
-        check_accumulation(batch, processes, accumulate)
-    check_accumulation(batch, 1, 1)
+    with pytest.raises(
+        ConfigError, match=f"TRAIN.BATCH_SIZE: {batch} cannot .* of {accumulate} micro-batches .TRAIN.ACCUM"
+    ):
+        check_batch_size(batch, processes, accumulate)
+    check_batch_size(batch)
+
+
+def test_a_batch_for_several_processes_names_the_batch_alone():
+    with pytest.raises(
+        ConfigError, match=r"^TRAIN.BATCH_SIZE: 7 .* for 2 process\(es\); give a multiple of 2, 4 or more$"
+    ):
+        check_batch_size(7, 2)
+    check_batch_size(6, 2)
 
 
 def test_checkpointed_activations_change_no_bit():

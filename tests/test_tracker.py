@@ -49,6 +49,39 @@ def test_what_is_logged_goes_to_the_tracker(tiny, tmp_path, monkeypatch, name):
     assert package.logged[-1][0] == 3
 
 
+def test_a_tracker_that_cannot_start_is_said(tiny, monkeypatch):
+    package = FakeTracker("wandb")
+
+    def init(**options):
+        raise RuntimeError("api_key not configured")
+
+    package.init = init
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    with pytest.raises(
+        ConfigError, match="TRAIN.TRACKER: wandb cannot start .*api_key not configured.*; log in, or set"
+    ):
+        train(tiny(("TRAIN.TRACKER", "wandb")), World(0, 1, torch.device("cpu")))
+
+
+def test_a_tracker_that_is_lost_costs_one_warning_and_not_the_training(tiny, tmp_path, monkeypatch, capsys):
+    package = FakeTracker("wandb")
+    plain = package.log
+
+    def log(values, step):
+        plain(values, step)
+        raise ConnectionError("no route to host")
+
+    package.log = log
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    assert train(tiny(("TRAIN.MAX_STEPS", "3"), ("TRAIN.TRACKER", "wandb")), World(0, 1, torch.device("cpu"))) == 0
+    assert len(package.logged) == 1 and package.finished == 1
+    lines = (tmp_path / "output" / "00000-tiny-ssa_gan" / "stats.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    assert (
+        capsys.readouterr().err.count("TRAIN.TRACKER: ConnectionError: no route to host; it gets no more numbers") == 1
+    )
+
+
 def test_a_missing_package_is_said_before_anything_is_made(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(

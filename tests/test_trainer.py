@@ -18,7 +18,7 @@ from miscc.distributed import World
 from miscc.errors import CheckpointError, ConfigError, DataError, TrainingError
 from training.data import fixed_captions, read_records
 from training.ema import EMA
-from training.resume import changed_settings
+from training.resume import resumed_settings
 from training.run_dir import RunDir
 from training.trainer import Trainer, train
 
@@ -248,7 +248,7 @@ def test_settings_that_shape_a_run_cannot_change_on_resuming(tiny, key, value):
 
 
 def test_a_batch_without_mismatched_pairs_is_refused_before_anything_is_written(tiny, tmp_path):
-    with pytest.raises(ConfigError, match="each needs at least 2 images"):
+    with pytest.raises(ConfigError, match="TRAIN.BATCH_SIZE: 1 cannot be cut into equal parts of at least 2 images"):
         train(tiny(("TRAIN.BATCH_SIZE", "1")), CPU)
     assert not (tmp_path / "output").exists()
 
@@ -330,13 +330,47 @@ def test_learning_rates_and_changed_settings_on_resuming(tiny, tmp_path):
     last = tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints" / "last.pth"
     trainer = Trainer(tiny(("TRAIN.GENERATOR_LR", "0.5")), CPU, load_checkpoint(last))
     assert trainer.optimizers["generator"].param_groups[0]["lr"] == 0.5
-    assert trainer.changes == ["TRAIN.GENERATOR_LR: 0.0001 -> 0.5"]
+    assert trainer.changes == ["setting changed since the last checkpoint: TRAIN.GENERATOR_LR: 0.0001 -> 0.5"]
     train(tiny(("TRAIN.GENERATOR_LR", "0.001"), ("TRAIN.MAX_STEPS", "3")), CPU, resume=True)
     assert (
-        "changed since the run was started: TRAIN.GENERATOR_LR: 0.0001 -> 0.001"
+        "changed since the last checkpoint: TRAIN.GENERATOR_LR: 0.0001 -> 0.001"
         in (last.parents[1] / "log.txt").read_text()
     )
-    assert changed_settings({"A": {"B": 1}, "WORKERS": 1}, {"A": {"B": 2}, "WORKERS": 4}) == ["A.B: 1 -> 2"]
+
+
+def test_a_process_that_is_lost_while_a_run_is_built_is_one_line(tiny, monkeypatch):
+    """E.g. since the main process has refused to start: its own line says why."""
+
+    def lost(*_):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+
+    monkeypatch.setattr(Trainer, "__init__", lost)
+    with pytest.raises(TrainingError, match="process 1 of 2: another process has ended, or cannot be reached"):
+        train(tiny(), World(1, 2, torch.device("cpu")))
+
+
+def test_settings_that_only_a_start_reads_stay_as_they_were():
+    stored = {"TEXT": {"DAMSM_NAME": "old.pth", "WORDS_NUM": 18}, "TRAIN": {"LOG_EVERY": 50}, "WORKERS": 1}
+    now = {"TEXT": {"DAMSM_NAME": "new.pth", "WORDS_NUM": 18}, "TRAIN": {"LOG_EVERY": 25, "NEW": 1}, "WORKERS": 4}
+    settings, lines = resumed_settings(stored, now)
+    assert (
+        settings == now | {"TEXT": {"DAMSM_NAME": "old.pth", "WORDS_NUM": 18}}
+        and now["TEXT"]["DAMSM_NAME"] == "new.pth"
+    )
+    assert lines == [
+        "setting without effect on a run that goes on: TEXT.DAMSM_NAME stays old.pth, not new.pth",
+        "setting changed since the last checkpoint: TRAIN.LOG_EVERY: 50 -> 25",
+    ]
+
+
+def test_a_checkpoint_of_a_run_that_goes_on_names_the_encoders_it_has(tiny, tmp_path):
+    train(tiny(("TRAIN.MAX_STEPS", "1")), CPU)
+    last = tmp_path / "output" / "00000-tiny-ssa_gan" / "checkpoints" / "last.pth"
+    before = load_checkpoint(last)["config"]["TEXT"]
+    train(
+        tiny(("TRAIN.MAX_STEPS", "2"), ("TEXT.DAMSM_NAME", "/nowhere.pth"), ("TEXT.WORDS_NUM", "5")), CPU, resume=True
+    )
+    assert load_checkpoint(last)["config"]["TEXT"] == before and "/nowhere.pth" not in before["DAMSM_NAME"]
 
 
 def test_penalties_and_learning_rates_follow_the_step(tiny, tmp_path, monkeypatch):

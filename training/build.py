@@ -284,15 +284,6 @@ def encoders_for(system: ChosenSystem, start: StartSettings, data: DataSettings)
 # -- checks --------------------------------------------------------------------------------------------------------
 
 
-def check_batch_size(batch_size: int, num_processes: int = 1) -> None:
-    """Raises ConfigError where a process would get no mismatched pair, which the losses need."""
-    if batch_size < 2 * num_processes:
-        raise ConfigError(
-            f"TRAIN.BATCH_SIZE: is {batch_size} for {num_processes} process(es), but each needs at least 2 images to have "
-            f"mismatched pairs"
-        )
-
-
 def problems(system: ChosenSystem, start: StartSettings, data: DataSettings) -> list[str]:
     """What is not there yet for a training: one line each, from the errors that starting it would raise."""
     found, vocabulary = [], None

@@ -18,7 +18,7 @@ from miscc.checkpoint import save_checkpoint
 from miscc.config import Config, to_plain, to_yaml
 from miscc.distributed import World
 from miscc.errors import CheckpointError, TrainingError
-from miscc.files import remove_unfinished, write_text
+from miscc.files import write_text
 from miscc.images import to_uint8
 from miscc.losses import word_attention
 from miscc.pictures import attention_picture, save_image
@@ -28,17 +28,16 @@ from models.damsm import TextEncoder, losses_of_features
 from models.modes import eval_mode
 from models.registry import network_name, to_state
 from models.types import CaptionEncoder, ImageEncoder, TextFeatures, Update
-from training.build import check_batch_size
 from training.data import batches_from, make_dataset, next_batch, split_pairs
 from training.encoders import backbone_arguments, fresh_encoders, stored_encoders
 from training.phrases import PhraseLosses
 from training.progress import Progress, StopSignal
-from training.resume import check_encoders_resumable, check_same_data, fingerprint, restore_state
+from training.resume import check_encoders_resumable, check_same_data, restore_state
 from training.retrieval import retrieval_at
 from training.run_dir import EncoderDir
 from training.schedule import Budget, learning_rate_factor, set_learning_rates
 from training.settings import PretrainingSettings
-from training.step import Clipping, Stepper, adam, check_finite_weights
+from training.step import Clipping, Stepper, adam, check_batch_size, check_finite_weights
 from training.tracker import Tracker, find_tracker
 
 logger = logging.getLogger(__name__)
@@ -73,8 +72,9 @@ def pretrain(
     trainer = EncoderTrainer(cfg, device, run.load() if resume else None)
     if not resume:
         run.lock()
+    if overwrite and not resume:
+        run.discard_state()
     write_text(run.config, to_yaml(cfg))
-    remove_unfinished(run.path)
 
     progress = Progress(run, trainer.step, Tracker(package, run, cfg) if package else None)
     try:
@@ -308,7 +308,7 @@ class EncoderTrainer:
             "optimizers": {"encoders": self.optimizer.state_dict()},
             "step": self.step,
             "epoch": self.step // self.steps_per_epoch,
-            "data": fingerprint(self.records),
+            "data": self.records.fingerprint(),
             "best": {"loss": self.best_loss, "epoch": self.best_epoch},
             "validation": dict(scores or {}),
         }

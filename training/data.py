@@ -28,11 +28,7 @@ MOST_VALIDATED = 1000  # held-out pairs that are ranked against each other at mo
 def read_records(settings: DataSettings, split: str, vocabulary: Vocabulary | None = None) -> Records:
     """One split of the data set; at most CAPTIONS_PER_IMAGE captions of each image. Raises DataError."""
     records, _ = load_records(settings.dataset, settings.data_dir, split, vocabulary=vocabulary)
-    most = settings.captions_per_image
-    records.captions = [captions[:most] for captions in records.captions]
-    if records.texts is not None:
-        records.texts = [texts[:most] for texts in records.texts]
-    return records
+    return records.with_captions(settings.captions_per_image)
 
 
 def split_pairs(data: DataSettings, share: float, seed: int, vocabulary: Vocabulary | None) -> tuple[Records, Records]:
@@ -97,13 +93,7 @@ def fixed_captions(settings: DataSettings, vocabulary: Vocabulary, training_reco
         logger.warning("pictures will show training captions: %s", error)
         records = training_records
 
-    # The first caption of each image; each caption once.
-    last, num_gaps = len(records) - 1, max(1, min(count, len(records)) - 1)
-    captions = [records.text(round(index * last / num_gaps), 0) for index in range(min(count, len(records)))]
-    captions = list(dict.fromkeys(captions))
-
-    # Encoders that were trained on other captions may lack every word of one.
-    return [caption for caption in captions if vocabulary.encode(caption)[0]]
+    return records.examples(count, vocabulary)
 
 
 def batches_from(

@@ -16,10 +16,10 @@ from models.choice import ChosenSystem, chosen_system
 from models.clip_features import ClipImageEncoder
 from models.registry import count_parameters
 from models.types import CaptionEncoder, ImageEncoder, System, TextFeatures, Update
-from training.build import build_networks, build_system, check_batch_size, problems
+from training.build import build_networks, build_system, problems
 from training.evaluation import split_records
 from training.settings import EvaluationSettings, StartSettings, TrainerSettings, keys_read
-from training.step import Stepper, check_accumulation
+from training.step import Stepper, check_batch_size
 
 META = torch.device("meta")  # tensors with a size and no values: nothing is computed
 NUM_WORDS, NUM_REGIONS = 18, 8  # of the stand-ins for the encoders
@@ -30,8 +30,7 @@ def describe(cfg: Config) -> str:
     # Settings, as they were resolved: those of other systems have no effect.
     settings, data = from_config(TrainerSettings, cfg), from_config(DataSettings, cfg)
     start, system = from_config(StartSettings, cfg), chosen_system(cfg)
-    check_batch_size(settings.batch_size)
-    check_accumulation(settings.batch_size, 1, settings.accumulate)
+    check_batch_size(settings.batch_size, accumulate=settings.accumulate)
     used = keys_read(system.name)
     lines = [to_yaml(nest({key: value for key, value in flatten(cfg).items() if key in used})).rstrip(), ""]
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from datasets.records import Records
 from datasets.settings import DataSettings
-from miscc.errors import ConfigError, DataError, UserError
+from miscc.errors import CheckpointError, ConfigError, DataError, UserError
 from miscc.progress import ProgressBar
 from miscc.randomness import stream
 from miscc.vocabulary import Vocabulary
@@ -177,9 +177,21 @@ class Evaluation:
         return {"name": self.name, "best": self.best, "best_step": self.best_step}
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Continue from a checkpoint's `state`; scores of another name do not compare, so the best is then dropped."""
-        if state and state["name"] == self.name:
-            self.best, self.best_step = state["best"], state["best_step"]
+        """Continue from a checkpoint's `state`; scores of another name do not compare, so the best is then dropped.
+
+        Raises CheckpointError for a malformed one.
+        """
+        if not state:
+            return
+        try:
+            name, best, step = str(state["name"]), state["best"], int(state["best_step"])
+            best = None if best is None else float(best)
+        except (LookupError, TypeError, ValueError):
+            raise CheckpointError(
+                "the checkpoint's best score is damaged; use another checkpoint, or start anew from its networks (TRAIN.NET_G)"
+            ) from None
+        if name == self.name:
+            self.best, self.best_step = best, step
 
 
 def _readable(records: Records, image_size: int) -> Records:

@@ -25,6 +25,7 @@ class PhraseLosses:
 
     def __init__(self, records: Records, weight: float, text_dim: int, device: torch.device):
         self.weight, self.device = weight, device
+        self.captions = records.captions
         self.phrases = Phrases(records.captions)
         rates = torch.from_numpy(self.phrases.image_rates), torch.from_numpy(self.phrases.caption_rates)
         self.head = PhraseHead(text_dim, *rates).to(device)
@@ -34,9 +35,11 @@ class PhraseLosses:
 
         An image has the phrases of all its captions, not only of the batch's one.
         """
-        # (N, P) each.
-        captions = [row[:length] for row, length in zip(batch.captions.tolist(), batch.lengths.tolist(), strict=True)]
-        of_captions = torch.from_numpy(self.phrases.of_captions(captions)).to(self.device)
+        # (N, P) each. A caption that was shortened, by words at random, has neighbours that were none in the whole one.
+        read = [row[:length] for row, length in zip(batch.captions.tolist(), batch.lengths.tolist(), strict=True)]
+        numbers = zip(batch.indices.tolist(), batch.caption_numbers.tolist(), strict=True)
+        whole = [self.captions[index][number].tolist() for index, number in numbers]
+        of_captions = torch.from_numpy(self.phrases.of_captions(read, whole)).to(self.device)
         of_images = torch.from_numpy(self.phrases.of_images(batch.indices.tolist())).to(self.device)
 
         losses = self.head.losses(code, text.sentence, of_images, of_captions)

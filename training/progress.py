@@ -62,6 +62,12 @@ class Progress:
                 reason = error.strerror if isinstance(error, OSError) else error
                 self.say(f"warning: {what} cannot be written ({reason}); the training goes on")
 
+    def _warn_of_tracker(self, tracker: Tracker) -> None:
+        """Its failure, once."""
+        if tracker.failure and "tracker" not in self._failed:
+            self._failed.add("tracker")
+            self.warn(f"warning: TRAIN.TRACKER: {tracker.failure}; it gets no more numbers, the training goes on")
+
     def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
         """Called when TensorBoard's thread has ended with an error: warns if the disk is the cause."""
         # Raised again inside `optional`, which warns of errors of the disk.
@@ -138,6 +144,7 @@ class Progress:
                     self.board.add_scalar(name, value, step)
         if self.tracker is not None:
             self.tracker.log(plain, step)
+            self._warn_of_tracker(self.tracker)
         if self.bar is not None:
             self.bar.set_facts(**{name.split("/")[-1]: f"{plain[name]:.3g}" for name in shown if name in plain})
 
@@ -152,6 +159,7 @@ class Progress:
         self.end_epoch()
         if self.tracker is not None:
             self.tracker.close()
+            self._warn_of_tracker(self.tracker)
         with self.optional("TensorBoard's files"):
             if self.board is not None:
                 self.board.close()
@@ -190,7 +198,7 @@ def introduction(trainer: "Trainer", run: RunDir | None) -> list[str]:
     if trainer.settings.max_minutes:
         used = trainer.budget.seconds / 60
         lines.append(f"time: {used:.1f} of {trainer.settings.max_minutes:g} minutes used, whatever the steps")
-    lines += [f"setting changed since the run was started: {change}" for change in trainer.changes]
+    lines += trainer.changes
     return lines + (trainer.evaluation.introduction() if trainer.evaluation is not None else [])
 
 

@@ -3,6 +3,7 @@
 Loading a checkpoint is trainer.py's and damsm.py's.
 """
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,9 @@ from training.step import restore_adam
 # What may differ from run to run and is not reported.
 FREE = {"RESTORE", "GPU_ID", "WORKERS", "DATA_CACHE", "DATA_CACHE_DIR", "TRAIN.MAX_EPOCH", "TRAIN.MAX_STEPS", "TRAIN.MAX_MINUTES",
         "TRAIN.TRACKER"}  # fmt: skip
+# What a run reads at its start alone. Going on, it keeps the values that it was started with.
+AT_START = {"TEXT.DAMSM_NAME", "TEXT.WORDS_NUM", "TRAIN.NET_G", "TRAIN.NET_D", "TRAIN.B_NET_D", "TRAIN.NET_E", "GAN.GATE",
+            "CLIP.WEIGHTS"}  # fmt: skip
 # Where a file lies, of which a network keeps the hash.
 MOVABLE = {"GAN.PROJECTED.WEIGHTS"}
 # What shapes the encoders, their data or the order of it, or makes validation losses of another kind.
@@ -89,14 +93,9 @@ def _held_out_share(train: Any) -> float:
         raise CheckpointError("the checkpoint's settings are damaged (TRAIN); use another checkpoint") from None
 
 
-def fingerprint(records: Records) -> dict[str, int]:
-    """What a checkpoint keeps of its training set, see `Records.fingerprint`."""
-    return records.fingerprint()
-
-
 def check_same_data(checkpoint: Mapping, records: Records, data_dir: str) -> None:
     """Raises DataError when a run was started with other images: its steps would no longer mean the same."""
-    before, now = checkpoint.get("data", {}), fingerprint(records)
+    before, now = checkpoint.get("data", {}), records.fingerprint()
     if before == now:
         return
     same_number = before.get("num_images") == now["num_images"]
@@ -133,8 +132,21 @@ def restore_state(optimizers: Mapping[str, torch.optim.Optimizer], average: EMA 
         ) from None
 
 
-def changed_settings(before: Mapping, now: Mapping) -> list[str]:
-    """`KEY: old -> new` for every setting that a run may change and has changed, but for the FREE ones."""
-    before, now = flatten(before), flatten(now)
-    names = [name for name in now if name in before and name not in FREE and before[name] != now[name]]
-    return [f"{name}: {before[name]} -> {now[name]}" for name in names]
+def resumed_settings(stored: Mapping, now: Mapping) -> tuple[dict[str, Any], list[str]]:
+    """The settings of a run that goes on, and a line for each that differs from the last checkpoint's, but for the FREE ones.
+
+    stored: of the checkpoint.
+    now: what the user gives, nested as YAML has it; all of it counts but AT_START.
+    """
+    settings, lines = copy.deepcopy(dict(now)), []
+    before = flatten(stored)
+    for key, value in flatten(now).items():
+        if key in FREE or before.get(key, value) == value:
+            continue
+        if key in AT_START:
+            section, name = key.split(".")
+            settings[section][name] = before[key]
+            lines.append(f"setting without effect on a run that goes on: {key} stays {before[key]}, not {value}")
+        else:
+            lines.append(f"setting changed since the last checkpoint: {key}: {before[key]} -> {value}")
+    return settings, lines

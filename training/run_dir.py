@@ -102,26 +102,25 @@ class RunDir:
     # -- one process at a time -----------------------------------------------------------------------------------
 
     def lock(self) -> None:
-        """Keep other processes from training here, see `FolderLock`. Raises UserError where one does already."""
+        """Keep other processes from training here, see `FolderLock`; then delete what killed ones left half written.
+
+        Raises UserError where a process trains here already.
+        """
         self._lock = FolderLock(self.path)
+        for folder in (self.path, self.last.parent, self.picture(0).parent):
+            remove_unfinished(folder)
 
     def release(self) -> None:
         """Give up the lock, where this process holds it."""
         if self._lock is not None:
             self._lock.release()
 
-    def remove_unfinished(self) -> None:
-        """Delete the temporary files that killed processes left here. Only for the process that holds the lock."""
-        for folder in (self.path, self.last.parent, self.picture(0).parent):
-            remove_unfinished(folder)
-
     def _clear(self) -> None:
-        """`remove_unfinished`, unless another process trains here."""
+        """Delete what killed processes left half written, unless another process trains here."""
         try:
             self.lock()
         except UserError:
             return
-        self.remove_unfinished()
         self.release()
 
     # -- the run's state -----------------------------------------------------------------------------------------
@@ -170,6 +169,11 @@ class RunDir:
                 continue
             if "optimizers" in checkpoint:
                 yield path, checkpoint
+
+    def discard_state(self) -> None:
+        """Delete the checkpoints that a training goes on from, where a new one takes this folder; best.pth stays."""
+        for path in (self.last, *self._older()):
+            path.unlink(missing_ok=True)
 
     def newest_whole(self) -> Path:
         """The file that `load` would read, or last.pth where none is whole; to draw with."""

@@ -174,14 +174,21 @@ def mean_update(updates: Sequence[Update]) -> Update:
     return updates[0]._replace(losses=losses, stats=stats)
 
 
-def check_accumulation(batch_size: int, num_processes: int, accumulate: int) -> None:
-    """Raises ConfigError where the batch cannot be cut into micro-batches of at least two images."""
-    share = num_processes * accumulate
-    if batch_size % share or batch_size // share < 2:
-        raise ConfigError(
-            f"TRAIN.ACCUMULATE: a batch of {batch_size} for {num_processes} process(es) cannot be cut into {accumulate} "
-            f"equal parts of at least 2 images; change it or TRAIN.BATCH_SIZE"
-        )
+def check_batch_size(batch_size: int, num_processes: int = 1, accumulate: int = 1) -> None:
+    """Raises ConfigError where processes, or their micro-batches, would not have equally many images, at least two.
+
+    One image has no mismatched caption beside it, which the losses need.
+    """
+    num_parts = num_processes * accumulate
+    if batch_size % num_parts == 0 and batch_size >= 2 * num_parts:
+        return
+    parts = f"{num_processes} process(es)" + (
+        f" of {accumulate} micro-batches (TRAIN.ACCUMULATE)" if accumulate > 1 else ""
+    )
+    raise ConfigError(
+        f"TRAIN.BATCH_SIZE: {batch_size} cannot be cut into equal parts of at least 2 images for {parts}; "
+        f"give a multiple of {num_parts}, {2 * num_parts} or more"
+    )
 
 
 def sum_of_losses(update: Update) -> Tensor:

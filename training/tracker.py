@@ -1,7 +1,7 @@
 """A sink for experiment trackers, which are optional packages: TRAIN.TRACKER. What is logged, and when, is progress.py's."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -29,12 +29,31 @@ class Tracker:
 
     def __init__(self, package: ModuleType, run: RunDir, config: Mapping[str, Any]):
         self.package = package
-        own = {"id": run.path.name, "dir": str(run.path)} if package.__name__ == "wandb" else {}
-        package.init(project=PROJECT, name=run.path.name, config=dict(config), resume="allow", **own)
+        name = package.__name__
+        own = {"id": run.path.name, "dir": str(run.path)} if name == "wandb" else {}
+        try:
+            package.init(project=PROJECT, name=run.path.name, config=dict(config), resume="allow", **own)
+        except Exception as error:  # each package raises errors of its own
+            raise ConfigError(
+                f"TRAIN.TRACKER: {name} cannot start ({_reason(error)}); log in, or set it to none"
+            ) from None
+        self.failure = ""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers of one step."""
-        self.package.log(dict(values), step=step)
+        """Numbers of one step. After an error nothing more is sent; `failure` says why."""
+        if not self.failure:
+            self._try(lambda: self.package.log(dict(values), step=step))
 
     def close(self) -> None:
-        self.package.finish()
+        self._try(self.package.finish)
+
+    def _try(self, send: Callable[[], object]) -> None:
+        """A service that cannot be reached must not end a training."""
+        try:
+            send()
+        except Exception as error:
+            self.failure = self.failure or _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -31,18 +31,18 @@ from models.types import Generator
 from sampling.folders import generated_picture
 from sampling.pipeline import TextToImage
 from sampling.trained_with import networks_in_training, starting_hash
-from training.build import build_system, check_batch_size, resumed_networks, starting_networks
+from training.build import build_system, resumed_networks, starting_networks
 from training.compute import checkpoint_activations, compile_networks, peak_memory_mib, use_channels_last
 from training.data import batches_from, fixed_captions, make_dataset, next_batch
 from training.ema import EMA
 from training.evaluation import Evaluation, split_records
 from training.guard import Guard, after_rollbacks, go_back
 from training.progress import Progress, StopSignal, introduction
-from training.resume import changed_settings, check_resumable, check_same_data, fingerprint, restore_state
+from training.resume import check_resumable, check_same_data, restore_state, resumed_settings
 from training.run_dir import RunDir, run_name
 from training.schedule import Budget, learning_rate_factor, set_learning_rates
 from training.settings import EvaluationSettings, StartSettings, TrainerSettings, keys_read
-from training.step import FiniteCheck, Stepper, check_accumulation, check_finite_weights, log_values, make_optimizers
+from training.step import FiniteCheck, Stepper, check_batch_size, check_finite_weights, log_values, make_optimizers
 from training.tracker import Tracker, find_tracker
 from training.watch import WatchSettings
 
@@ -60,33 +60,34 @@ def train(cfg: Config, world: World, resume: bool = False, resume_if_exists: boo
     longer finite.
     """
     package, name = find_tracker(cfg.TRAIN.TRACKER), run_name(cfg)
-
-    # The run to continue, which no other process may train, and everything that it consists of.
-    run = RunDir.newest(cfg.OUTPUT_DIR, name, must_exist=resume) if resume or resume_if_exists else None
-    if run is not None and world.is_main:
-        run.lock()
-    trainer = Trainer(cfg, world, run.load() if run else None)
-
-    # A directory, only after all checks have passed. The main process alone shows and writes anything.
-    if run is None and world.is_main:
-        run = RunDir.create(cfg.OUTPUT_DIR, name, to_yaml(cfg))
-        note(f"settings: {run.config}")
-    run = run if world.is_main else None
-    if run is not None:
-        run.remove_unfinished()
-    progress = Progress(run, trainer.step, Tracker(package, run, cfg) if package and run is not None else None)
+    run = progress = None
     try:
         with distributed.naming_lost_processes(world):
+            # The run to continue, which no other process may train, and everything that it consists of.
+            if resume or resume_if_exists:
+                run = RunDir.newest(cfg.OUTPUT_DIR, name, must_exist=resume)
+            if run is not None and world.is_main:
+                run.lock()
+            trainer = Trainer(cfg, world, run.load() if run else None)
+
+            # A directory, only after all checks have passed. The main process alone shows and writes anything.
+            if run is None and world.is_main:
+                run = RunDir.create(cfg.OUTPUT_DIR, name, to_yaml(cfg))
+                note(f"settings: {run.config}")
+            run = run if world.is_main else None
+            progress = Progress(run, trainer.step, Tracker(package, run, cfg) if package and run is not None else None)
+
             while True:
                 try:
                     return trainer.run_to_the_end(run, progress)
                 except CollapseError as error:
                     start = go_back(trainer, error, run, progress)
                 del trainer  # or two would be in memory at once
-                trainer = Trainer(cfg, world, *start)
+                trainer, start = Trainer(cfg, world, *start), None
                 progress.rewind(trainer.step)
     finally:
-        progress.close()
+        if progress is not None:
+            progress.close()
         if run is not None:
             run.release()
         distributed.stop()
@@ -111,8 +112,7 @@ class Trainer:
         self.world, self.device = world, world.device
 
         # Checks, then everything that takes time.
-        check_batch_size(self.settings.batch_size, world.size)
-        check_accumulation(self.settings.batch_size, world.size, self.settings.accumulate)
+        check_batch_size(self.settings.batch_size, world.size, self.settings.accumulate)
         if checkpoint is not None:
             check_resumable(checkpoint, cfg)
         self._build_networks(checkpoint, from_config(StartSettings, cfg))
@@ -377,7 +377,7 @@ class Trainer:
             "networks": networks,
             "step": self.step,
             "epoch": self.step // self.steps_per_epoch,
-            "data": fingerprint(self.records),
+            "data": self.records.fingerprint(),
         }
         content |= {"encoders_hash": self.encoders_hash} if self.encoders_hash else {}  # former runs have none
         content |= {"seconds": self.budget.seconds} if self.settings.max_minutes else {}
@@ -397,4 +397,4 @@ class Trainer:
         check_same_data(checkpoint, self.records, self.data_settings.data_dir)
         restore_state(self.optimizers, self.average, checkpoint)
         self.step = checkpoint["step"]
-        self.changes = changed_settings(checkpoint["config"], self.config)
+        self.config, self.changes = resumed_settings(checkpoint["config"], self.config)

@@ -12,7 +12,8 @@ import torch
 from eval.metric import COUNTS
 from eval.scripts import versions
 from miscc.errors import DataError, UserError
-from miscc.files import read_json, write_json
+from miscc.files import write_json
+from sampling.publish import read_evaluations
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,27 +45,13 @@ def check_writable(path: Path) -> None:
     """Before an hour of work: raises DataError when results cannot be added to this file."""
     if path.is_dir() or not path.parent.is_dir():
         raise DataError(f"{path}: cannot be written; give another file with --out")
-    read_records(path)
-
-
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The records of an evaluation.json, [] where there is none. Raises DataError when it is something else."""
-    path = Path(path)
-    if not path.exists():
-        return []
-    try:
-        found = read_json(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as a list of results ({error}); move it away") from None
-    if not isinstance(found, list):
-        raise DataError(f"{path}: is no list of results; move it away")
-    return found
+    read_evaluations(path)
 
 
 def add_record(path: str | Path, record: dict[str, Any]) -> None:
     """Add a record to the list in a file, whole or not at all; earlier ones are kept. Raises DataError."""
     try:
-        write_json(path, [*read_records(path), record])
+        write_json(path, [*read_evaluations(path), record])
     except (OSError, UserError) as error:
         raise DataError(f"{path}: cannot be written ({error}); give another file with --out") from None
 
