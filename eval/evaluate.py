@@ -228,6 +228,15 @@ def encoders_for(path: str | Path | None, config: Mapping[str, Any], device: tor
     return load_encoders(path or text["DAMSM_NAME"], device, text.get("WORDS_NUM") or 18)
 
 
+def load_everywhere(path: str | Path, world: World, averaged: bool) -> tuple[TextToImage, str]:
+    """`load_with_hash` in all processes, again where a training has replaced the file between two of them."""
+    while True:
+        pipeline, sha256 = load_with_hash(path, world.device, averaged)
+        differs = sha256 != distributed.share(sha256, world)
+        if not distributed.any_process(differs, world):
+            return pipeline, sha256
+
+
 def load_with_hash(path: str | Path, device: torch.device, averaged: bool) -> tuple[TextToImage, str]:
     """The generator of a checkpoint, and the sha256 of the file that it was read from.
 
@@ -290,9 +299,7 @@ def main(words: Sequence[str] | None = None) -> None:
     # The generator, and where the results go.
     world = _world(args)
     try:
-        pipeline, sha256 = load_with_hash(args.checkpoint, world.device, protocol.averaged)
-        while distributed.any_process(sha256 != distributed.share(sha256, world), world):  # a training has replaced it
-            pipeline, sha256 = load_with_hash(args.checkpoint, world.device, protocol.averaged)
+        pipeline, sha256 = load_everywhere(args.checkpoint, world, protocol.averaged)
         config, vocabulary = pipeline.origin["config"], pipeline.vocabulary
         out = Path(args.out) if args.out else weight_file(args.checkpoint).with_name("evaluation.json")
         check_writable(out)

@@ -15,6 +15,7 @@ from eval.evaluate import (
     _world,
     arguments,
     evaluate,
+    load_everywhere,
     load_with_hash,
     main,
     real_images_of,
@@ -384,6 +385,15 @@ def test_the_hash_is_of_the_file_that_was_loaded(checkpoint, monkeypatch):
     assert sha256 == hash_of_file(checkpoint)
     with pytest.raises(CheckpointError, match="none.pth: no such"):
         load_with_hash(checkpoint.with_name("none.pth"), torch.device("cpu"), averaged=True)
+
+
+def test_all_processes_score_the_same_checkpoint(monkeypatch):
+    """A training has replaced the file after this process's first reading and before the main process's."""
+    found = iter([("former", "a"), ("latter", "b")])
+    monkeypatch.setattr("eval.evaluate.load_with_hash", lambda *_: next(found))
+    monkeypatch.setattr("eval.evaluate.distributed.share", lambda value, world: "b")
+    monkeypatch.setattr("eval.evaluate.distributed.any_process", lambda flag, world: flag)
+    assert load_everywhere("last.pth", World(1, 2, torch.device("cpu")), averaged=True) == ("latter", "b")
 
 
 def test_encoders_of_the_training_that_are_damaged_cost_r_precision_alone(checkpoint, encoders, tmp_path):
