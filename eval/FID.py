@@ -94,8 +94,8 @@ def extrapolated_distance(real: Statistics, features: torch.Tensor, seed: int = 
     # The distance for each size, from the same decomposition of the real covariance.
     root, trace = _root(real.covariance), np.trace(real.covariance)
     points = []
-    for number, size in enumerate(ProgressBar(sizes, "extrapolating", unit="sizes")):
-        chosen = stream(seed, "fid extrapolation", number).choice(total, size, replace=False)
+    for index, size in enumerate(ProgressBar(sizes, "extrapolating", unit="sizes")):
+        chosen = stream(seed, "fid extrapolation", index).choice(total, size, replace=False)
         part = statistics_of_features(features[torch.from_numpy(chosen)])
         points.append([int(size), _distance_from_root(root, real.mean, trace, part.mean, part.covariance)])
 
@@ -114,8 +114,8 @@ def bootstrap_interval(
     """
     root, trace = _root(real.covariance), np.trace(real.covariance)
     values = []
-    for number in ProgressBar(range(rounds), "bootstrap", unit="rounds"):
-        chosen = stream(seed, "fid bootstrap", number).integers(len(features), size=len(features))
+    for index in ProgressBar(range(rounds), "bootstrap", unit="rounds"):
+        chosen = stream(seed, "fid bootstrap", index).integers(len(features), size=len(features))
         part = statistics_of_features(features[torch.from_numpy(chosen)])
         values.append(_distance_from_root(root, real.mean, trace, part.mean, part.covariance))
 

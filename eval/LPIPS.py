@@ -274,9 +274,9 @@ def caption_diversity(
 
     # The images of one caption in a row, no more than were asked for.
     order: list[int] = []
-    for number, indices in enumerate(groups.values()):
+    for group, indices in enumerate(groups.values()):
         if max_images is not None and len(indices) > max_images:
-            chosen = stream(seed, "lpips diversity", number).choice(len(indices), max_images, replace=False)
+            chosen = stream(seed, "lpips diversity", group).choice(len(indices), max_images, replace=False)
             indices = [indices[position] for position in sorted(chosen)]
         order += indices if len(indices) > 1 else []
 

@@ -24,7 +24,7 @@ def set_quiet(quiet: bool) -> None:
     logging.disable(logging.INFO if quiet else logging.NOTSET)
 
 
-def note(text: str, stream: TextIO | None = None) -> None:
+def say(text: str, stream: TextIO | None = None) -> None:
     """Print a message (stream: stdout) past the open bars, unless --quiet was given."""
     if not _quiet:
         write(text, stream)

@@ -76,7 +76,7 @@ def load_encoders(
         entries = {
             name: with_weight_file(entry, backbone_weights, backbone) for name, entry in content["networks"].items()
         }
-        networks = rebuild_networks({"networks": entries}, parts, path)
+        networks = networks_from_state({"networks": entries}, parts, path)
         if "text_encoder" not in networks:
             raise CheckpointError(f"{path}: holds no text encoder but {', '.join(content['networks'])}")
         text_encoder = cast(CaptionEncoder, networks["text_encoder"])
@@ -150,7 +150,7 @@ def check_vocabulary(text_encoder: CaptionEncoder, vocabulary: Vocabulary, sourc
         )
 
 
-def rebuild_networks(checkpoint: dict, names: tuple[str, ...], path: str | Path) -> dict[str, Network]:
+def networks_from_state(checkpoint: dict, names: tuple[str, ...], path: str | Path) -> dict[str, Network]:
     """{name: network} of these names that the checkpoint holds, in eval mode without gradients. path: for errors."""
     networks = {}
     for name in names:

@@ -23,7 +23,7 @@ from models.mixed_text import mixed_text_encoder
 from models.modes import device_of
 from models.released import load_generator, naming
 from models.types import CaptionEncoder, Generator, GeneratorOutput, TextFeatures
-from sampling.encoders import ENCODERS, check_sentence_length, rebuild_networks, released_vocabulary
+from sampling.encoders import ENCODERS, check_sentence_length, networks_from_state, released_vocabulary
 from sampling.published import find_published, load_model
 from sampling.requests import Request
 from sampling.trained_with import networks_in_training
@@ -100,9 +100,9 @@ class TextToImage:
         checkpoint = load_model(path)
         if "text_encoder" not in checkpoint["networks"]:
             raise CheckpointError(f"{path}: holds no text encoder but {', '.join(checkpoint['networks'])}")
-        wanted = "generator_ema" if averaged and "generator_ema" in checkpoint["networks"] else "generator"
-        networks = rebuild_networks(checkpoint, (wanted, "text_encoder"), path)
-        if wanted not in networks:
+        part = "generator_ema" if averaged and "generator_ema" in checkpoint["networks"] else "generator"
+        networks = networks_from_state(checkpoint, (part, "text_encoder"), path)
+        if part not in networks:
             raise CheckpointError(
                 f"{path}: holds no generator but {', '.join(checkpoint['networks'])}; train one first"
             )
@@ -110,7 +110,7 @@ class TextToImage:
         # Where the weights come from, for reports.
         origin = {
             "checkpoint": str(path),
-            "averaged": wanted == "generator_ema",
+            "averaged": part == "generator_ema",
             "step": checkpoint.get("step"),
             "epoch": checkpoint.get("epoch"),
             "config": checkpoint.get("config", {}),
@@ -119,7 +119,7 @@ class TextToImage:
             "trained_with": networks_in_training(checkpoint),
         }
         vocabulary = vocabulary_of(checkpoint["vocabulary"])
-        generator = cast(Generator, networks[wanted].to(device))
+        generator = cast(Generator, networks[part].to(device))
         text_encoder = cast(CaptionEncoder, networks["text_encoder"].to(device))
         check_sentence_length(text_encoder, generator, path)
         return cls(generator, text_encoder, vocabulary, origin)

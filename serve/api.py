@@ -106,30 +106,30 @@ def _add_drawing(app: FastAPI, studio: Studio) -> None:
     """POST /api/v1.0/images."""
 
     @app.post("/api/v1.0/images", responses=ERRORS, summary="Draw captions")
-    async def images(wanted: Images, request: Request) -> Response:
+    async def images(body: Images, request: Request) -> Response:
         # What does not go together is refused before anything is queued.
         start = time.monotonic()
-        num_images, model = len(wanted.captions) * wanted.n, studio.model(wanted.model)
-        if wanted.masks and not model.mask_sizes:
+        num_images, model = len(body.captions) * body.n, studio.model(body.model)
+        if body.masks and not model.mask_sizes:
             raise UserError(f"masks: {model.name} predicts none; leave masks out")
-        if wanted.format == "png" and (num_images != 1 or wanted.masks):
+        if body.format == "png" and (num_images != 1 or body.masks):
             raise UserError("format: png holds one image without masks; take zip or json for more")
 
         # Captions are encoded and files packed in threads, or other clients would wait for both.
-        arguments = wanted.captions, wanted.n, wanted.seed, wanted.truncation, wanted.model
+        arguments = body.captions, body.n, body.seed, body.truncation, body.model
         order = await asyncio.to_thread(studio.submit, *arguments)
         pictures = await finished(order, request)
         elapsed = time.monotonic() - start
-        return await asyncio.to_thread(_response, pictures, wanted, model.name, elapsed)
+        return await asyncio.to_thread(_response, pictures, body, model.name, elapsed)
 
 
 def _add_attngan(app: FastAPI, studio: Studio, store: ImageStore) -> None:
     """POST /api/v1.0/bird and /birds, as the API of AttnGAN's authors answers; the seed is new each time."""
 
-    async def draw(wanted: Caption, request: Request, number: int) -> list[dict[str, Any]]:
+    async def draw(body: Caption, request: Request, number: int) -> list[dict[str, Any]]:
         # A new seed each time, the model's own truncation.
         start = time.monotonic()
-        arguments = [wanted.caption], number, secrets.randbelow(MAX_SEED), studio.truncation
+        arguments = [body.caption], number, secrets.randbelow(MAX_SEED), studio.truncation
         order = await asyncio.to_thread(studio.submit, *arguments)
         pictures = await finished(order, request)
 
@@ -137,15 +137,15 @@ def _add_attngan(app: FastAPI, studio: Studio, store: ImageStore) -> None:
         keep = _keeper(store, str(request.base_url))
         birds = [await asyncio.to_thread(_bird, picture, keep) for picture in pictures]
         elapsed = time.monotonic() - start
-        return [bird | {"caption": wanted.caption, "elapsed": elapsed} for bird in birds]
+        return [bird | {"caption": body.caption, "elapsed": elapsed} for bird in birds]
 
     @app.post("/api/v1.0/bird", status_code=201, responses=ERRORS, summary="Draw a caption once")
-    async def bird(wanted: Caption, request: Request) -> dict[str, Any]:
-        return {"bird": (await draw(wanted, request, 1))[0]}
+    async def bird(body: Caption, request: Request) -> dict[str, Any]:
+        return {"bird": (await draw(body, request, 1))[0]}
 
     @app.post("/api/v1.0/birds", status_code=201, responses=ERRORS, summary="Draw a caption six times")
-    async def birds(wanted: Caption, request: Request) -> dict[str, Any]:
-        drawn = await draw(wanted, request, NUM_BIRDS)
+    async def birds(body: Caption, request: Request) -> dict[str, Any]:
+        drawn = await draw(body, request, NUM_BIRDS)
         return {"bird": {f"bird{number}": bird for number, bird in enumerate(drawn, start=1)}}
 
 
@@ -173,9 +173,9 @@ async def _leaves(request: Request) -> None:
         pass
 
 
-def _response(pictures: list[Picture], wanted: Images, model: str, elapsed: float) -> Response:
+def _response(pictures: list[Picture], body: Images, model: str, elapsed: float) -> Response:
     """The images in the format that was asked for."""
-    if wanted.format == "png":
+    if body.format == "png":
         return Response(encode_png(pictures[0].image), media_type="image/png")
 
     # What each image is, and its files.
@@ -184,18 +184,18 @@ def _response(pictures: list[Picture], wanted: Images, model: str, elapsed: floa
         for p in pictures
     ]
     files = [{"png": encode_png(picture.image)} for picture in pictures]
-    if wanted.masks:
+    if body.masks:
         for entry, picture in zip(files, pictures, strict=True):
             entry |= {f"mask{stage}": encode_png(picture.mask(stage)) for stage in range(len(picture.drawn.masks))}
 
     # As one file, or inside JSON.
-    if wanted.format == "zip":
+    if body.format == "zip":
         return Response(_zip(described, files), media_type="application/zip")
     images = []
     for about, entry in zip(described, files, strict=True):
         encoded = {name: base64.b64encode(data).decode("ascii") for name, data in entry.items()}
         masks = [encoded[name] for name in encoded if name != "png"]
-        images.append(about | {"png": encoded["png"]} | ({"masks": masks} if wanted.masks else {}))
+        images.append(about | {"png": encoded["png"]} | ({"masks": masks} if body.masks else {}))
     return JSONResponse({"model": model, "elapsed": elapsed, "images": images})
 
 

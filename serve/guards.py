@@ -196,14 +196,14 @@ class BearerToken(Guard):
             return None
 
         # A header is latin-1 on the wire; the token in it may be UTF-8.
-        kind, _, given = header(scope, b"authorization").partition(" ")
-        given = given.strip().encode("latin-1").decode("utf-8", "replace")
-        if kind.lower() == "bearer" and same_token(given, self.token):
+        kind, _, actual = header(scope, b"authorization").partition(" ")
+        actual = actual.strip().encode("latin-1").decode("utf-8", "replace")
+        if kind.lower() == "bearer" and same_token(actual, self.token):
             return None
         message = "Authorization: send 'Bearer TOKEN' with the token of this server"
         return 401, message, [(b"www-authenticate", b"Bearer")]
 
 
-def same_token(given: str, expected: str) -> bool:
+def same_token(actual: str, expected: str) -> bool:
     """Whether two tokens are equal, in a time that does not depend on where they differ."""
-    return hmac.compare_digest(given.encode("utf-8", "replace"), expected.encode("utf-8", "replace"))
+    return hmac.compare_digest(actual.encode("utf-8", "replace"), expected.encode("utf-8", "replace"))

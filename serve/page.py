@@ -116,23 +116,23 @@ def _draw_tab(studio: Studio) -> None:
         components=[caption], samples=[[one] for one in examples], label="Examples", elem_id="examples"
     )
 
-    drawn = gr.State(None)  # what was asked for, not what was drawn: images come again from their seed
+    drawn = gr.State(None)  # arguments of `Studio.submit`, not what was drawn: images come again from their seed
 
     # What happens; a mask laid over draws again, which keeps no images in the browser's session.
     async def draw(text, how_many, number_of_noise, cut, name, overlaid, how_strong):
-        asked = {
+        arguments = {
             "captions": [text], "per_caption": int(how_many), "seed": _seed(number_of_noise), "truncation": cut or None,
             "model": name,
         }  # fmt: skip
-        pictures, seconds = await _drawn(studio, asked)
-        said = _status(pictures, seconds, asked)
+        pictures, seconds = await _drawn(studio, arguments)
+        said = _status(pictures, seconds, arguments)
         strips = _strips(pictures) if studio.model(name).attends else []
-        return _shown(pictures, overlaid, how_strong), said, strips, asked
+        return _shown(pictures, overlaid, how_strong), said, strips, arguments
 
-    async def lay_over(asked, overlaid, how_strong):
-        if asked is None:
+    async def lay_over(arguments, overlaid, how_strong):
+        if arguments is None:
             return gr.skip()
-        pictures, _ = await _drawn(studio, asked)
+        pictures, _ = await _drawn(studio, arguments)
         return _shown(pictures, overlaid, how_strong)
 
     # Events: of drawing, and those that only change what is shown, without a place in the queue.
@@ -300,12 +300,12 @@ def _walk_tab(studio: Studio) -> None:
 # -- shared ----------------------------------------------------------------------------------------------------------------
 
 
-async def _drawn(studio: Studio, asked: dict[str, Any]) -> tuple[list[Picture], float]:
+async def _drawn(studio: Studio, arguments: dict[str, Any]) -> tuple[list[Picture], float]:
     """Pictures and the seconds they took. Gives them up where the page that asked is closed; errors become messages."""
     begun = time.monotonic()
     order: Order | None = None
     try:
-        order = await asyncio.to_thread(studio.submit, **asked)
+        order = await asyncio.to_thread(studio.submit, **arguments)
         await asyncio.gather(*(asyncio.wrap_future(future) for future in order.futures))
         return order.pictures(), time.monotonic() - begun
     except SHOWN_ERRORS as error:
@@ -316,10 +316,10 @@ async def _drawn(studio: Studio, asked: dict[str, Any]) -> tuple[list[Picture], 
         raise
 
 
-def _status(pictures: Sequence[Picture], seconds: float, asked: dict[str, Any]) -> str:
-    cut = "no truncation" if asked["truncation"] is None else f"truncation {asked['truncation']:g}"
+def _status(pictures: Sequence[Picture], seconds: float, arguments: dict[str, Any]) -> str:
+    cut = "no truncation" if arguments["truncation"] is None else f"truncation {arguments['truncation']:g}"
     many = "1 image" if len(pictures) == 1 else f"{len(pictures)} images"
-    return f"{many} in {seconds:.2f} s, seed {asked['seed']}, {cut}{_left_out(pictures[0].unknown)}"
+    return f"{many} in {seconds:.2f} s, seed {arguments['seed']}, {cut}{_left_out(pictures[0].unknown)}"
 
 
 def _left_out(unknown: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from miscc import progress
 from miscc.command_line import CommandParser
-from miscc.progress import ProgressBar, note, set_quiet, wants_colour, write
+from miscc.progress import ProgressBar, say, set_quiet, wants_colour, write
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,7 +107,7 @@ def test_quiet_leaves_out_progress_and_messages_and_nothing_else(stream, caplog)
     set_quiet(True)
     assert work(stream(), Clock()) == "" and work(stream(), Clock(), shown=False) == ""
     target = io.StringIO()
-    note("under way", target)
+    say("under way", target)
     write("stopping", target)
     assert target.getvalue() == "stopping\n"
     progress.logging.getLogger("x").info("left out")
@@ -115,7 +115,7 @@ def test_quiet_leaves_out_progress_and_messages_and_nothing_else(stream, caplog)
     assert caplog.messages == ["kept"]
 
     set_quiet(False)
-    note("under way", target)
+    say("under way", target)
     assert target.getvalue() == "stopping\nunder way\n"
     assert work(stream(), Clock()) != "" and work(stream(), Clock(), shown=False) == ""
 

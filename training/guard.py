@@ -175,9 +175,9 @@ class Guard:
         distances = []
         with eval_mode(generator, text_encoder), full_precision(device):
             text = text_encoder(self.tokens.tokens.to(device), self.tokens.lengths)
-            for number in range(len(self.tokens.lengths)):
+            for index in range(len(self.tokens.lengths)):
                 # One caption at a time: no more memory than a batch of 4 takes.
-                of_one = text.select([number] * NUM_NOISES)
+                of_one = text.select([index] * NUM_NOISES)
                 images = generator(noise, of_one).images[-1].float().clamp(-1, 1)  # (NUM_NOISES, 3, H, W)
                 pairs = [(images[a] - images[b]).square().mean().sqrt() for a, b in combinations(range(NUM_NOISES), 2)]
                 distances.append(torch.stack(pairs).mean())

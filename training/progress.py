@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.tensorboard import SummaryWriter
 
 from miscc.errors import WriteError
-from miscc.progress import ProgressBar, note, write
+from miscc.progress import ProgressBar, say, write
 from training.run_dir import RunDir
 from training.tracker import Tracker
 
@@ -81,7 +81,7 @@ class Progress:
         if self.run is None:
             return
         with suppress(OSError):  # the terminal was closed
-            note(text)
+            say(text)
 
         # Straight into the log: INFO records are off with --quiet.
         if self.handler is not None:

@@ -21,7 +21,7 @@ from miscc.config import Config, to_plain, to_yaml
 from miscc.distributed import World
 from miscc.errors import CollapseError
 from miscc.pictures import save_image
-from miscc.progress import note
+from miscc.progress import say
 from miscc.randomness import noise_for, seed_everything
 from miscc.settings import from_config
 from models.choice import chosen_system
@@ -73,7 +73,7 @@ def train(cfg: Config, world: World, resume: bool = False, resume_if_exists: boo
             # A directory, only after all checks have passed. The main process alone shows and writes anything.
             if run is None and world.is_main:
                 run = RunDir.create(cfg.OUTPUT_DIR, name, to_yaml(cfg))
-                note(f"settings: {run.config}")
+                say(f"settings: {run.config}")
             run = run if world.is_main else None
             progress = Progress(run, trainer.step, Tracker(package, run, cfg) if package and run is not None else None)
 

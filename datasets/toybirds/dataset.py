@@ -30,7 +30,7 @@ from datasets.toybirds.drawing import draw
 from miscc.errors import DataError
 from miscc.files import read_json, write_json, write_text
 from miscc.lock import FolderLock
-from miscc.progress import ProgressBar, note
+from miscc.progress import ProgressBar, say
 from miscc.randomness import stream
 
 __all__ = [
@@ -141,7 +141,7 @@ def write_cub_layout(
     birds = [ToyBirds("train", train_size, image_size), ToyBirds("test", test_size, image_size)]
     if _is_finished(root, parameters):
         if progress:
-            note(f"{root}: the {train_size + test_size} toy birds are already there")
+            say(f"{root}: the {train_size + test_size} toy birds are already there")
         return root
 
     # The marker comes last: a folder without it is unfinished and may be replaced, once no other process draws there.

@@ -242,10 +242,10 @@ def random_inception_state(seed: int = 0) -> dict[str, torch.Tensor]:
     state = build_tensorflow_inception().state_dict()
 
     # In the order of their names: the draws do not depend on the network's layout.
-    for number, (name, tensor) in enumerate(sorted(state.items())):
+    for index, (name, tensor) in enumerate(sorted(state.items())):
         if tensor.ndim >= 2:
             fan_in = tensor[0].numel()
-            draws = stream(seed, "random inception", number).standard_normal(tensor.shape, dtype=np.float32)
+            draws = stream(seed, "random inception", index).standard_normal(tensor.shape, dtype=np.float32)
             state[name] = torch.from_numpy(draws * np.float32((2 / fan_in) ** 0.5))
         elif name == "fc.bias":
             state[name] = torch.zeros_like(tensor)
@@ -285,7 +285,7 @@ def _load(network: nn.Module, state: dict[str, torch.Tensor], path: Path, what: 
 
 
 def find_weights(
-    given: str | Path | None, file_names: Sequence[str], network: str, origin: str, option: str = "--weights"
+    path: str | Path | None, file_names: Sequence[str], network: str, origin: str, option: str = "--weights"
 ) -> Path:
     """The file that the user gave, else the first of `file_names` in torch hub's cache (moved by TORCH_HOME).
 
@@ -294,10 +294,10 @@ def find_weights(
     """
     # The user's file, then torch hub's cache.
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    if given:
-        if Path(given).is_dir():
-            raise CheckpointError(f"{option} {given}: is a folder; give the file, e.g. {file_names[0]}")
-        return Path(given)
+    if path:
+        if Path(path).is_dir():
+            raise CheckpointError(f"{option} {path}: is a folder; give the file, e.g. {file_names[0]}")
+        return Path(path)
     for name in file_names:
         if (folder / name).is_file():
             return folder / name
