@@ -64,7 +64,10 @@ class Phrases:
         return len(self._columns)
 
     def of_images(self, indices: Sequence[int]) -> np.ndarray:
-        """(N, P) float32: 1 where an image has a phrase in one of its captions; indices: N images of the training set."""
+        """(N, P) float32: 1 where an image has a phrase in one of its captions.
+
+        indices: N images of the training set.
+        """
         return cast(sparse.csr_matrix, self._of_images[indices]).toarray()
 
     def of_captions(self, captions: Sequence[Sequence[int]], whole: Sequence[Sequence[int]]) -> np.ndarray:

@@ -191,7 +191,10 @@ class FrechetDistance(Metric):
 
 
 def frechet_score(real: Statistics, fake: Statistics, network: FeatureNetwork | None = None) -> Score:
-    """The distance of two sets of statistics with its warnings. network: None where only files of statistics are there."""
+    """The distance of two sets of statistics with its warnings.
+
+    network: None where only files of statistics are there.
+    """
     made_by = network.protocol() if network else fake.protocol or real.protocol
     name = distance_name("FID", network) if network else _name_of_files(made_by)
     warnings = []

@@ -42,7 +42,10 @@ class InceptionScore(Metric):
     def __init__(
         self, num_images: int, splits: int = 10, seed: int = 2020, network: FeatureNetwork | None = None
     ) -> None:
-        """Raises DataError for fewer images than splits. network: of the logits, for the score's name and protocol."""
+        """Raises DataError for fewer images than splits.
+
+        network: of the logits, for the score's name and protocol.
+        """
         if not 1 <= splits <= num_images:
             raise DataError(
                 f"{num_images} images cannot be dealt to {splits} splits (eval/IS.py --splits {splits}); give more"

@@ -43,7 +43,10 @@ class TooFewCaptionsError(DataError):
 
 @dataclass(frozen=True)
 class CandidateLists:
-    """For each of N images its own caption and K wrong ones, as indices into `pool`. file: where they are kept, "" nowhere."""
+    """For each of N images its own caption and K wrong ones, as indices into `pool`.
+
+    file: where they are kept, "" nowhere.
+    """
 
     pool: tuple[str, ...]
     true: np.ndarray  # (N,)

@@ -133,14 +133,15 @@ def _train(network: nn.Module, drawings: Drawings, recipe: Recipe, device: torch
 class AttributeScore:
     """What was counted for one attribute; a share is None where there was nothing to count.
 
-    named, accuracy: images whose caption names it, and the share of them on which the classifier reads that value;
-    mismatched, mismatched_accuracy: the same with the caption of another image in place of one's own, which for a
-    generator that ignores captions equals `accuracy`, and for any is near chance;
-    chance: 1 / number of values; ceiling: the classifier's accuracy on held-out drawings;
-    open, diversity: images whose caption leaves it open, and the entropy of the values that the classifier reads off
-    them, all together, divided by the logarithm of the number of values: 0 one value only, 1 all alike;
-    pairs, pair_diversity: pairs of images of the same caption that leaves it open, and the share of them that differ
-    divided by 1 - chance: 0 a caption's images are all alike in it, 1 as different as if drawn at random;
+    named, accuracy: images whose caption names it, and the share of them on which the classifier reads that value.
+    mismatched, mismatched_accuracy: the same with the caption of another image in place of one's own, which for a generator
+        that ignores captions equals `accuracy`, and for any is near chance.
+    chance: 1 / number of values.
+    ceiling: the classifier's accuracy on held-out drawings.
+    open, diversity: images whose caption leaves it open, and the entropy of the values that the classifier reads off them,
+        all together, divided by the logarithm of the number of values: 0 one value only, 1 all alike.
+    pairs, pair_diversity: pairs of images of the same caption that leaves it open, and the share of them that differ divided
+        by 1 - chance: 0 a caption's images are all alike in it, 1 as different as if drawn at random.
     impossible: captions that name a value which no toy bird has, e.g. a green beak; they count nowhere else.
     """
 
@@ -252,8 +253,10 @@ def named_values(captions: Sequence[str]) -> np.ndarray:
 def other_captions(truth: np.ndarray, captions: Sequence[str], keys: Sequence[str], seed: int = 0) -> np.ndarray:
     """For each caption the index of another image's, (N,) int64, -1 where all are of the same bird or equal.
 
-    Drawn at random from those that name the same attributes, or, where there are none, from those that name most of
-    them. truth (N, 9) from `named_values`; keys: N, "" for no bird.
+    Drawn at random from those that name the same attributes, or, where there are none, from those that name most of them.
+
+    truth: (N, 9) from `named_values`.
+    keys: N, "" for no bird.
     """
     # Captions by which attributes they name.
     named = truth != UNNAMED

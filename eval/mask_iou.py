@@ -213,9 +213,10 @@ class StageIoU:
 class MaskReport:
     """IoU with the segmenter's outlines, means over num_images - without_bird images.
 
-    mean_shape_iou, whole_frame_iou: of the mean outline of drawings, and of the whole image: baselines that do
-    not depend on the image; ceiling, mean_shape_ceiling: of the segmenter and of the mean shape on held-out drawings, against
-    their true outlines; without_bird: images in which the segmenter finds less bird than 2 % of the area.
+    mean_shape_iou, whole_frame_iou: of the mean outline of drawings, and of the whole image: baselines that do not depend on
+        the image.
+    ceiling, mean_shape_ceiling: of the segmenter and of the mean shape on held-out drawings, against their true outlines.
+    without_bird: images in which the segmenter finds less bird than 2 % of the area.
     """
 
     num_images: int

@@ -83,7 +83,11 @@ class Run:
 
 
 def report(runs: Sequence[Run], data_dir: str | None = None, num_training: int = 2000, num_captions: int = 200) -> str:
-    """The HTML. num_training: training images that samples are compared with; num_captions: whose similarity is measured."""
+    """The HTML.
+
+    num_training: training images that samples are compared with.
+    num_captions: whose similarity is measured.
+    """
     title = ", ".join(run.name for run in runs)
     parts = [f"<h1>{_text(title)}</h1>"]
     if len(runs) > 1:

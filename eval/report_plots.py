@@ -39,7 +39,9 @@ def read_stats(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def plots(runs: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> dict[str, str]:
-    """{group: SVG}: what stands before the slash of a value's name is its group. runs: curves by the run's name.
+    """{group: SVG}: what stands before the slash of a value's name is its group.
+
+    runs: curves by the run's name.
 
     Raises UserError without matplotlib.
     """

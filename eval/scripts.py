@@ -57,7 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser, network: bool = True, weights
 
 
 def add_sources(parser: argparse.ArgumentParser, statistics: bool = False) -> None:
-    """REAL and FAKE. statistics: also a .npz of statistics."""
+    """REAL and FAKE.
+
+    statistics: also a .npz of statistics.
+    """
     kinds = ".zip, .npz of images or of mu and sigma" if statistics else ".zip or .npz"
     parser.add_argument("real", help=f"real images: folder, list of files, {kinds}")
     parser.add_argument("fake", help="generated images, likewise")
@@ -79,7 +82,10 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_cache_dir_option(parser: argparse.ArgumentParser, content: str) -> None:
-    """`--cache-dir` (formerly `--cache`) as the Path `options.cache_dir`. content: what is kept there."""
+    """`--cache-dir` (formerly `--cache`) as the Path `options.cache_dir`.
+
+    content: what is kept there.
+    """
     folder = default_cache()
     parser.add_argument(
         "--cache-dir", "--cache", dest="cache_dir", type=Path, default=folder, metavar="DIR",
@@ -122,7 +128,10 @@ class ImageSet:
 
 
 def open_images(path: str | Path, skip_broken: bool = False, with_samples: bool = False) -> ImageSet:
-    """Open a source of eval/features/sources.py; with_samples: a folder that main.py sampled into, else DataError."""
+    """Open a source of eval/features/sources.py.
+
+    with_samples: a folder that main.py sampled into, else DataError.
+    """
     by_file = {sample.file: sample for sample in read_samples(path)} if with_samples else {}
     source, skipped = load_source(path, skip_broken)
     return ImageSet(path, source, skipped, tuple(by_file[name] for name in source.names if by_file))

@@ -181,7 +181,10 @@ def _fit(
 
 
 def accuracy(network: ImageClassifier, dataset: TextImageDataset, classes: np.ndarray, batch_size: int) -> float:
-    """Share of the images whose class has the largest logit; classes: (K,) rising class ids, in the logits' order."""
+    """Share of the images whose class has the largest logit.
+
+    classes: (K,) rising class ids, in the logits' order.
+    """
     device = next(network.parameters()).device
     right = 0
     with eval_mode(network), torch.inference_mode():

@@ -33,7 +33,8 @@ class VarietyReport:
     """1 − IoU of two outlines of one caption, mean over pairs: 0 all alike, 1 no overlap.
 
     generated, drawings: of generated images, and of as many drawings of the same captions.
-    num_pairs: of generated images. without_bird: pairs left out, as the segmenter finds no bird in one of their images.
+    num_pairs: of generated images.
+    without_bird: pairs left out, as the segmenter finds no bird in one of their images.
     """
 
     generated: float

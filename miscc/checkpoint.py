@@ -21,7 +21,10 @@ LARGEST_ARGUMENT = 4096  # of a network, where no dimension of its tensors is la
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict, previous: str | Path | None = None) -> None:
-    """Save a dict of tensors and plain containers, whole or not at all; previous: see `write_atomically`."""
+    """Save a dict of tensors and plain containers, whole or not at all.
+
+    previous: see `write_atomically`.
+    """
     write_atomically(path, lambda stream: torch.save({"format": FORMAT, **checkpoint}, stream), previous=previous)
 
 
@@ -144,7 +147,10 @@ def validate(checkpoint: Mapping[str, Any], path: str | Path) -> None:
 
 
 def check_tensors(state: Any, what: str) -> None:
-    """Raises CheckpointError unless this is {name: dense tensor of finite numbers}; what: begins the message."""
+    """Raises CheckpointError unless this is {name: dense tensor of finite numbers}.
+
+    what: begins the message.
+    """
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise CheckpointError(f"{what} holds no tensors by name; {RESTORE}")
     for name, tensor in state.items():

@@ -99,7 +99,9 @@ class Backbone(nn.Module):
             return BACKBONES[name](weights)
 
     def check_hash(self, expected: str, part: str) -> None:
-        """Raises CheckpointError where a network on this backbone was trained on other weights; part: what it is, for people.
+        """Raises CheckpointError where a network on this backbone was trained on other weights.
+
+        part: what it is, for people.
 
         expected: the hash that the network keeps; "": it is new, and takes any.
         """

@@ -76,7 +76,10 @@ class Drawing:
         return replace(self, attention=self.attention or self.pipeline.attends)
 
     def into(self, folder: Path, requests: Sequence[Request], records: Records | None = None) -> None:
-        """Draw; the picture's path is the last line printed. records: the split of the captions, if they are of one."""
+        """Draw; the picture's path is the last line printed.
+
+        records: the split of the captions, if they are of one.
+        """
         picture = sample(
             self.pipeline,
             requests,

@@ -151,7 +151,10 @@ def check_vocabulary(text_encoder: CaptionEncoder, vocabulary: Vocabulary, sourc
 
 
 def networks_from_state(checkpoint: dict, names: tuple[str, ...], path: str | Path) -> dict[str, Network]:
-    """{name: network} of these names that the checkpoint holds, in eval mode without gradients. path: for errors."""
+    """{name: network} of these names that the checkpoint holds, in eval mode without gradients.
+
+    path: for errors.
+    """
     networks = {}
     for name in names:
         if name not in checkpoint["networks"]:

@@ -21,8 +21,11 @@ def model_card(
 ) -> str:
     """The text of README.md.
 
-    name: the model's; about: what its config.json says; evaluations: the records of evaluation.json; sha256: of the
-    checkpoint that was published, to tell scores of that file from those of others; pictured: samples.png is there.
+    name: the model's.
+    about: what its config.json says.
+    evaluations: the records of evaluation.json.
+    sha256: of the checkpoint that was published, to tell scores of that file from those of others.
+    pictured: samples.png is there.
     """
     settings = about.get("settings") or {}
     system, data = TITLES.get(about["system"], about["system"]), settings.get("DATASET_NAME") or "unknown data"

@@ -234,7 +234,10 @@ class TextToImage:
         return self.generator(noise.to(self.device), text)
 
     def noise(self, seed: int, indices: Iterable[int], truncation: float | None = None) -> Tensor:
-        """Noise (N, noise_dim); a row depends on (seed, its index) alone. truncation: see miscc.randomness.noise_for."""
+        """Noise (N, noise_dim); a row depends on (seed, its index) alone.
+
+        truncation: see miscc.randomness.noise_for.
+        """
         return noise_for(seed, 0, indices, self.generator.noise_dim, truncation)
 
     def generate(

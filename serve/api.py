@@ -61,7 +61,10 @@ class GoneError(Exception):
 
 
 def build_api(studio: Studio, store: ImageStore, metrics: Metrics, page: str | None = None) -> FastAPI:
-    """The app without guards. page: where the page is, for browsers that ask for /; None without one."""
+    """The app without guards.
+
+    page: where the page is, for browsers that ask for /; None without one.
+    """
     # Errors and counts first: they are around every route.
     app = FastAPI(title="Text to image", version=VERSION, docs_url=None, redoc_url=None)
     _handle_errors(app)

@@ -75,7 +75,10 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def build_app(models: dict[str, Model], settings: Settings, folder: Path) -> tuple[App, Studio]:
-    """The guarded app, and what draws for it. folder: for temporary files."""
+    """The guarded app, and what draws for it.
+
+    folder: for temporary files.
+    """
     # The batcher and the image store; the API over both.
     batcher = Batcher(settings.batch_size, settings.queue_size)
     most_images = min(Limits.images, settings.queue_size)  # more would never find room in the queue

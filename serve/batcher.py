@@ -28,7 +28,9 @@ class ClosedError(Exception):
 class Job:
     """One image to draw. It depends on its own words and noise alone, not on its batch (but for rounding).
 
-    tokens: (T,) int64; length: words of them; noise: (noise_dim,) float32
+    tokens: (T,) int64.
+    length: words of them.
+    noise: (noise_dim,) float32
     """
 
     model: Model
@@ -59,8 +61,9 @@ class _Waiting:
 class Batcher:
     """A thread that draws, and the bounded queue before it.
 
-    batch_size: most images of a batch; queue_size: most images that may wait; wait_seconds: how long the first job of a batch
-    waits for others.
+    batch_size: most images of a batch.
+    queue_size: most images that may wait.
+    wait_seconds: how long the first job of a batch waits for others.
     """
 
     def __init__(self, batch_size: int = 16, queue_size: int = 256, wait_seconds: float = 0.02):

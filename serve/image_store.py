@@ -13,7 +13,11 @@ NAME = re.compile(r"[A-Za-z0-9_-]{22}\.png")
 
 
 class ImageStore:
-    """PNG files under names that cannot be guessed. folder: of its own; limit_bytes: of all files together."""
+    """PNG files under names that cannot be guessed.
+
+    folder: of its own.
+    limit_bytes: of all files together.
+    """
 
     def __init__(self, folder: Path, limit_bytes: int = 256 * 2**20):
         self.folder, self.limit_bytes = folder, limit_bytes

@@ -18,7 +18,10 @@ class Metrics:
         self._lock = threading.Lock()
 
     def count(self, route: str, status: int, seconds: float) -> None:
-        """One answered request. route: its template, never the client's path, of which there could be any number."""
+        """One answered request.
+
+        route: its template, never the client's path, of which there could be any number.
+        """
         with self._lock:
             self._requests[route, status] += 1
             self._seconds += seconds

@@ -13,7 +13,10 @@ from serve.models import Drawn, Model, told_of, truncation_of
 
 
 class OnnxModel(Model):
-    """Draws with an onnxruntime session. outputs: the graph's names, as serve.export gives them."""
+    """Draws with an onnxruntime session.
+
+    outputs: the graph's names, as serve.export gives them.
+    """
 
     def __init__(self, name: str, session: Any, about: dict[str, Any], vocabulary: Vocabulary, outputs: list[str]):
         settings = about.get("settings")

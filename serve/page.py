@@ -38,7 +38,10 @@ CSS = """
 
 
 def mount_page(app: FastAPI, studio: Studio, path: str, folder: Path, token: str = "") -> None:
-    """Put the page under `path`. folder: where Gradio keeps what it shows; token: asked for as a password, "" for none.
+    """Put the page under `path`.
+
+    folder: where Gradio keeps what it shows.
+    token: asked for as a password, "" for none.
 
     Every default of Gradio that opens something is set here, as mounting has other ones than `launch`.
     """

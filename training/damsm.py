@@ -300,7 +300,10 @@ class EncoderTrainer:
         return bool(patience and epoch and epoch - self.best_epoch >= patience)
 
     def checkpoint(self, scores: Mapping[str, float] | None = None) -> dict[str, Any]:
-        """Everything that resuming needs; scores: of the validation after this epoch."""
+        """Everything that resuming needs.
+
+        scores: of the validation after this epoch.
+        """
         checkpoint: dict[str, Any] = {
             "config": self.config,
             "vocabulary": self.vocabulary.words,

@@ -145,7 +145,10 @@ class Evaluation:
         return lines
 
     def line(self, value: float, epoch: int, saved: Path | None) -> str:
-        """An evaluation for the log. saved: the best checkpoint, where this is it."""
+        """An evaluation for the log.
+
+        saved: the best checkpoint, where this is it.
+        """
         text = f"evaluation after epoch {epoch}: {self.title} {value:.6g}, held-out classes"
         if saved:
             return f"{text}; the best so far: {saved}"

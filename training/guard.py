@@ -192,7 +192,9 @@ class Guard:
         return self.suspects and self.settings.on_collapse != "warn"
 
     def is_good(self, scheduled: bool) -> bool:
-        """Whether a checkpoint of now may become previous.pth; scheduled: not written because of a signal or an error.
+        """Whether a checkpoint of now may become previous.pth.
+
+        scheduled: not written because of a signal or an error.
 
         So that a run that was stopped goes back to where one that never stopped does.
         """
@@ -267,7 +269,12 @@ def rate_factor(num_rollbacks: int) -> float:
 
 
 def after_rollbacks(seed: int, state: Mapping[str, Any] | None) -> tuple[int, float]:
-    """`seed_after` and `rate_factor` of a checkpoint's "watch"; seed: the run's. Raises CheckpointError as `rollbacks_in`."""
+    """`seed_after` and `rate_factor` of a checkpoint's "watch".
+
+    seed: the run's.
+
+    Raises CheckpointError as `rollbacks_in`.
+    """
     num_rollbacks = len(rollbacks_in(state))
     return seed_after(seed, num_rollbacks), rate_factor(num_rollbacks)
 
@@ -303,7 +310,9 @@ class Return(NamedTuple):
 
 
 def go_back(trainer: "Trainer", error: CollapseError, run: RunDir | None, progress: Progress) -> Return:
-    """Choose what to go back to after a finding, in all processes alike; run: None in all but the main one.
+    """Choose what to go back to after a finding, in all processes alike.
+
+    run: None in all but the main one.
 
     Raises TrainingError where TRAIN.ON_COLLAPSE, or the number of rollbacks, says that this is the end.
     """

@@ -31,7 +31,9 @@ class PhraseLosses:
         self.head = PhraseHead(text_dim, *rates).to(device)
 
     def __call__(self, batch: Batch, text: TextFeatures, code: Tensor) -> dict[str, Tensor]:
-        """{"image_phrases", "caption_phrases"}, weighted; code: (N, D) of the images.
+        """{"image_phrases", "caption_phrases"}, weighted.
+
+        code: (N, D) of the images.
 
         An image has the phrases of all its captions, not only of the batch's one.
         """

@@ -62,7 +62,10 @@ def _check_parts(checkpoint: Mapping, parts: Iterable[str], command: str) -> Non
 
 
 def check_fixed_settings(stored: Mapping, cfg: Mapping, keys: Iterable[str], instead: str) -> None:
-    """Raises ConfigError where one of these keys differs from the run's stored settings; instead: how to start anew."""
+    """Raises ConfigError where one of these keys differs from the run's stored settings.
+
+    instead: how to start anew.
+    """
     then, today = flatten(stored), flatten(cfg)
     for key in keys:
         # A run of an earlier version lacks newer keys.

@@ -238,7 +238,10 @@ class FiniteCheck:
             self.first_bad[name] = torch.where((known < 0) & ~torch.isfinite(loss.detach()), step, known)
 
     def check(self, world: World | None = None) -> None:
-        """Raise CollapseError, naming loss and step, if a loss was not finite; world: or one of another process."""
+        """Raise CollapseError, naming loss and step, if a loss was not finite.
+
+        world: the processes of which one loss is enough.
+        """
         bad = {name: int(step) for name, step in self.first_bad.items() if step >= 0}
         anywhere = bool(bad) if world is None else distributed.any_process(bool(bad), world)
         message = "a loss was not finite in another process"
@@ -253,7 +256,10 @@ class FiniteCheck:
 
 
 def check_finite_weights(networks: Mapping[str, nn.Module], step: int) -> None:
-    """Raise CollapseError, naming the network, if a weight is not finite; step: the one that was taken last."""
+    """Raise CollapseError, naming the network, if a weight is not finite.
+
+    step: the one that was taken last.
+    """
     for part, network in networks.items():
         # One sum a tensor: it is finite only if all its values are.
         tensors = [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]

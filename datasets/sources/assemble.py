@@ -263,7 +263,10 @@ def _seeded(entries: dict[str, Entry], options: BuildOptions) -> dict[str, list[
 
 
 def _checked(splits: dict[str, list[Entry]], listed: Collection[str]) -> dict[str, list[Entry]]:
-    """The splits that hold an image. Raises DataError where train or test does not; listed: those that have a list."""
+    """The splits that hold an image. Raises DataError where train or test does not.
+
+    listed: those that have a list.
+    """
     for split in ("train", "test"):
         if not splits[split]:
             remedy = f"correct {split}.txt" if split in listed else f"add a {split}.txt"

@@ -35,7 +35,10 @@ TORCHVISION_FILES = ("inception_v3_google-0cc3c7bd.pth", "inception_v3_google-1a
 
 
 class WeightsError(CheckpointError):
-    """There is no weight file. text: the message without its last words, which name the option for another place."""
+    """There is no weight file.
+
+    text: the message without its last words, which name the option for another place.
+    """
 
     def __init__(self, text: str, option: str = "--weights") -> None:
         super().__init__(f"{text}, or give its place with {option} PATH")
@@ -125,8 +128,10 @@ def load_network(
 ) -> FeatureNetwork:
     """Build a network of `NETWORKS` by name.
 
-    weights: a file in place of the one in torch hub's cache; resize: a name in `RESIZE`, None for the network's own;
+    weights: a file in place of the one in torch hub's cache.
+    resize: a name in `RESIZE`, None for the network's own.
     seed: of `random`, which has no meaning but to compare implementations.
+
     Raises ConfigError for an unknown name, CheckpointError when the weights are missing or of another network.
     """
     if name not in NETWORKS:

@@ -206,7 +206,10 @@ def _update(
     real_images: RealImages,
     progress: bool,
 ) -> None:
-    """Draw the images of `rows` and update the metrics with them; groups: metrics by the run whose network they read."""
+    """Draw the images of `rows` and update the metrics with them.
+
+    groups: metrics by the run whose network they read.
+    """
     # What the metrics need beside the images.
     requests, tools = stream.requests[rows.start : rows.stop], groups[0][0].tools
     metrics = [metric for _, members in groups for metric in members]

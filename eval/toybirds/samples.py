@@ -126,7 +126,12 @@ def generate_birds(
     batch_size: int = 32,
     with_masks: bool = True,
 ) -> GeneratedBirds:
-    """Draw birds for test captions. seed: of the captions and of the noise. Raises DataError for number < 1."""
+    """Draw birds for test captions.
+
+    seed: of the captions and of the noise.
+
+    Raises DataError for number < 1.
+    """
     if number < 1 or per_caption < 1:
         raise DataError(f"{number} images, {per_caption} a caption; ask for at least one")
     captions, keys = captions_of_test_birds(number, seed, per_caption)
@@ -223,7 +228,10 @@ def _read_mask(path: Path) -> np.ndarray:
 
 
 def run_bird_script(name: str, description: str, metric_class: type[BirdMetric]) -> None:
-    """The script of a metric of ToyBirds. name: of the report in the JSON."""
+    """The script of a metric of ToyBirds.
+
+    name: of the report in the JSON.
+    """
     parser = CommandParser(description=description)
     _add_arguments(parser)
     args = parser.parse_args()
