@@ -332,9 +332,7 @@ def _partners(real: ImageSource, fake: ImageSource, allow_missing: bool) -> list
     for name in fake.names:
         key = keys.get(name) or str(PurePosixPath(name).with_suffix(""))
         as_written = key_stem(key)  # by `--real`, where odd characters are replaced
-        ends = [
-            _plain(PurePosixPath(path).name) for path in (as_written, key)
-        ]  # keys may hold dots: `.stem` would cut them
+        ends = [_plain(PurePosixPath(path).name) for path in (as_written, key)]  # `.stem` would cut keys with dots
         found = [whole[as_written], whole[key], plain[_plain(key)], *(last[end] for end in ends)]
         partner = next((indices[0] for indices in found if len(indices) == 1), None)
         partners.append(partner)
