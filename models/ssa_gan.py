@@ -4,7 +4,7 @@ Written from the paper and from what is known of the released code's behaviour; 
 code is the default, and the paper's form a setting.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -214,6 +214,11 @@ class SSAGAN(AdversarialSystem):
             "mode of the encoders in fine-tuning; train: with dropout and batch statistics, as the authors did",
             ("eval", "train"),
         )
+        mask_area_weight: float = setting(
+            "TRAIN.MASK_AREA",
+            0.0,
+            "weight of the masks' mean area in G's loss: no larger than the text needs (ours; 0: off)",
+        )
 
         @property
         def usual_damsm_weight(self) -> float:
@@ -281,6 +286,8 @@ class SSAGAN(AdversarialSystem):
             if self.settings.whole_damsm_weight > 0:
                 damsm = self.damsm_losses(fake.images[-1], text, batch)
                 losses |= {name: self.settings.whole_damsm_weight * loss for name, loss in damsm.items()}
+            if self.settings.mask_area_weight > 0:
+                losses["mask_area"] = self.settings.mask_area_weight * mask_area(fake.masks)
             mask_mean = fake.masks[-1].detach().mean()
             yield Update("generator", losses, {"mask_mean": mask_mean, **self.augmentation_stats()})
 
@@ -317,3 +324,12 @@ class SSAGAN(AdversarialSystem):
         with full_precision(real_images.device):
             logits = self.discriminator(real_images, sentence)
             return matching_aware_gradient_penalty(logits, real_images, sentence, **self.settings.penalty)
+
+
+def mask_area(masks: Sequence[Tensor]) -> Tensor:
+    """The mean over stages of the share of the image that the masks cover: (N, 1, h, w) in [0, 1] each -> scalar.
+
+    Where G pays for the area in which its text acts, a mask that is one everywhere is no resting place: it keeps what the
+    discriminators and DAMSM reward. Ours, not in the paper.
+    """
+    return torch.stack([mask.mean() for mask in masks]).mean()

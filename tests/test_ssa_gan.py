@@ -1,5 +1,7 @@
 """SSA-GAN's networks: shapes, starting values, forms, and what an update takes and leaves alone."""
 
+import math
+
 import pytest
 import torch
 from tiny_systems import changed_by_a_step, make_batch, text_features
@@ -8,7 +10,7 @@ from torch import nn
 from models.damsm import SmallImageEncoder, TextEncoder
 from models.layers import OneWayDiscriminator
 from models.registry import count_parameters
-from models.ssa_gan import SSAGAN, SSCBN, SSAGenerator
+from models.ssa_gan import SSAGAN, SSCBN, SSAGenerator, mask_area
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 256, 512])
@@ -131,6 +133,26 @@ def test_a_joint_penalty_is_one_step():
 def test_without_damsm_only_the_adversarial_loss_is_left():
     history = changed_by_a_step(make_system(damsm_weight=0.0), make_batch(), torch.randn(4, 8))
     assert history[-1][1] == ["adversarial"]
+
+
+def test_the_area_of_masks_by_hand_and_from_both_sides():
+    """Stages count alike, whatever their size; a smaller mask is cheaper at each pixel."""
+    logits = [torch.zeros(2, 1, 4, 4, requires_grad=True), torch.full((2, 1, 8, 8), math.log(3.0), requires_grad=True)]
+    area = mask_area([logit.sigmoid() for logit in logits])
+    assert area.item() == pytest.approx((0.5 + 0.75) / 2)
+    area.backward()
+    assert all((logit.grad > 0).all() for logit in logits)
+    assert mask_area([torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 8, 8)]).item() == 0.5
+
+
+def test_the_area_of_masks_is_a_loss_of_g_alone():
+    history = changed_by_a_step(make_system(mask_area_weight=0.5), make_batch(), torch.randn(4, 8))
+    assert history[-1][1] == ["adversarial", "words", "sentence", "mask_area"] and history[-1][2] == {"generator"}
+    losses = [
+        list(make_system(mask_area_weight=w).updates(make_batch(), torch.ones(4, 8)))[-1].losses for w in (0.5, 1.0)
+    ]
+    assert losses[1]["mask_area"].item() == pytest.approx(2 * losses[0]["mask_area"].item(), rel=1e-5)
+    assert 0 < losses[1]["mask_area"].item() < 1
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
