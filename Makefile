@@ -37,7 +37,7 @@ demo: environment
 	$(RUN) main.py --cfg cfg/demo.yml --continue --set TRAIN.MAX_MINUTES $$left $(DEVICE)
 	@echo "4/4 drawing test captions, and the first pictures' captions beside the model that ships"
 	@$(RUN) main.py --cfg cfg/demo.yml --set B_VALIDATION True --num-images 24 --out $(DEMO)/samples --overwrite $(DEVICE)
-	@$(RUN) -m sampling.side_by_side $(SHOWN) --masks --out $(DEMO)/side_by_side.png $(DEVICE) \
+	@$(RUN) -m sampling.side_by_side $(SHOWN) --masks --out $(DEMO)/side_by_side.png --overwrite $(DEVICE) \
 		demo=$$(ls -d $(DEMO)/*-demo-ssa_gan/checkpoints/last.pth | tail -n 1) shipped=pretrained/toybirds-ssa
 	@echo "$(DEMO)/side_by_side.png"
 	@echo "to go on from here, for sharper birds: make demo MINUTES=$$(awk "BEGIN { print 2 * $(MINUTES) }")"

@@ -20,7 +20,7 @@ from eval.report_samples import Shown, confusions, nearest_images, worst_caption
 from miscc.command_line import CommandParser, positive
 from miscc.config import flatten
 from miscc.errors import ConfigError, DataError, UserError, run_command
-from miscc.files import read_bytes, write_text
+from miscc.files import check_free, read_bytes, write_text
 from miscc.pictures import resize_pixels, unit_to_uint8
 from miscc.yaml_reader import read_yaml_text
 from sampling.encoders import load_encoders
@@ -258,12 +258,15 @@ def main(words: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN_DIR", help="folders of runs, of GANs or of encoders")
     add("--out", metavar="FILE", help="the HTML file (default: report.html in the first run's folder)")
+    add("--overwrite", action="store_true", help="replace the file that --out names")
     add("--data-dir", metavar="DIR", help="where the data set is, if it was moved")
     add("--training-images", type=positive, default=2000, metavar="N", help="that samples are compared with (2000)")
     add("--captions", type=positive, default=200, metavar="N", help="whose similarity is measured (200)")
     options = parser.parse_args(words)
 
-    # All runs are opened before anything is written.
+    # All runs are opened before anything is written. A run's own report.html is replaced unasked.
+    if options.out:
+        check_free(options.out, options.overwrite)
     runs = [Run(path) for path in options.runs]
     out = Path(options.out or runs[0].path / "report.html")
     write_text(out, report(runs, options.data_dir, options.training_images, options.captions))

@@ -173,7 +173,8 @@ def to_yaml(cfg: Mapping) -> str:
 def _check_bounds(one: Setting, value: Any) -> None:
     """Raises ConfigError where a value is none of the choices, or lies outside the bounds."""
     if one.choices and value not in one.choices:
-        raise ConfigError(f"{one.key}: must be one of {', '.join(one.choices)}, not {shown(value)}")
+        choices = (repr(choice) if choice == "" or "," in str(choice) else str(choice) for choice in one.choices)
+        raise ConfigError(f"{one.key}: must be one of {', '.join(choices)}, not {shown(value)}")
     if one.type is list:
         inside = all(0 <= number and (one.below is None or number < one.below) for number in value)
         if len(value) != one.length or not inside:

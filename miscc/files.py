@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import IO, Any
 
-from miscc.errors import WriteError
+from miscc.errors import UserError, WriteError
 
 # A full disk, a limit on files, a disk that fails or was made read-only, a folder that is gone.
 WRITING_FAILED = {
@@ -124,6 +124,12 @@ def remove_unfinished(folder: str | Path) -> None:
     """Delete the temporary files of writes into this folder whose process was killed."""
     for path in Path(folder).glob(".*.tmp"):
         _remove(path)
+
+
+def check_free(path: str | Path, overwrite: bool) -> None:
+    """Raises UserError where a file is there already, which a user's slip would otherwise replace."""
+    if Path(path).exists() and not overwrite:
+        raise UserError(f"{path}: exists already; give --overwrite or another file")
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from datasets.records import Records
 from miscc.checkpoint import load_file
+from miscc.errors import CheckpointError
 from sampling.folders import sample
 from sampling.pipeline import TextToImage
 from sampling.requests import Request
@@ -24,6 +25,8 @@ def open_pipeline(
     released: further arguments of `TextToImage.from_released`.
     """
     path = Path(path)
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path}: is a part of a published model; name its folder, {path.parent}")
     content = None if path.is_dir() else load_file(path)
 
     # Without `networks`: a loose file of the authors.

@@ -15,6 +15,7 @@ from miscc.randomness import stream
 
 logger = logging.getLogger(__name__)
 
+MOST_IMAGES = 1_000_000  # of a user's own captions
 EXAMPLES = "example_filenames.txt"
 
 
@@ -74,7 +75,11 @@ def split_requests(
 
 
 def caption_requests(captions: Sequence[str], per_caption: int = 1) -> list[Request]:
-    """What to draw for a user's own captions."""
+    """What to draw for a user's own captions. Raises ConfigError for more than MOST_IMAGES."""
+    if len(captions) * per_caption > MOST_IMAGES:
+        raise ConfigError(
+            f"--per-caption {per_caption}: of {len(captions)} caption(s) that is more than {MOST_IMAGES:,} images; give less"
+        )
     pairs = [(number, sample) for number in range(len(captions)) for sample in range(per_caption)]
     return [
         Request(index, captions[number], f"caption{number:03d}", 0, sample)

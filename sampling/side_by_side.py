@@ -10,9 +10,12 @@ import numpy as np
 
 from miscc.command_line import CommandParser, add_device_option, named_device, positive, seed_number, truncation
 from miscc.errors import UserError, run_command
+from miscc.files import check_free
 from miscc.pictures import caption_grid, save_image, unit_to_uint8
 from sampling.pipeline import TextToImage
 from sampling.requests import read_captions
+
+MOST_COLUMNS = 64  # images of one model beside each other
 
 
 def side_by_side(
@@ -57,6 +60,7 @@ def main() -> None:
     parser.add_argument("--truncation", type=truncation, metavar="T", help="cut the noise at +-2 and scale it by T")
     parser.add_argument("--masks", action="store_true", help="show the last masks, too")
     parser.add_argument("--out", required=True, metavar="FILE", help="the picture, a PNG")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
     add_device_option(parser)
     options = parser.parse_args()
 
@@ -64,6 +68,13 @@ def main() -> None:
     captions = [*options.caption, *(read_captions(options.captions) if options.captions else [])]
     if not captions:
         raise UserError("give --caption TEXT or --captions FILE")
+
+    # The picture, which all models' images must fit.
+    if options.per_caption > MOST_COLUMNS:
+        raise UserError(
+            f"--per-caption {options.per_caption}: at most {MOST_COLUMNS} images of a model fit beside each other"
+        )
+    check_free(options.out, options.overwrite)
 
     # The models, each under its own name.
     device, pipelines = named_device(options.device), {}

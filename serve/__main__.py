@@ -76,11 +76,16 @@ def main(words: list[str] | None = None) -> None:
     except ImportError as error:
         raise UserError(f"{error.name} is missing; pip install -r requirements-serve.txt") from None
 
+    # An empty shell variable is no token, which its user may not know.
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if TOKEN_VARIABLE in os.environ and not token:
+        print(f"warning: {TOKEN_VARIABLE} is empty: whoever reaches the server may draw", file=sys.stderr)
+
     settings = Settings(
         host=options.host, port=options.port, page=not options.no_page, batch_size=options.batch_size,
         queue_size=options.queue, caption_length=options.max_caption, body_bytes=options.max_body * 1024,
         images_bytes=options.images_mb * 2**20, rate=options.rate, hosts=tuple(options.allow_host),
-        cors=tuple(options.cors), token=os.environ.get(TOKEN_VARIABLE, ""),
+        cors=tuple(options.cors), token=token,
     )  # fmt: skip
 
     # What is queued together must find room in an empty queue.

@@ -276,7 +276,7 @@ def _told(error: dict[str, Any]) -> str:
 
     # The body as a whole, then a single field.
     if error["type"] == "json_invalid":
-        return 'body: is no JSON; send {"caption": ...} or what /openapi.json describes'
+        return "body: is no JSON; send the object that /openapi.json describes for this path"
     if error["type"] in ("model_attributes_type", "dict_type") or (error["type"] == "missing" and place == "body"):
         return "body: send a JSON object with Content-Type: application/json"
     return f"{place[:80]}: {error['msg'][:200]}"

@@ -206,6 +206,7 @@ def test_a_system_that_is_not_there_is_named(tmp_path):
         ("B_VALIDATION: 1", "B_VALIDATION: must be True or False"),
         ("GAN: {SSCBN: papper}", "GAN.SSCBN: must be one of code, paper"),
         ("loss: wgan", "loss: must be one of hinge"),
+        ("TRAIN: {AUGMENT: none}", "TRAIN.AUGMENT: must be one of '', translation, cutout, 'translation,cutout', "),
         ("TRAIN: {MAX_EPOCH: }", "TRAIN.MAX_EPOCH: has no value"),
         ("- a\n- b", "must hold KEY: value lines"),
         ("TRAIN: [", "not valid YAML"),

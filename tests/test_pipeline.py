@@ -22,6 +22,7 @@ from models.damsm import TextEncoder
 from models.ssa_gan import SSAGenerator
 from models.types import TextFeatures
 from sampling import folders as sampling
+from sampling.drawing import open_pipeline
 from sampling.encoders import load_encoders
 from sampling.folders import file_stem, prepare_folder, sample
 from sampling.interpolate import _mix, interpolate
@@ -248,6 +249,17 @@ def test_names_stay_inside_the_folder_and_apart():
     stems = [file_stem(request._replace(key=key)) for key in ("../../etc/pass wd", "../../etc/pass_wd", "a/b.c-1")]
     assert all(stem.startswith("etc/pass_wd-") for stem in stems[:2]) and stems[0] != stems[1]
     assert stems[2] == "a/b.c-1_c0_s0"
+
+
+def test_more_images_than_memory_holds_are_refused():
+    with pytest.raises(ConfigError, match="--per-caption 500001: of 2 .* more than 1,000,000 images; give less"):
+        caption_requests(["a red bird", "a blue bird"], 500_001)
+    assert len(caption_requests(["a red bird"], 3)) == 3
+
+
+def test_a_part_of_a_published_model_is_told_where_the_model_is(tmp_path):
+    with pytest.raises(CheckpointError, match="model.safetensors: is a part of a published model; name its folder"):
+        open_pipeline(tmp_path / "model.safetensors", torch.device("cpu"), True, tmp_path)
 
 
 def test_files_of_captions(tmp_path):

@@ -16,7 +16,7 @@ from eval.report import Run, main, report
 from eval.report_plots import plots, read_stats
 from eval.report_samples import nearest_images
 from miscc.distributed import World
-from miscc.errors import DataError
+from miscc.errors import DataError, UserError
 from miscc.settings import from_config
 from training.data import read_records
 from training.trainer import train
@@ -112,6 +112,13 @@ def test_the_nearest_training_image_of_a_copy_is_itself(drawn_folder, tiny):
     assert shown.pictures[1][1] == f"{training.keys[7]}: 0.0" and len(shown.pictures) == 4
     assert np.array_equal(shown.pictures[1][0], shown.pictures[0][0])
     assert float(shown.pictures[2][1].rsplit(" ", 1)[1]) > 0
+
+
+def test_a_report_replaces_no_file_of_the_user(run_folder, tmp_path):
+    (tmp_path / "README.md").write_text("a user's")
+    with pytest.raises(UserError, match="README.md: exists already; give --overwrite or another file"):
+        main([str(run_folder), "--out", str(tmp_path / "README.md")])
+    assert (tmp_path / "README.md").read_text() == "a user's"
 
 
 def test_a_run_whose_checkpoint_is_damaged_is_reported_without_drawings(run_folder):

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from miscc.checkpoint import save_checkpoint
+from miscc.errors import UserError
 from miscc.pictures import resize_pixels
 from miscc.vocabulary import Vocabulary
 from models.damsm import TextEncoder
@@ -65,9 +66,20 @@ def test_the_command(pipelines, tmp_path, monkeypatch, capsys):
     assert np.array_equal(tile(picture, 0, 1), resize_pixels(drawn, CELL))
 
 
-def test_a_model_without_its_name_gets_the_remedy(tmp_path, monkeypatch, capsys):
-    from miscc.errors import UserError
+@pytest.mark.parametrize(("words", "message"), [
+    ([], "out.png: exists already; give --overwrite or another file"),
+    (["--per-caption", "65", "--overwrite"], "--per-caption 65: at most 64 images of a model"),
+])  # fmt: skip
+def test_no_file_is_replaced_unasked_and_no_picture_is_endless(tmp_path, monkeypatch, words, message):
+    (tmp_path / "out.png").write_text("a user's")
+    arguments = ["SSA=x", "--caption", "a bird", "--out", str(tmp_path / "out.png"), *words]
+    monkeypatch.setattr("sys.argv", ["side_by_side", *arguments])
+    with pytest.raises(UserError, match=message):
+        main()
+    assert (tmp_path / "out.png").read_text() == "a user's"
 
+
+def test_a_model_without_its_name_gets_the_remedy(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["side_by_side", "A", "--caption", "a bird", "--out", str(tmp_path / "x.png")])
     with pytest.raises(UserError, match="A: no such checkpoint; name each model as NAME=CKPT"):
         main()

@@ -45,7 +45,8 @@ def check_resumable(checkpoint: Mapping, cfg: Config) -> None:
     check_same_held_out(checkpoint["config"], cfg)
     shaping = keys_of(network_parts(cfg.GAN.NAME)) - MOVABLE
     shaping |= {"SEED", "TRAIN.BATCH_SIZE", "TRAIN.SIMILAR_BATCHES", "TEXT.ENCODER", "GAN.DISCRIMINATOR"}
-    check_fixed_settings(checkpoint["config"], cfg, sorted(shaping), "without --resume or RESTORE: True")
+    instead = f"without --resume, or beside the runs of {cfg.CONFIG_NAME!r} by another CONFIG_NAME"
+    check_fixed_settings(checkpoint["config"], cfg, sorted(shaping), instead)
 
 
 def check_encoders_resumable(checkpoint: Mapping, cfg: Mapping) -> None:

@@ -1,5 +1,6 @@
 """What an evaluation writes: a table for people, and evaluation.json, a list to which every run adds a record."""
 
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -43,7 +44,7 @@ def git_commit() -> str | None:
 
 def check_writable(path: Path) -> None:
     """Before an hour of work: raises DataError when results cannot be added to this file."""
-    if path.is_dir() or not path.parent.is_dir():
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise DataError(f"{path}: cannot be written; give another file with --out")
     read_evaluations(path)
 
@@ -53,7 +54,7 @@ def add_record(path: str | Path, record: dict[str, Any]) -> None:
     try:
         write_json(path, [*read_evaluations(path), record])
     except (OSError, UserError) as error:
-        raise DataError(f"{path}: cannot be written ({error}); give another file with --out") from None
+        raise DataError(f"{error}; give another file with --out") from None
 
 
 def print_record(record: Mapping[str, Any]) -> None:

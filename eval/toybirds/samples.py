@@ -128,7 +128,7 @@ def generate_birds(
 ) -> GeneratedBirds:
     """Draw birds for test captions.
 
-    seed: of the captions and of the noise.
+    seed: fixes the choice of captions and the noise.
 
     Raises DataError for number < 1.
     """

@@ -39,7 +39,9 @@ from miscc.progress import ProgressBar  # noqa: E402
 
 # By room, for what the tests of the file have not noticed.
 TRAINING = "test_systems.py test_stepping.py test_golden.py test_galip.py test_pinned_steps.py"
-SCORING = "test_metrics_features.py test_metrics_sources.py test_metrics_scripts.py test_evaluate.py"
+SCORING = (
+    "test_metrics_features.py test_metrics_sources.py test_metrics_scripts.py test_evaluate.py test_evaluate_command.py"
+)
 DATA = "test_datasets.py test_text_image.py test_image_cache.py test_folder_dataset.py test_prepare.py"
 DRAWING = "test_pipeline.py test_cli.py test_publish.py test_serve_api.py"
 WIDER = {
