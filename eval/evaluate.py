@@ -296,42 +296,45 @@ def main(words: Sequence[str] | None = None) -> None:
     if args.num_images == 1:
         raise ConfigError("--num-images 1: give 2 or more")
 
-    # The generator, and where the results go.
     world = _world(args)
     try:
-        pipeline, sha256 = load_everywhere(args.checkpoint, world, protocol.averaged)
-        config, vocabulary = pipeline.origin["config"], pipeline.vocabulary
-        out = Path(args.out) if args.out else weight_file(args.checkpoint).with_name("evaluation.json")
-        check_writable(out)
-
-        # What the protocol's metrics need, and the real images.
-        tools = _tools(args, protocol, config, world.device)
-        real = records_for(config, protocol.real_split, args.data_dir, vocabulary)
-
-        if args.selfcheck:
-            train = records_for(config, "train", args.data_dir, vocabulary)
-            choices = {"num_images": args.num_images, "tools": tools}
-            results = self_check(protocol, train, real, pipeline.image_size, world.device, **choices)
-        else:
-            same = protocol.caption_split == protocol.real_split
-            prompts = None if same else records_for(config, protocol.caption_split, args.data_dir, vocabulary)
-            with distributed.naming_lost_processes(world, "start the evaluation again"):
-                found = evaluate(
-                    pipeline, protocol, real, prompts, num_images=args.num_images, tools=tools, world=world
-                )
-            results = [] if found is None else [found]
-
-        if results:  # in the main process
-            about = {"path": str(Path(args.checkpoint).resolve()), "sha256": sha256}
-            about |= {name: pipeline.origin[name] for name in ("step", "epoch")}
-            for result in results:
-                result["checkpoint"] = about
-                result["real"]["data_dir"] = str(args.data_dir or config["DATA_DIR"])
-                print_record(result)
-                add_record(out, result)
-            print(f"written to {out}")
+        with distributed.naming_lost_processes(world, "start the evaluation again"):
+            _run(args, protocol, world)
     finally:
         distributed.stop()
+
+
+def _run(args: argparse.Namespace, protocol: Protocol, world: World) -> None:
+    """Score the checkpoint, or check the protocol itself; the main process adds the records to the file of results."""
+    # The generator, and where the results go.
+    pipeline, sha256 = load_everywhere(args.checkpoint, world, protocol.averaged)
+    config, vocabulary = pipeline.origin["config"], pipeline.vocabulary
+    out = Path(args.out) if args.out else weight_file(args.checkpoint).with_name("evaluation.json")
+    check_writable(out)
+
+    # What the protocol's metrics need, and the real images.
+    tools = _tools(args, protocol, config, world.device)
+    real = records_for(config, protocol.real_split, args.data_dir, vocabulary)
+
+    if args.selfcheck:
+        train = records_for(config, "train", args.data_dir, vocabulary)
+        choices = {"num_images": args.num_images, "tools": tools}
+        results = self_check(protocol, train, real, pipeline.image_size, world.device, **choices)
+    else:
+        same = protocol.caption_split == protocol.real_split
+        prompts = None if same else records_for(config, protocol.caption_split, args.data_dir, vocabulary)
+        found = evaluate(pipeline, protocol, real, prompts, num_images=args.num_images, tools=tools, world=world)
+        results = [] if found is None else [found]
+
+    if results:  # in the main process
+        about = {"path": str(Path(args.checkpoint).resolve()), "sha256": sha256}
+        about |= {name: pipeline.origin[name] for name in ("step", "epoch")}
+        for result in results:
+            result["checkpoint"] = about
+            result["real"]["data_dir"] = str(args.data_dir or config["DATA_DIR"])
+            print_record(result)
+            add_record(out, result)
+        print(f"written to {out}")
 
 
 def _tools(args: argparse.Namespace, protocol: Protocol, config: Mapping[str, Any], device: torch.device) -> Tools:

@@ -4,7 +4,7 @@ import http.client
 import json
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import uvicorn
@@ -32,7 +32,8 @@ class Client:
     def request(self, method, path, body=None, headers=None):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            connection.request(method, path, body=body, headers=headers or {})
+            with suppress(BrokenPipeError):  # the server has answered, and closed, before it has read the body
+                connection.request(method, path, body=body, headers=headers or {})
             response = connection.getresponse()
             return Answer(
                 response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()

@@ -173,11 +173,15 @@ def test_several_processes_compute_as_one_does(monkeypatch):
         torch.backends.cudnn.benchmark = before[1]
 
 
-def test_a_lost_process_is_one_line_with_a_remedy_of_this_command(checkpoint, monkeypatch):
+@pytest.mark.parametrize("lost_in", ["load_everywhere", "evaluate"])
+def test_a_lost_process_is_one_line_with_a_remedy_of_this_command(checkpoint, monkeypatch, lost_in):
     def lose(*arguments, **options):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer")
 
-    monkeypatch.setattr("eval.evaluate.evaluate", lose)
+    monkeypatch.setattr(
+        "eval.evaluate.load_everywhere", lambda path, world, _: load_with_hash(path, world.device, True)
+    )
+    monkeypatch.setattr(f"eval.evaluate.{lost_in}", lose)
     monkeypatch.setattr("eval.evaluate._world", lambda args: World(0, 2, torch.device("cpu")))
     with pytest.raises(TrainingError, match="another process has ended, .*; start the evaluation again$"):
         main(["--checkpoint", str(checkpoint), "--protocol", "quick"])
