@@ -78,7 +78,7 @@ def caption_requests(captions: Sequence[str], per_caption: int = 1) -> list[Requ
     """What to draw for a user's own captions. Raises ConfigError for more than MOST_IMAGES."""
     if len(captions) * per_caption > MOST_IMAGES:
         raise ConfigError(
-            f"--per-caption {per_caption}: of {len(captions)} caption(s) that is more than {MOST_IMAGES:,} images; give less"
+            f"--per-caption {per_caption}: makes more than {MOST_IMAGES:,} images of {len(captions)} caption(s); give less"
         )
     pairs = [(number, sample) for number in range(len(captions)) for sample in range(per_caption)]
     return [
