@@ -126,7 +126,7 @@ def named_device(name: str | None) -> "torch.device":
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device {name}: cannot be used here ({reason}); --device cpu always works") from None
+        raise ConfigError(f"--gpu (--device) {name}: cannot be used here ({reason}); --gpu cpu always works") from None
     return device
 
 
@@ -140,7 +140,7 @@ def gpu_number(name: str | None) -> int | None:
     # Others, such as mps, are no setting of a training.
     if match := re.fullmatch(r"cuda(?::(\d+))?", name):
         return int(match[1] or 0)
-    raise ConfigError(f"--device {name}: must be the number of a GPU, cuda:N, or cpu")
+    raise ConfigError(f"--gpu (--device) {name}: must be the number of a GPU, cuda:N, or cpu")
 
 
 # -- settings ------------------------------------------------------------------------------------------------------

@@ -46,9 +46,9 @@ def test_gpu_and_device_are_one_option(value, device, number):
 def test_devices_that_are_not_there_are_named():
     assert parse().device is None and gpu_number(None) is None
     assert named_device("cpu") == torch.device("cpu")
-    with pytest.raises(ConfigError, match="--device cuda:77: cannot be used here"):
+    with pytest.raises(ConfigError, match=r"--gpu \(--device\) cuda:77: cannot be used here"):
         named_device("cuda:77")
-    with pytest.raises(ConfigError, match="--device mps: must be the number of a GPU"):
+    with pytest.raises(ConfigError, match=r"--gpu \(--device\) mps: must be the number of a GPU"):
         gpu_number("mps")
 
 

@@ -77,7 +77,7 @@ def test_options_of_fid(tmp_path, monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, fid_main, statistics, fake, *OFFLINE, "--no-cache", "--resize", "bilinear")
     assert code == 2 and "was made with resize clean, not bilinear" in err
     code, _, err = run(monkeypatch, capsys, fid_main, *common, "--device", "cuda:77")
-    assert code == 2 and err.startswith("error: --device cuda:77: cannot be used here")
+    assert code == 2 and err.startswith("error: --gpu (--device) cuda:77: cannot be used here")
 
 
 def test_two_files_of_statistics_need_no_network(tmp_path, monkeypatch, capsys):

@@ -220,7 +220,7 @@ def test_commands_that_take_a_checkpoint_take_the_folder(tmp_path, capsys):
         (lambda f: (f / "config.json").write_text('{"format": 9}'), "has format 9, this version reads up to 1"),
         (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "`format` is missing"),
         (lambda f: (f / "config.json").write_text('{"format": 1}'), "does not describe the generator"),
-        (lambda f: (f / "vocabulary.json").unlink(), "no such vocabulary"),
+        (lambda f: (f / "vocabulary.json").unlink(), "copy all files of the published model"),
         (lambda f: (f / "config.json").unlink(), "a folder without config.json and model.safetensors"),
     ],
 )

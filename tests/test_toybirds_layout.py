@@ -135,6 +135,13 @@ def test_other_data_is_not_touched(tmp_path):
     assert lines(mine) == ["1 001.Black_footed_Albatross/a.jpg"]
 
 
+def test_lists_of_a_prepared_folder_are_not_replaced(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"key": "mine"}\n')
+    with pytest.raises(DataError, match="train.jsonl: belongs to another data set"):
+        toybirds.write_cub_layout(tmp_path, 2, 2, image_size=32, progress=False)
+    assert lines(tmp_path / "train.jsonl") == ['{"key": "mine"}']
+
+
 def test_unusable_root_and_marker(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="file"):
