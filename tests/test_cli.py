@@ -85,7 +85,10 @@ def test_a_caption_becomes_a_picture(trained, tmp_path):
         (["--caption", "a bird", "--truncation", "nan"], "must be a number above 0"),
         (["--caption", "a bird", "--real"], "--real writes the real images of a split's captions"),
         (["--each-split", "2", "--split", "train"], "--each-split draws every split"),
-        (["--dry-run", "--set", "TRAIN.ACCUMULATE", "5"], "of 5 micro-batches (TRAIN.ACCUMULATE); give a multiple of 5"),
+        (
+            ["--dry-run", "--set", "TRAIN.ACCUMULATE", "5"],
+            "of 5 micro-batches (TRAIN.ACCUMULATE); give a multiple of 5",
+        ),
         (["--set", "OUTPUT_DIR", "/proc/nowhere"], "/proc/nowhere"),
         (["--set", "TRAIN.NET_G", "gone.pth"], "gone.pth: no such weight file"),
         (["--num-images", "5"], "--num-images: is for drawing"),  # and not a training
