@@ -27,6 +27,7 @@ Captions = list[list[np.ndarray]]  # for each image its captions as int64 indice
 
 SPLITS = ("train", "val", "test")
 VOCABULARY_NAME = "vocabulary.json"
+LAYOUT_NAMES = (VOCABULARY_NAME, *(f"{split}.jsonl" for split in SPLITS))
 
 
 @dataclass(frozen=True)

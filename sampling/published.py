@@ -163,6 +163,8 @@ def read_published(folder: str | Path, with_discriminators: bool = False) -> dic
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
     networks = _read_weights(folder / WEIGHTS, {part: config[part] for part in PARTS}, config.get("sha256"))
+
+    # A model without its words: no vocabulary made anew would number them alike.
     if not (folder / VOCABULARY).exists():
         raise CheckpointError(f"{folder / VOCABULARY}: missing; copy all files of the published model, this one too")
     try:

@@ -15,8 +15,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from datasets.layout import SPLITS as LAYOUT_SPLITS
-from datasets.layout import VOCABULARY_NAME
+from datasets.layout import LAYOUT_NAMES
 from datasets.toybirds.attributes import (
     ATTRIBUTES,
     CLASS_IDS,
@@ -183,13 +182,15 @@ def _is_finished(root: Path, parameters: dict[str, int]) -> bool:
 
 def _clear_unfinished(root: Path) -> None:
     """Remove what an interrupted run left. Raises DataError for files that were there before any run."""
-    present = [root / name for name in _TOP_LEVEL if (root / name).exists()]
-    lists = [root / name for name in (VOCABULARY_NAME, *(f"{split}.jsonl" for split in LAYOUT_SPLITS))]
-    foreign = [*present, *(path for path in lists if path.exists())]
-    if foreign and not (root / UNFINISHED).exists():
-        raise DataError(f"{foreign[0]}: belongs to another data set; choose another root for the toy birds")
+    # Of another data set are drawings that no unfinished run tells of, and lists, which `prepare` would replace afterwards.
+    present = [root / name for name in (*_TOP_LEVEL, *LAYOUT_NAMES) if (root / name).exists()]
+    if present and not (root / UNFINISHED).exists():
+        raise DataError(f"{present[0]}: belongs to another data set; choose another root for the toy birds")
+
+    # What is left is our own; lists stay until `prepare` writes them anew.
     for path in present:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.name in _TOP_LEVEL:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _write_birds(root: Path, birds: list[ToyBirds], progress: bool, workers: int | None) -> None:
