@@ -85,20 +85,23 @@ class Studio:
             raise UserError(f"model: there is none of this name; take one of {', '.join(self.models)}")
         return self.models[name]
 
-    def check_caption(self, caption: str) -> str:
-        """The caption with single spaces between its words. Raises UserError where it is empty, too long or no text."""
+    def check_caption(self, caption: str, name: str = "caption") -> str:
+        """The caption with single spaces between its words. Raises UserError where it is empty, too long or no text.
+
+        name: of the caption in the message.
+        """
         if len(caption) > self.limits.caption_length:
             raise UserError(
-                f"caption: has {len(caption)} characters; write at most {self.limits.caption_length}, of which the model "
+                f"{name}: has {len(caption)} characters; write at most {self.limits.caption_length}, of which the model "
                 f"reads the first words"
             )
 
         # As people write: spaces do not count.
         caption = " ".join(caption.split())
         if not caption:
-            raise UserError("caption: is empty; write one such as 'a small red bird with black wings'")
+            raise UserError(f"{name}: is empty; write one such as 'a small red bird with black wings'")
         if any(unicodedata.category(character) in ("Cc", "Cs") for character in caption):
-            raise UserError("caption: holds control characters or half a character; write plain text")
+            raise UserError(f"{name}: holds control characters or half a character; write plain text")
         return caption
 
     def _check_noise(self, seed: int, truncation: float | None) -> None:
@@ -132,7 +135,11 @@ class Studio:
         self._check_noise(seed, truncation)
 
         # Words and noise of each image, as TextToImage.generate gives them.
-        checked = [self.check_caption(caption) for caption in captions]
+        names = [f"caption {number} of {len(captions)}" for number in range(1, len(captions) + 1)]
+        checked = [
+            self.check_caption(caption, name if len(captions) > 1 else "caption")
+            for caption, name in zip(captions, names, strict=True)
+        ]
         tokens, lengths, unknown = encode_rows(checked, chosen.vocabulary, chosen.max_words)
         rows = [row for row in range(len(captions)) for _ in range(per_caption)]
         repeated = [checked[row] for row in rows]
@@ -156,7 +163,7 @@ class Studio:
                 f"model: {chosen.name}, an exported one, cannot mix two captions; serve its checkpoint instead"
             )
         self._check_noise(seed, truncation)
-        start, end = self.check_caption(first), self.check_caption(second)
+        start, end = self.check_caption(first, "first caption"), self.check_caption(second, "second caption")
         left_out = encode_rows([start, end], chosen.vocabulary, chosen.max_words)[2]
         unknown = list(dict.fromkeys(word for words in left_out for word in words))
 

@@ -182,6 +182,7 @@ def test_health_metrics_and_description(server):
         ({"captions": ["a bird"], "format": "gif"}, "format: "),
         ({"captions": ["a bird"], "colour": "red"}, "colour: Extra inputs are not permitted"),
         ({"captions": [" \n "]}, "caption: is empty"),
+        ({"captions": ["a bird", " "]}, "caption 2 of 2: is empty"),
         ({"captions": ["zyzzyva qwerty"]}, "none of its words"),
         ({"captions": ["a bird " * 100]}, "has 700 characters; write at most 500"),
         ({"captions": ["a \x00 bird"]}, "control characters"),

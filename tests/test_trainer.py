@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,7 +93,10 @@ def test_a_run_leaves_everything_behind(tiny, tmp_path, capsys):
     }  # fmt: skip
     assert numbered["networks"].keys() == {"generator", "generator_ema", "text_encoder"}
     assert (run / "config.yml").read_text().startswith("CONFIG_NAME: tiny")
-    assert "finished" in (run / "log.txt").read_text() and any((run / "tensorboard").iterdir())
+    log = (run / "log.txt").read_text()
+    assert "finished" in log and any((run / "tensorboard").iterdir())
+    hinge = [f"hinge={lines[step - 1]['loss/hinge']:.3g}" for step in (5, 10)]  # a line an epoch
+    assert re.findall(r"epoch (\d)/2, step (\d+): (hinge=[^,]+)", log) == [("1", "5", hinge[0]), ("2", "10", hinge[1])]
     assert "last.pth" in capsys.readouterr().out
 
 

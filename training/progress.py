@@ -32,6 +32,7 @@ class Progress:
         self.run = run
         self.tracker = tracker
         self.bar: ProgressBar | None = None
+        self.title, self.numbers = "", ""  # of the epoch: what its bar says
         self.board: SummaryWriter | None = None
         self.handler: logging.FileHandler | None = None
         self._failed: set[str] = set()  # what could not be written, and was warned of
@@ -83,9 +84,7 @@ class Progress:
         with suppress(OSError):  # the terminal was closed
             say(text)
 
-        # Straight into the log: INFO records are off with --quiet.
-        if self.handler is not None:
-            self.handler.emit(logging.LogRecord("training", logging.INFO, "", 0, text, None, None))
+        self._write_to_log(text, logging.INFO)
 
     def warn(self, text: str) -> None:
         """One line in the log and on stderr, also with --quiet."""
@@ -93,8 +92,12 @@ class Progress:
             return
         with suppress(OSError):
             write(text, sys.stderr)
+        self._write_to_log(text, logging.WARNING)
+
+    def _write_to_log(self, text: str, level: int) -> None:
+        """One line in the log alone. Straight to its handler: INFO records are off with --quiet."""
         if self.handler is not None:
-            self.handler.emit(logging.LogRecord("training", logging.WARNING, "", 0, text, None, None))
+            self.handler.emit(logging.LogRecord("training", level, "", 0, text, None, None))
 
     def rewind(self, step: int) -> None:
         """Go on from an earlier step: what was written of later ones goes, as when a run is resumed."""
@@ -113,6 +116,7 @@ class Progress:
         if self.run is None:
             return
         self.end_epoch()
+        self.title = title
         self.bar = ProgressBar(what=title, total=total, initial=done, leave=True)
 
     def advance(self) -> None:
@@ -121,10 +125,13 @@ class Progress:
             self.bar.update()
 
     def end_epoch(self) -> None:
-        """Close the bar, if there is one."""
+        """Close the bar, if there is one; the log keeps its last numbers."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+        if self.numbers:
+            self._write_to_log(f"{self.title}, {self.numbers}", logging.INFO)
+            self.numbers = ""
 
     def log(self, step: int, epoch: float, values: Mapping[str, float], shown: tuple[str, ...] = ()) -> None:
         """Write all values under `step`; those named in `shown` also stand behind the bar."""
@@ -145,8 +152,11 @@ class Progress:
         if self.tracker is not None:
             self.tracker.log(plain, step)
             self._warn_of_tracker(self.tracker)
+        facts = {name.split("/")[-1]: f"{plain[name]:.3g}" for name in shown if name in plain}
         if self.bar is not None:
-            self.bar.set_facts(**{name.split("/")[-1]: f"{plain[name]:.3g}" for name in shown if name in plain})
+            self.bar.set_facts(**facts)
+        if facts:
+            self.numbers = f"step {step}: " + ", ".join(f"{name}={value}" for name, value in facts.items())
 
     def picture(self, name: str, pixels, step: int) -> None:
         """Show (H, W, 3) uint8 in TensorBoard."""
