@@ -25,7 +25,7 @@ class Seen(NamedTuple):
 
     real: images (N, 3, H, W).
     fake: images (N, 3, H, W), with G's graph.
-    projected: frozen features of the fake images, fine to coarse, with G's graph; None without a projected D.
+    projected: frozen features of the fake images, fine to coarse, with G's graph; None where no projected D takes part.
     """
 
     real: Tensor
@@ -48,11 +48,8 @@ class AdversarialSystem(System):
     def __init__(self, networks: dict[str, Any], **arguments: Any):
         super().__init__(networks, **arguments)
         settings, self.lecam, self.ada = self.settings, None, None
-        if settings.steps_alone and len(self.discriminators()) > 1 and (settings.lecam_weight or settings.ada_target):
-            raise ConfigError(
-                "GAN.PROJECTED.STEPS_ALONE: TRAIN.LECAM and TRAIN.ADA follow the logits of both discriminators from the first "
-                "step on; set it, or them, to 0"
-            )
+        if len(self.discriminators()) > 1:
+            check_joining(settings)
         if settings.lecam_weight:
             self.lecam = LogitAverages(self.logit_pairs(), settings.lecam_warmup)
         if settings.ada_target:
@@ -105,10 +102,17 @@ class AdversarialSystem(System):
         return "discriminator" in self.networks and self.step >= joins
 
     @property
+    def projected_takes_part(self) -> bool:
+        """Whether the projected discriminator trains, and is in G's loss, at this point of the training."""
+        joins = self.settings.projected_joins if "discriminator" in self.networks else 0
+        return "projected" in self.networks and self.step >= joins
+
+    @property
     def fullest_step(self) -> int:
         # Both discriminators, and the penalty, which comes every so many steps.
+        joined = max(self.settings.steps_alone, self.settings.projected_joins)
         every = getattr(self.settings, "penalty_every", 1)
-        return every * -(-self.settings.steps_alone // every)
+        return every * -(-joined // every)
 
     def logit_pairs(self) -> dict[str, tuple[str, str]]:
         kinds = {"discriminator": ("real", "fake"), "projected": ("projected_real", "projected_fake")}
@@ -164,11 +168,11 @@ class AdversarialSystem(System):
         real, fake = augment(batch.single_size), augment(fake_images)
 
         # Frozen features do not change between D's step and G's: one forward pass serves both.
-        projected = self.projected.project(fake) if "projected" in self.networks else None
+        projected = self.projected.project(fake) if self.projected_takes_part else None
         return Seen(real, fake, projected)
 
     def projected_updates(self, seen: Seen, sentence: Tensor) -> Iterator[Update]:
-        """The step of the projected discriminator, if there is one: hinge over all heads' logits; sentence (N, D)."""
+        """The step of the projected discriminator, if it takes part: hinge over all heads' logits; sentence (N, D)."""
         if seen.projected is None:
             return
 
@@ -236,6 +240,20 @@ class AdversarialSystem(System):
     def damsm_losses(self, images: Tensor, text: TextFeatures, batch: Batch) -> dict[str, Tensor]:
         """DAMSM losses of images (N, 3, H, W) in [-1, 1] and their captions: {"words", "sentence"}, not weighted."""
         return matching_losses(self.image_encoder, images, text, batch, **self.settings.matching)
+
+
+def check_joining(settings: AdversarialSettings) -> None:
+    """Raises ConfigError where one of both discriminators joins later, which does not go with other settings."""
+    if settings.steps_alone and settings.projected_joins:
+        raise ConfigError(
+            "GAN.PROJECTED.JOINS: with STEPS_ALONE either discriminator would wait for the other; set one of the two to 0"
+        )
+    if (settings.steps_alone or settings.projected_joins) and (settings.lecam_weight or settings.ada_target):
+        key = "STEPS_ALONE" if settings.steps_alone else "JOINS"
+        raise ConfigError(
+            f"GAN.PROJECTED.{key}: TRAIN.LECAM and TRAIN.ADA follow the logits of both discriminators from the first step on; "
+            f"set it, or them, to 0"
+        )
 
 
 def logit_stats(logits: Mapping[str, Tensor]) -> dict[str, Tensor]:

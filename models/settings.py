@@ -160,13 +160,14 @@ class SmallDataSettings:
 class AdversarialSettings(SmallDataSettings, BetasSettings):
     """Settings of every system that trains G against D.
 
-    discriminator, steps_alone: see DiscriminatorSettings; of systems without that choice.
+    discriminator, steps_alone, projected_joins: see DiscriminatorSettings; of systems without that choice.
     needs_image_encoder: whether a loss looks at images with an encoder.
     encoders_with_images: whose encoder that is, see TEXT.ENCODER.
     """
 
     discriminator: ClassVar[str] = "paper"
     steps_alone: ClassVar[int] = 0
+    projected_joins: ClassVar[int] = 0
     encoders_with_images: ClassVar[str] = "damsm"
 
     generator_lr: float = setting("TRAIN.GENERATOR_LR", 1e-4, "Adam's learning rate of G", above=0)
@@ -212,6 +213,9 @@ class DiscriminatorSettings:
     )
     steps_alone: int = setting(
         "GAN.PROJECTED.STEPS_ALONE", 0, "of both discriminators, the paper's joins after so many steps"
+    )
+    projected_joins: int = setting(
+        "GAN.PROJECTED.JOINS", 0, "of both discriminators, the projected one joins after so many steps"
     )
 
 

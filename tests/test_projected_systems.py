@@ -83,16 +83,41 @@ def test_the_papers_discriminator_joins_after_its_steps(kind):
     assert history[-1][1] == ["adversarial", "projected_adversarial"]
 
 
-def test_steps_alone_mean_nothing_for_one_discriminator():
+@pytest.mark.parametrize("kind", ["ssa", "df"])
+def test_the_projected_discriminator_joins_after_its_steps(kind):
+    """Until then all is as with the paper's alone, bit for bit, and the projected one stays as it was."""
+    system, alone = system_of(kind, "both", projected_joins=5), system_of(kind, "paper")
+    for part, network in alone.networks.items():
+        network.load_state_dict(system.networks[part].state_dict())
+    batch, noise = make_batch(), torch.randn(4, 8)
+    before = [parameter.clone() for parameter in system.networks["projected"].parameters()]
+
+    system.step = alone.step = 4
+    assert changed_by_a_step(system, batch, noise) == changed_by_a_step(alone, batch, noise)
+    for part in ("generator", "discriminator"):
+        both = (one.networks[part].parameters() for one in (system, alone))
+        assert all(torch.equal(*pair) for pair in zip(*both, strict=True))
+    after = system.networks["projected"].parameters()
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+    system.step = 5
+    history = changed_by_a_step(system, batch, noise)
+    assert {name for name, *_ in history} == {"discriminator", "projected", "generator"}
+    assert history[-1][1] == ["adversarial", "projected_adversarial"]
+
+
+@pytest.mark.parametrize("joining", ["steps_alone", "projected_joins"])
+def test_joining_means_nothing_for_one_discriminator(joining):
     for mode in ("paper", "projected"):
-        system = system_of("ssa", mode, steps_alone=5)
+        system = system_of("ssa", mode, **{joining: 5})
         names = {name for name, *_ in changed_by_a_step(system, make_batch(), torch.randn(4, 8))}
         assert names == {"generator", "projected" if mode == "projected" else "discriminator"}
 
 
-@pytest.mark.parametrize(("alone", "every", "expected"), [(0, 1, 0), (0, 4, 0), (5, 1, 5), (5, 4, 8), (8, 4, 8)])
-def test_a_training_is_measured_by_a_step_with_both_discriminators_and_the_penalty(alone, every, expected):
-    system = system_of("ssa", "both", steps_alone=alone, penalty_every=every)
+@pytest.mark.parametrize("joining", ["steps_alone", "projected_joins"])
+@pytest.mark.parametrize(("steps", "every", "expected"), [(0, 1, 0), (0, 4, 0), (5, 1, 5), (5, 4, 8), (8, 4, 8)])
+def test_a_training_is_measured_by_a_step_with_both_discriminators_and_the_penalty(joining, steps, every, expected):
+    system = system_of("ssa", "both", **{joining: steps}, penalty_every=every)
     assert system.fullest_step == expected
     system.step = expected
     assert [name for name, *_ in changed_by_a_step(system, make_batch(), torch.randn(4, 8))] == [
@@ -100,13 +125,18 @@ def test_a_training_is_measured_by_a_step_with_both_discriminators_and_the_penal
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("key", ["GAN.PROJECTED.STEPS_ALONE", "GAN.PROJECTED.JOINS"])
 @pytest.mark.parametrize("changes", [("TRAIN.LECAM", "0.1"), ("TRAIN.ADA", "0.6")])
-def test_statistics_of_both_from_the_first_step_on_do_not_go_with_a_discriminator_that_joins(tiny, changes):
-    extra = (("GAN.DISCRIMINATOR", "both"), ("TRAIN.AUGMENT", "cutout"), ("GAN.PROJECTED.STEPS_ALONE", "5"), *TINY)
-    with pytest.raises(
-        ConfigError, match="GAN.PROJECTED.STEPS_ALONE: TRAIN.LECAM and TRAIN.ADA follow the logits of both"
-    ):
+def test_statistics_of_both_from_the_first_step_on_do_not_go_with_a_discriminator_that_joins(tiny, changes, key):
+    extra = (("GAN.DISCRIMINATOR", "both"), ("TRAIN.AUGMENT", "cutout"), (key, "5"), *TINY)
+    with pytest.raises(ConfigError, match=f"{key}: TRAIN.LECAM and TRAIN.ADA follow the logits of both"):
         train(tiny(*extra, changes), CPU)
+
+
+def test_two_discriminators_do_not_wait_for_each_other(tiny):
+    joining = (("GAN.PROJECTED.STEPS_ALONE", "5"), ("GAN.PROJECTED.JOINS", "5"))
+    with pytest.raises(ConfigError, match="GAN.PROJECTED.JOINS: with STEPS_ALONE either"):
+        train(tiny(("GAN.DISCRIMINATOR", "both"), *joining, *TINY), CPU)
 
 
 def test_the_paper_discriminator_is_the_default():
@@ -203,11 +233,14 @@ def test_stopping_and_resuming_changes_nothing(tiny, tmp_path, mode):
     assert not [name for name in held["projected"]["state"] if name.startswith("backbone")]
 
 
-def test_a_run_that_stops_before_the_papers_discriminator_joins_resumes_exactly(tiny, tmp_path):
-    extra = (("GAN.DISCRIMINATOR", "both"), ("GAN.PROJECTED.STEPS_ALONE", "3"), ("TRAIN.MAX_STEPS", "6"), *TINY)
+@pytest.mark.parametrize(
+    ("key", "late"), [("GAN.PROJECTED.STEPS_ALONE", "hinge"), ("GAN.PROJECTED.JOINS", "projected_hinge")]
+)
+def test_a_run_that_stops_before_a_discriminator_joins_resumes_exactly(tiny, tmp_path, key, late):
+    extra = (("GAN.DISCRIMINATOR", "both"), (key, "3"), ("TRAIN.MAX_STEPS", "6"), *TINY)
     whole, parts = trained_whole_and_in_parts(tiny, tmp_path, 2, *extra)
     assert_same_state(final_state(whole), final_state(parts))
-    assert ["loss/hinge" in line for line in stats_of(whole)] == [False] * 3 + [True] * 3
+    assert [f"loss/{late}" in line for line in stats_of(whole)] == [False] * 3 + [True] * 3
 
 
 def test_a_run_keeps_its_kind_of_discriminator(tiny):
