@@ -74,6 +74,7 @@ def run_command(main: Callable[[], object]) -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        remedy = "; change its permissions" if isinstance(error, PermissionError) else ""
+        print(f"error: {error.filename}: {error.strerror}{remedy}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)

@@ -116,6 +116,8 @@ def read_words(path: str | Path) -> list[str]:
         words = read_json(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such vocabulary; write it with `python -m datasets.prepare`") from None
+    except PermissionError:  # nothing is wrong with the file
+        raise
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); write it again with datasets.prepare") from None
 

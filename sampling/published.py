@@ -219,6 +219,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     """The fields of config.json that loading needs."""
     try:
         config = read_json(path)
+    except PermissionError:  # nothing is wrong with the file
+        raise
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); publish the model again") from None
     if not isinstance(config, dict) or not isinstance(config.get("format"), int):

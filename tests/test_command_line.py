@@ -18,6 +18,7 @@ from miscc.command_line import (
     settings_from,
 )
 from miscc.errors import ConfigError, run_command
+from miscc.vocabulary import read_words
 
 
 def parse(*words, former=()):
@@ -82,13 +83,24 @@ def test_seeds_are_what_numpy_takes(text, valid):
             seed_number(text)
 
 
-def test_what_the_system_says_of_a_file_is_one_line(tmp_path, capsys):
+def test_what_the_system_says_of_a_file_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for path in (tmp_path / "loop", tmp_path / ("x" * 300)):
         with pytest.raises(SystemExit) as stopped:
             run_command(path.stat)
         assert stopped.value.code == 2
         assert capsys.readouterr().err.startswith(f"error: {path}: ")
+
+    # A file that may not be read is not damaged, so the way out is another one.
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    path = tmp_path / "vocabulary.json"
+    with monkeypatch.context() as patches, pytest.raises(SystemExit) as stopped:
+        patches.setattr("miscc.vocabulary.read_json", forbidden)
+        run_command(lambda: read_words(path))
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"error: {path}: Permission denied; change its permissions\n"
 
     # An error of the program keeps its traceback.
     with pytest.raises(OSError, match="ours"):
