@@ -63,41 +63,24 @@ def test_projected_alone_has_no_penalty_and_no_paper_discriminator(kind):
 
 
 @pytest.mark.parametrize("kind", ["ssa", "df"])
-def test_the_papers_discriminator_joins_after_its_steps(kind):
-    """Until then all is as with the projected one alone, and the paper's stays as it was."""
-    system = system_of(kind, "both", steps_alone=5)
-    batch, noise = make_batch(), torch.randn(4, 8)
-    before = [parameter.clone() for parameter in system.networks["discriminator"].parameters()]
-
-    system.step = 4
-    history = changed_by_a_step(system, batch, noise)
-    assert [(name, losses) for name, losses, *_ in history] == [
-        ("projected", ["projected_hinge"]), ("generator", ["projected_adversarial"]),
-    ]  # fmt: skip
-    after = system.networks["discriminator"].parameters()
-    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
-
-    system.step = 5
-    history = changed_by_a_step(system, batch, noise)
-    assert {name for name, *_ in history} == {"discriminator", "projected", "generator"}
-    assert history[-1][1] == ["adversarial", "projected_adversarial"]
-
-
-@pytest.mark.parametrize("kind", ["ssa", "df"])
-def test_the_projected_discriminator_joins_after_its_steps(kind):
-    """Until then all is as with the paper's alone, bit for bit, and the projected one stays as it was."""
-    system, alone = system_of(kind, "both", projected_joins=5), system_of(kind, "paper")
+@pytest.mark.parametrize(
+    ("joining", "first", "late"),
+    [("steps_alone", "projected", "discriminator"), ("projected_joins", "paper", "projected")],
+)
+def test_a_discriminator_joins_after_its_steps(kind, joining, first, late):
+    """Until then all is as with the other alone, bit for bit, and it stays as it was."""
+    system, alone = system_of(kind, "both", **{joining: 5}), system_of(kind, first)
     for part, network in alone.networks.items():
         network.load_state_dict(system.networks[part].state_dict())
     batch, noise = make_batch(), torch.randn(4, 8)
-    before = [parameter.clone() for parameter in system.networks["projected"].parameters()]
+    before = [parameter.clone() for parameter in system.networks[late].parameters()]
 
     system.step = alone.step = 4
     assert changed_by_a_step(system, batch, noise) == changed_by_a_step(alone, batch, noise)
-    for part in ("generator", "discriminator"):
+    for part in alone.networks:
         both = (one.networks[part].parameters() for one in (system, alone))
         assert all(torch.equal(*pair) for pair in zip(*both, strict=True))
-    after = system.networks["projected"].parameters()
+    after = system.networks[late].parameters()
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
     system.step = 5
