@@ -135,11 +135,8 @@ class Studio:
         self._check_noise(seed, truncation)
 
         # Words and noise of each image, as TextToImage.generate gives them.
-        names = [f"caption {number} of {len(captions)}" for number in range(1, len(captions) + 1)]
-        checked = [
-            self.check_caption(caption, name if len(captions) > 1 else "caption")
-            for caption, name in zip(captions, names, strict=True)
-        ]
+        numbered = [f"caption {number} of {len(captions)}" for number in range(1, len(captions) + 1)]
+        checked = list(map(self.check_caption, captions, numbered if len(captions) > 1 else ["caption"]))
         tokens, lengths, unknown = encode_rows(checked, chosen.vocabulary, chosen.max_words)
         rows = [row for row in range(len(captions)) for _ in range(per_caption)]
         repeated = [checked[row] for row in rows]
