@@ -127,6 +127,20 @@ class AdversarialSystem(System):
         }
         return {key for key, is_used in used.items() if is_used}
 
+    def remarks(self, last_step: int) -> list[str]:
+        # Discriminators that join later: there must be two, and time for the second.
+        lines = []
+        for key, name, joins in (
+            ("STEPS_ALONE", "the paper's", self.settings.steps_alone),
+            ("JOINS", "the projected", self.settings.projected_joins),
+        ):
+            if joins and len(self.discriminators()) == 1:
+                lines.append(f"GAN.PROJECTED.{key}: {joins} has no effect, as GAN.DISCRIMINATOR is not both")
+            elif joins >= last_step > 0:
+                end = f"the training ends at step {last_step}"
+                lines.append(f"GAN.PROJECTED.{key}: {name} discriminator never joins, as {end}")
+        return lines
+
     # -- state ---------------------------------------------------------------------------------------------------
 
     @property

@@ -288,6 +288,10 @@ class System:
         """Keys of parts that this training has already, so that the watch does not advise to add them."""
         return set()
 
+    def remarks(self, last_step: int) -> list[str]:
+        """Settings that come to nothing in a training of so many steps, a line each, for people."""
+        return []
+
     def train(self) -> None:
         """Put every network in the mode that it trains in."""
         raise NotImplementedError

@@ -122,6 +122,32 @@ def test_two_discriminators_do_not_wait_for_each_other(tiny):
         train(tiny(("GAN.DISCRIMINATOR", "both"), *joining, *TINY), CPU)
 
 
+@pytest.mark.parametrize(
+    ("mode", "joins", "last_step", "expected"),
+    [
+        ("both", 5, 6, []),
+        ("both", 0, 6, []),
+        (
+            "both",
+            6,
+            6,
+            ["GAN.PROJECTED.JOINS: the projected discriminator never joins, as the training ends at step 6"],
+        ),
+        ("paper", 5, 6, ["GAN.PROJECTED.JOINS: 5 has no effect, as GAN.DISCRIMINATOR is not both"]),
+        ("projected", 0, 6, []),
+    ],
+)
+def test_a_discriminator_that_never_joins_is_named(mode, joins, last_step, expected):
+    assert system_of("ssa", mode, projected_joins=joins).remarks(last_step) == expected
+
+
+def test_a_training_names_what_comes_to_nothing(tiny, capsys):
+    extra = (("GAN.DISCRIMINATOR", "both"), ("GAN.PROJECTED.STEPS_ALONE", "2"), ("TRAIN.MAX_STEPS", "2"), *TINY)
+    train(tiny(*extra), CPU)
+    remark = "GAN.PROJECTED.STEPS_ALONE: the paper's discriminator never joins, as the training ends at step 2"
+    assert remark in capsys.readouterr().out.splitlines()
+
+
 def test_the_paper_discriminator_is_the_default():
     assert list(SSAGAN.parts(SSAGAN.Settings())) == ["generator", "discriminator"]
 

@@ -208,7 +208,7 @@ def introduction(trainer: "Trainer", run: RunDir | None) -> list[str]:
     if trainer.settings.max_minutes:
         used = trainer.budget.seconds / 60
         lines.append(f"time: {used:.1f} of {trainer.settings.max_minutes:g} minutes used, whatever the steps")
-    lines += trainer.changes
+    lines += trainer.changes + trainer.system.remarks(trainer.last_step)
     return lines + (trainer.evaluation.introduction() if trainer.evaluation is not None else [])
 
 
