@@ -17,9 +17,9 @@ $(VENV)/installed: requirements.txt
 	$(RUN) -m pip install --quiet -r requirements.txt
 	touch $@
 
-# MINUTES bounds the whole demo, after installation, on a slow machine as on a fast one; one and a quarter are kept for the
-# last pictures. Each step goes on from what is there, so a stopped demo continues where it was, and `make demo MINUTES=60`
-# makes the birds of a finished one better.
+# MINUTES bounds the whole demo, after installation, on a slow machine as on a fast one. What is kept for the last pictures
+# follows what came before the training: 0.7 of it, 45 seconds at least. Each step goes on from what is there, so a stopped
+# demo continues where it was, and `make demo MINUTES=60` makes the birds of a finished one better.
 MINUTES ?= 15
 SHOWN := --caption "a small bird with a red head, black wings and a yellow belly" \
 	--caption "a large bird with striped blue wings and a white belly in the snow" \
@@ -33,7 +33,8 @@ demo: environment
 	@$(RUN) -m datasets.prepare toybirds --root $(DEMO)/data --image-size 64
 	@echo "3/4 training SSA-GAN anew, beside the encoders in pretrained/toybirds-encoders; a picture of its state every 90 seconds"
 	@echo "    in $(DEMO)/*/pictures: first colours, then bodies and backgrounds, then heads, wings and legs"
-	@left=$$(awk "BEGIN { m = $(MINUTES) - 1.25 - ($$(date +%s) - $$(cat $(DEMO)/started)) / 60; print (m > 1 ? m : 1) }"); \
+	@left=$$(awk "BEGIN { before = ($$(date +%s) - $$(cat $(DEMO)/started)) / 60; kept = 0.7 * before; \
+		m = $(MINUTES) - before - (kept > 0.75 ? kept : 0.75); print (m > 1 ? m : 1) }"); \
 	$(RUN) main.py --cfg cfg/demo.yml --continue --set TRAIN.MAX_MINUTES $$left $(DEVICE)
 	@echo "4/4 drawing test captions, and the first pictures' captions beside the model that ships"
 	@$(RUN) main.py --cfg cfg/demo.yml --set B_VALIDATION True --num-images 24 --out $(DEMO)/samples --overwrite $(DEVICE)

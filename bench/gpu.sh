@@ -57,7 +57,8 @@ if [ "$birds" -gt 0 ]; then
         echo "== ToyBirds in $precision"
         {
             timeout --signal TERM "$(within "$birds")" "$python" main.py --cfg cfg/demo.yml --gpu 0 --set DATA_DIR "$data" \
-                TEXT.DAMSM_NAME "$out/encoders/best.pth" OUTPUT_DIR "$out/$precision" TRAIN.PRECISION "$precision" TRAIN.MAX_STEPS 800
+                TEXT.DAMSM_NAME "$out/encoders/best.pth" OUTPUT_DIR "$out/$precision" TRAIN.PRECISION "$precision" TRAIN.MAX_STEPS 800 \
+                GAN.PROJECTED.JOINS 0 TRAIN.FINETUNE_ENCODERS True
             timeout "$(within 90)" "$python" eval/attributes.py --checkpoint "$out/$precision"/*/checkpoints/last.pth \
                 --cache-dir "$out/toybirds" --json "$out/attributes-$precision.json"
         } >"$out/toybirds-$precision.log" 2>&1 || echo "   failed: $out/toybirds-$precision.log"
