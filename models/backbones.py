@@ -259,11 +259,11 @@ def load_efficientnet_lite(name: str, weights: str | Path) -> tuple[Any, dict[st
         for conv, norm in zip(names, ("_bn0", "_bn1", "_bn2"), strict=True):
             if hasattr(block, conv):
                 fold(block, conv, norm)
-    save_copies(network)
+    avoid_copies(network)
     return network, state
 
 
-def save_copies(network: nn.Module) -> None:
+def avoid_copies(network: nn.Module) -> None:
     """The same values with fewer copies: convolutions pad by themselves, ReLU6 overwrites the convolution's output.
 
     The package pads in modules of their own. Where the padding is the same on all sides, a convolution's own does, too.

@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 from miscc.errors import CheckpointError, ConfigError
+from models import backbones
 from models.backbones import BACKBONES, IMAGENET, STRIDES, Backbone, Stages
 from models.projected import BatchStatistic, Head, ProjectedDiscriminator, RandomMixing
 
@@ -42,6 +43,22 @@ def test_frozen_features_are_those_of_the_package(size):
     ]  # fmt: skip
     for mine, other in zip(ours, theirs, strict=True):
         assert torch.allclose(mine, other, atol=2e-3), (mine - other).abs().max()
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite0", "efficientnet-lite2"])
+def test_fewer_copies_change_neither_features_nor_gradients(name, monkeypatch):
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def features_and_gradient() -> list[torch.Tensor]:
+        x = images.clone().requires_grad_()
+        features = Backbone(name)(x)
+        (gradient,) = torch.autograd.grad(torch.stack([scale.square().mean() for scale in features]).sum(), x)
+        return [*features, gradient]
+
+    ours = features_and_gradient()
+    monkeypatch.setattr(backbones, "avoid_copies", lambda network: None)
+    for mine, other in zip(ours, features_and_gradient(), strict=True):
+        assert torch.allclose(mine, other, rtol=1e-4, atol=1e-5 * float(other.detach().abs().max()))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
