@@ -26,6 +26,7 @@ SHOWN := --caption "a small bird with a red head, black wings and a yellow belly
 	--caption "this bird has a green crown, a pink breast and a long beak at sunset" --per-caption 2
 
 demo: environment
+	@case "$(MINUTES)" in "" | . | *.*.* | *[!0-9.]*) echo "MINUTES=$(MINUTES): give a number of minutes, for example 15"; exit 2;; esac
 	@mkdir -p $(DEMO) && date +%s > $(DEMO)/started
 	@echo "1/4 first pictures: what the model that ships with the repository draws, after hours of training"
 	@$(RUN) main.py --checkpoint pretrained/toybirds-ssa $(SHOWN) --out $(DEMO)/shipped --overwrite $(DEVICE)

@@ -145,7 +145,7 @@ def test_a_training_names_what_comes_to_nothing(tiny, capsys):
     extra = (("GAN.DISCRIMINATOR", "both"), ("GAN.PROJECTED.STEPS_ALONE", "2"), ("TRAIN.MAX_STEPS", "2"), *TINY)
     train(tiny(*extra), CPU)
     remark = "GAN.PROJECTED.STEPS_ALONE: the paper's discriminator never joins, as the training ends at step 2"
-    assert remark in capsys.readouterr().out.splitlines()
+    assert f"warning: {remark}" in capsys.readouterr().err.splitlines()
 
 
 def test_the_paper_discriminator_is_the_default():

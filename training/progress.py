@@ -196,6 +196,14 @@ class _LogFile(logging.FileHandler):
             raise
 
 
+def introduce(trainer: "Trainer", run: RunDir | None, progress: Progress) -> None:
+    """Say what begins, and warn of settings that come to nothing in it."""
+    for line in introduction(trainer, run):
+        progress.say(line)
+    for remark in trainer.system.remarks(trainer.last_step):
+        progress.warn(f"warning: {remark}")
+
+
 def introduction(trainer: "Trainer", run: RunDir | None) -> list[str]:
     """What is trained, from which step on, and what differs from the run's start; a line each."""
     lines = [
@@ -208,7 +216,7 @@ def introduction(trainer: "Trainer", run: RunDir | None) -> list[str]:
     if trainer.settings.max_minutes:
         used = trainer.budget.seconds / 60
         lines.append(f"time: {used:.1f} of {trainer.settings.max_minutes:g} minutes used, whatever the steps")
-    lines += trainer.changes + trainer.system.remarks(trainer.last_step)
+    lines += trainer.changes
     return lines + (trainer.evaluation.introduction() if trainer.evaluation is not None else [])
 
 

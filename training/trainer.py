@@ -37,7 +37,7 @@ from training.data import batches_from, fixed_captions, make_dataset, next_batch
 from training.ema import EMA
 from training.evaluation import Evaluation, split_records
 from training.guard import Guard, after_rollbacks, go_back
-from training.progress import Progress, StopSignal, introduction
+from training.progress import Progress, StopSignal, introduce
 from training.resume import check_resumable, check_same_data, restore_state, resumed_settings
 from training.run_dir import RunDir, run_name
 from training.schedule import Budget, learning_rate_factor, set_learning_rates
@@ -193,8 +193,7 @@ class Trainer:
     def run_to_the_end(self, run: RunDir | None, progress: Progress) -> int:
         """Train until the last step or a signal; returns the exit code. run: None in all but the main process."""
         settings = self.settings
-        for line in introduction(self, run):
-            progress.say(line)
+        introduce(self, run, progress)
         order = (settings.batch_size, self.order_seed, self.step)
         batches, epoch = iter(batches_from(self.dataset, *order, self.data_settings, self.world)), -1
         seconds, timed_from = 0.0, self.step
